@@ -122,9 +122,9 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         The default name is the name of the crew or the pipeline.
 
         Raises:
-            ConfigurationError: A schedule lacks a default or has one key for all its times; a parameter, of a schedule
-                too, does not fit; the name is that of another crew's deployment; an option of `with_options` would not
-                reach the flow runs; or Prefect refuses an option.
+            ConfigurationError: A scheduled run would lack a required input; a schedule has one key for all its times; a
+                parameter, of a schedule too, does not fit; the name is that of another crew's deployment; an option of
+                `with_options` would not reach the flow runs; or Prefect refuses an option.
             CrewError: The crew does not name its inputs.
         """
         name = name or self.label
@@ -366,7 +366,8 @@ async def _warn_of_shared_keys(deployment: RunnerDeployment) -> None:
         times = Counter(render_key(str(key), moment) for moment in moments)
         if shared := next((rendered for rendered, count in times.items() if count > 1), None):
             run_logger().warning(
-                "Several times of a schedule of %s share the key %r: only the first of them starts a run.",
+                "Several run times of a schedule of %s share the key %r: only the flow run of the first of them starts "
+                "a run.",
                 deployment.full_name,
                 shared,
             )
@@ -400,7 +401,7 @@ class Form:
         inputs: The inputs by name, with the defaults of the deployment.
         required: The inputs that each run has to give if the deployment has no default.
         parameters: The parameters of the deployment: the crew or the pipeline, and the defaults.
-        crew: The name of the crew. A deployment of a file holds it in its form alone.
+        crew: The name of the crew. A deployment by `prefect deploy` or `from_source` has the name only in its form.
     """
 
     owner: str
@@ -609,9 +610,7 @@ async def backfill(
     """
     first, last = _utc(start, time.min), _utc(end, time.max)
     if first > last:
-        raise ConfigurationError(
-            f"The backfill's range ends {end}, before it starts {start}. Nothing was created."
-        )
+        raise ConfigurationError(f"The backfill's range ends {end}, before it starts {start}. Nothing was created.")
     async with get_client() as client:
         try:
             target = await client.read_deployment_by_name(deployment)

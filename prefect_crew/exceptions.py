@@ -596,7 +596,7 @@ class BatchChangedError(_FactsError):
 class DatasetError(_FactsError):
     """A data set cannot be read. `source` is its name, `line` the number of the line from 1, or None.
 
-    `begun`: whether rows of it may have been started before.
+    `begun`: whether this call may have started rows of it before the error.
     """
 
     reason: str = field(kw_only=False)

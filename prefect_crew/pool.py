@@ -155,7 +155,8 @@ async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
                 run = LiveRun(crew, record.kickoff_id)
                 # A wait of the flow run that has survived it may stop the crew at the same moment.
                 answer = await stop_run(run, idempotency_key=record.idempotency_key, is_repeated=False)
-            log.info("Crew run %s was asked to stop: %s.", record.kickoff_id, answer.outcome)
+            text = "Crew run %s was asked to stop. The answer of the crew's server: %s."
+            log.info(text, record.kickoff_id, answer.outcome)
         except (CrewError, *PREFECT_ERRORS) as error:
             text = "Crew run %s could not be stopped (%s): it continues at %s. To stop the crew, run: %s"
             log.warning(text, record.kickoff_id, error, record.crew_url, cancel_command(record))

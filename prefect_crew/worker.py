@@ -368,8 +368,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 log.info("The flow run ended on this worker: it is suspended. Its crews run on.")
         except (Abort, Pause) as signal_of_prefect:
             log.info("The flow run ended on this worker, because Prefect refused or paused it: %s", signal_of_prefect)
-        except (SystemExit, KeyboardInterrupt, GeneratorExit):
-            log.warning("Only this flow run ends: the crew worker continues.")
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            kind = type(error).__name__
+            log.warning("The flow raised %s. Only this flow run ends: the crew worker continues.", kind)
             return True
         except Exception as error:
             log.exception("The flow run could not be run.")
@@ -449,7 +450,10 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         if not self._is_own(infrastructure_pid) and name not in (None, self.name):
             self._workers = await read_workers(self.client, self._work_pool_name)
             if self._workers.get(name, False):
-                raise InfrastructureNotAvailable(f"Worker {name!r}, which is online, has {infrastructure_pid}.")
+                raise InfrastructureNotAvailable(
+                    f"Worker {name!r} is online and has flow run {flow_run_id}, so this worker does not end the flow "
+                    "run."
+                )
         if flow_run_id is not None and held is None:
             flow_run = await self.client.read_flow_run(flow_run_id)
             state = flow_run.state
@@ -590,8 +594,12 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         try:
             if await hand_over(self.client, flow_run.id, why, only_from=flow_run.state_id):
                 self._logger.warning("Flow run %r goes back to the pool: worker %r is gone.", flow_run.name, owner)
-        except (Abort, Pause, ObjectNotFound) as error:
-            self._logger.info("Flow run %r is not taken over: %s", flow_run.name, error)
+        except ObjectNotFound:
+            text = "Flow run %r is not taken over, since it was deleted. Nothing has to be done."
+            self._logger.info(text, flow_run.name)
+        except (Abort, Pause) as error:
+            text = "Flow run %r is not taken over, since it has changed. Nothing has to be done. Prefect's answer: %s"
+            self._logger.info(text, flow_run.name, error)
 
     async def _claim(self, flow_run: FlowRun) -> bool:
         """Make this worker the owner of a flow run that was left behind. Return whether it is.

@@ -348,7 +348,7 @@ def test_a_key_that_several_times_share_is_warned_of(
     crew: CrewServer, caplog: pytest.LogCaptureFixture, key: str, again: str | None
 ):
     crew_flow("form").to_deployment("shared", **daily(inputs=GIVEN, idempotency_key=key))
-    warned = "Several times of a schedule of deployed-crew/shared share the key" in caplog.text
+    warned = "Several run times of a schedule of deployed-crew/shared share the key" in caplog.text
     assert warned == (again is not None)
     assert (again or "") in caplog.text
 

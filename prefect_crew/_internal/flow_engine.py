@@ -340,9 +340,9 @@ def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable
 
 @contextmanager
 def _contained_exits() -> Generator[None]:
-    """Keep a SystemExit in a task of a flow run from ending the event loop with all other flow runs.
+    """Turn a SystemExit or KeyboardInterrupt in an asyncio task that a flow run has created into an InvalidCallError.
 
-    asyncio raises it from the loop itself, and not where the task is awaited.
+    asyncio raises both from the event loop itself, and not where the task is awaited: all flow runs would end.
     """
     loop = asyncio.get_running_loop()
     before = loop.get_task_factory()
@@ -367,8 +367,8 @@ async def _without_exit(work: Coroutine[Any, Any, Any], name: str) -> Any:
         return await work
     except (SystemExit, KeyboardInterrupt) as exit_:
         raise InvalidCallError(
-            f"A task of {name} raised {type(exit_).__name__}, which would end the worker with all its flow runs. Raise "
-            "another error there."
+            f"An asyncio task of {name} raised {type(exit_).__name__}, which would end the worker with all its flow "
+            "runs. Raise another error there."
         ) from exit_
 
 

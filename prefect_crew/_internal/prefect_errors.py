@@ -66,7 +66,7 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, TRANSPORT_ERRORS) or _is_version_check(error)
 
 
-def is_unreachable(error: BaseException) -> bool:
+def is_away_or_refuses_key(error: BaseException) -> bool:
     """Return whether an error means that the Prefect API cannot be reached, or refuses the API key (401, 403)."""
     return is_away(error) or _status(error) in (401, 403)
 
@@ -128,7 +128,7 @@ def naming_prefect_away(
             try:
                 return await coroutine
             except (*HTTP_ERRORS, RuntimeError) as error:
-                if not is_unreachable(error) or _is_of_user(error):
+                if not is_away_or_refuses_key(error) or _is_of_user(error):
                     raise
                 raise prefect_error(error, what_next) from error
 

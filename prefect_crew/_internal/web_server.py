@@ -49,9 +49,10 @@ def print_line(line: str) -> None:
 
 
 class WebServer(uvicorn.Server):
-    """uvicorn without logs, which stops at once. In the main thread it ends at SIGINT and SIGTERM.
+    """uvicorn without logs, which stops as soon as it has answered the requests in work, without uvicorn's own pauses.
 
-    `on_started` is called once requests are answered; `options` are more options of `uvicorn.Config`.
+    In the main thread it ends at SIGINT and SIGTERM. `on_started` is called once requests are answered; `options` are
+    more options of `uvicorn.Config`.
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None, **options: Any) -> None:

@@ -250,7 +250,10 @@ def render_run(view: RunView, earlier: str = "") -> str:
 
 
 def _inputs_shown(markdown: str) -> str:
-    """Return the inputs' part of a run's Markdown; "" if a text of the crew, which may forge it, may come first."""
+    """Return the part of a run's Markdown that shows the inputs; "" if there is none, or if a code block comes before.
+
+    A code block may hold a text of the crew that forges this part.
+    """
     before, heading, after = markdown.partition(_INPUTS)
     return heading + after.partition("\n\n")[0].strip() if heading and "```" not in before else ""
 

@@ -345,8 +345,8 @@ class Database:
     def texts(self, name: str) -> Any:
         """Return a table of the texts that the statement's parameter `name` holds as a JSON array.
 
-        The table's column is `value`. An outer join looks each text up in an index. For an inner join, or `IN`, a
-        database that has no statistics of the table may read all attempts of the batch.
+        The table's column is `value`. An outer join looks each text up in an index of the table of attempts. For an
+        inner join, or `IN`, a database that has no statistics of the attempts may read all attempts of the batch.
         """
         array = sa.bindparam(name, type_=sa.Text)
         if self.path is not None:

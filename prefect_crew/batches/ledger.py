@@ -42,7 +42,8 @@ class BatchEntry:
         call: The arguments of its last call as plain values, and the flow run of that call.
         line_options: The settings that change the lines of its export: `output_type` and the secret inputs.
         bad: The rows that its last call could not run.
-        exported: The settings, the counts and the checked rows (`Checked`) of its last export; the addresses of all.
+        exported: The settings, the counts and the result of the check (`Checked`) of its last export, and the addresses
+            of all its exports.
         generation: The number of calls that had rows to start. The Prefect server stores it as well.
     """
 
@@ -320,7 +321,10 @@ class Ledger:
     # The record protocol.
 
     async def claim(self, record: RunRecord, lease: Lease | None = None) -> bool:
-        """Write a new attempt, to post within `good_for` seconds. Return False if the attempt exists already."""
+        """Write a new attempt, whose kickoff the caller sends within `record.good_for` seconds.
+
+        Return False if the attempt exists already. `lease`, if any, begins before the write.
+        """
         self._own_claims.add(record.owner)
         record.open_for = record.good_for + record.post_deadline + SPARE
         if lease is not None:
@@ -435,13 +439,14 @@ class Ledger:
             run_logger().warning(text, place, state, record.phase, advice)
         else:
             look = f"The ledger keeps that. Look at run {record.kickoff_id} on the crew's page."
-            self._log_unsaved(record, f"the ledger already says that it is {state}. {look}")
+            self._log_unsaved(record, f"the ledger already says that the row is {state}. {look}")
 
     def _log_unsaved(self, record: RunRecord, why: str) -> None:
         """Log the id of a run that is in no ledger, since nobody else knows the id."""
         if record.kickoff_id is not None and record.phase is RecordPhase.STARTED:
             row = self.row_key(record.idempotency_key)
-            run_logger().error("Row %r of batch %s is run %s, and %s", row, self.batch, record.kickoff_id, why)
+            text = "Row %r of batch %s has the run %s on the crew's server, and %s"
+            run_logger().error(text, row, self.batch, record.kickoff_id, why)
 
     async def attempts(self, idempotency_key: str) -> Sequence[RunRecord]:
         """Return all attempts at a row, the first one first; none for a key of no row of this batch."""
@@ -551,7 +556,10 @@ class Ledger:
             raise LedgerError(f"cannot be {purpose}: {short(error)}.", ledger=self.address) from error
 
     def _write_of(self, record: RunRecord, **rule: Any) -> Write:
-        """Return the write of a record. `rule` has attributes of `Write`; without `by_owner`, our claims have it."""
+        """Return the write of a record. `rule` has attributes of `Write`.
+
+        By default, `by_owner` is true for our claims.
+        """
         seconds = usage = None
         if record.phase is RecordPhase.ENDED and record.kicked_off_at is not None and record.ended_at is not None:
             seconds = (record.ended_at - record.kicked_off_at).total_seconds()

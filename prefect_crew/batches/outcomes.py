@@ -140,7 +140,7 @@ def kickoffs_of(attempts: Sequence[RunRecord]) -> int:
 
 
 def owed_to(attempts: Sequence[RunRecord]) -> int:
-    """Return how many kickoffs a row gets in addition, since we stopped its run."""
+    """Return how many kickoffs a row gets besides the first because a cancelled batch stopped its latest run; or 0."""
     latest = latest_start(attempts)
     return kickoffs_of(attempts) if latest is not None and latest.reason == STOPPED_WITH_BATCH else 0
 

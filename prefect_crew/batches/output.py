@@ -292,7 +292,9 @@ class TableOutput(Output):
 
         if self._run(work, consequence) and is_new:
             advice = remedy if consequence == KEPT else f"choose another name or table, or {remedy}"
-            raise ExportError(f"{self.name} has rows of another batch {batch!r}: {advice}. {consequence}")
+            raise ExportError(
+                f"{self.name} has rows of another batch, which is also named {batch!r}: {advice}. {consequence}"
+            )
 
     def exists(self) -> bool:
         """Return whether the table exists. Raises ExportError."""

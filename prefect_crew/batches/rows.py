@@ -109,7 +109,9 @@ class Checked:
 
     @property
     def stored(self) -> dict[str, Any] | None:
-        """The result for a later call of the same source; None if each call has to read the rows."""
+        """This result as plain values, for a later call of the same source; None if each call has to read the rows,
+        since there are bad rows or the source has no digest.
+        """
         facts = {"total": self.total, "fingerprint": self.fingerprint, "order": self.order, "source": self.source}
         return None if self.source is None or self.bad_count else facts
 
@@ -396,7 +398,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
         if source not in values:
             raise ConfigurationError(
                 f"input {name!r} needs column {with_guesses([source], map(str, values))}, which the row does not have "
-                "(for a constant text, write {{ 'text' }})"
+                "(for a constant text, write it as a template, with both pairs of braces: {{ 'text' }})"
             )
         return values[source]
 
@@ -410,7 +412,7 @@ def _template(name: str, source: str) -> Callable[[Values], Any]:
     def rendered(values: Values) -> str:
         if unknown := needed - set(values):
             wrong = with_guesses(sorted(unknown), map(str, values))
-            raise ConfigurationError(f"input {name!r} uses {wrong}, which is not a column")
+            raise ConfigurationError(f"input {name!r} uses {wrong}: the row has no such column")
         plain = {column: "" if value is None else value for column, value in values.items()}
         return fill({"row": plain, **plain})
 

@@ -299,7 +299,7 @@ plan_batch = sync_version(aplan_batch)
 
 
 async def _earlier_calls(job: BatchJob) -> tuple[int, float | None, Spending]:
-    """Return the number of rows that have ended in earlier calls, the mean duration of their runs, and their use.
+    """Return the number of rows that have completed or failed, and the mean duration and the use of all ended runs.
 
     Raises LedgerMissingError, LedgerError.
     """

@@ -652,10 +652,11 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
 
 
 async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
-    """Call `tick` about once a second, until the rows have ended, or until the flow run `own` is cancelled or this
-    process has ended its coroutine, which leaves the rows to the caller.
+    """Call `tick` about once a second until the rows have ended.
 
-    The end of the rows cuts off a `tick` that takes long. Raises the errors of the rows, else of `tick`.
+    Return earlier if the flow run `own` is cancelled, or if its crew worker has ended its coroutine: the caller then
+    has to end the rows. The end of the rows cuts off a `tick` that takes long. Raises the errors of the rows, else of
+    `tick`.
     """
 
     async def look() -> None:

@@ -123,7 +123,10 @@ class StoredBatch:
             yield row
 
     async def check_failed(self, keys: Collection[str]) -> None:
-        """Make sure that rows can be started again. Raises ConfigurationError."""
+        """Make sure that each row has an attempt, and is not claimed, uncertain or completed.
+
+        Raises ConfigurationError.
+        """
         for key in keys:
             attempts = await self.ledger.attempts(self.ledger.idempotency_key(key))
             if not attempts:
@@ -156,8 +159,8 @@ class StoredBatch:
     async def export(self, file: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
         """Write the batch's lines, also while it runs. Return the lines' address for people, and their number.
 
-        Without `file`, the lines go to the export of the last call. A file that is not from this batch is replaced only
-        with `overwrite`. Raises ConfigurationError, ExportError.
+        Without `file`, the lines go to the export with which the batch last ran. A file that is not from this batch is
+        replaced only with `overwrite`. Raises ConfigurationError, ExportError.
         """
         address = file or self._call.get("export")
         if address is None:

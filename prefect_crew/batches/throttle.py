@@ -51,8 +51,9 @@ class Throttle:
     - Where the server sends `Retry-After`, the whole batch waits.
     - At first, and after a refused kickoff, one row is tried. Each accepted kickoff doubles the number, up to
       `kickoffs_at_once`. So a server that is down, and a budget that is full, get few kickoffs.
-    - After a refused kickoff the batch pauses. The end of a run ends the pause, since a server or a budget that was
-      full then has room. After 10 minutes of refusals with nothing in flight the batch stops.
+    - After a refused kickoff the batch pauses for the time that the server names, or for 5 seconds. The end of a run
+      ends the pause early, since a server or a budget that was full then has room. After 10 minutes of refusals with
+      nothing in flight the batch stops.
     - A row takes a slot of the crew's limit, where the crew has one.
     - After `breaker` failed rows in a row the batch stops.
 

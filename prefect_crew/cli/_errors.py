@@ -86,9 +86,9 @@ def own_error(error: BaseException) -> BaseException:
     """
     if isinstance(error, CrewError | CycloptsError) or is_signal(error):
         return error
-    from prefect_crew._internal.prefect_errors import is_unreachable, prefect_error
+    from prefect_crew._internal.prefect_errors import is_away_or_refuses_key, prefect_error
 
-    if not is_unreachable(error):
+    if not is_away_or_refuses_key(error):
         return error
     own = prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
     own.__cause__ = error

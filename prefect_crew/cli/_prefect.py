@@ -34,7 +34,7 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
         lasting: Whether the server has to outlast this command, unlike the embedded server.
 
     Raises:
-        PrefectAwayError: The API does not answer, or no URL is set and Prefect may not start a server.
+        PrefectAwayError: The API does not answer, or no URL is set and the embedded server will not do.
         PrefectRefusedError: The API refuses the key.
     """
     with Progress(quiet=True) as progress:
@@ -51,10 +51,12 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
             progress.phase(f"Asking the Prefect API at {shown_url(url)}")
             _check(url)
         elif lasting or not settings.server.ephemeral.enabled:
-            why = "this needs a Prefect server that stays"
+            why = "the settings of Prefect forbid its embedded server"
+            if lasting:
+                why = "this needs a Prefect server that stays"
             raise PrefectAwayError(
-                f"PREFECT_API_URL is not set, and {why if lasting else 'Prefect may not start its embedded server'}. "
-                "Start one with `prefect server start`, then set PREFECT_API_URL=http://127.0.0.1:4200/api."
+                f"PREFECT_API_URL is not set, and {why}. Start a Prefect server with `prefect server start`, then set "
+                "PREFECT_API_URL=http://127.0.0.1:4200/api."
             )
         else:
             progress.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")

@@ -275,7 +275,7 @@ async def apply(
     page stays disabled.
 
     Args:
-        pool: The work pool of the deployment recover/crashed, which recovers; if left out, its present pool.
+        pool: The work pool of deployment recover/crashed; left out, its present pool, at first Prefect's default pool.
         notify: The block that sends alerts, such as slack-webhook/crew-alerts. Left out, alerts are not changed.
         max_attempts: How many attempts a flow run gets, the first one included.
         waiting: How long a crew may wait for a person before there is an alert: 4h, 90m.

@@ -124,7 +124,7 @@ def as_name(value: Any) -> str | None:
 
 
 def text_of(value: Any) -> str | None:
-    """Return text unchanged, lists, objects and numbers as JSON, null as None."""
+    """Return text unchanged and other values as JSON; None for null, blank text and values that nest too deeply."""
     if value is None or isinstance(value, str):
         return as_text(value)
     try:
@@ -366,11 +366,11 @@ _HUMAN_OUTPUT = tuple(f"{part}{key}" for part in (*(f"{name}." for name in _HUMA
 
 
 def parse_inputs(value: Any) -> list[CrewInput] | None:
-    """Return the inputs in an answer of `GET /inputs`, in its order, each once.
+    """Return the inputs in an answer of `GET /inputs`, in its order, each once; None for an answer in any other form.
 
     Accepted under `inputs`: a list of names, a list of `{name, type, required, description, default}`, an object of
-    name to description (or to such an object), null; and a bare list. `required_inputs` has the same forms: with it, an
-    input that it does not name is optional.
+    name to description (or to such an object), null for no inputs; and a bare list. `required_inputs` has the same
+    forms: with it, an input that it does not name is optional.
     """
     source = as_object(value)
     listed = source.get("required_inputs")

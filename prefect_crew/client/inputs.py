@@ -104,7 +104,7 @@ class Inputs:
 
     @cached_property
     def secret_names(self) -> tuple[str, ...]:
-        """The names of inputs that are secret by name or type, or contain one of `secret_texts`."""
+        """The names of inputs that are secret by name or type, or whose value contains one of `secret_texts`."""
         hides = Redactor(self.secret_texts).hides if self.secret_texts else None
         inputs = self.encoded.items()
         return tuple(name for name, value in inputs if name in self._secret_inputs or (hides and hides(value)))

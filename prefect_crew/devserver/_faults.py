@@ -146,7 +146,11 @@ class Fault:
 
 
 class Fired(NamedTuple):
-    """A fault that has happened: its place, and the number of the request there."""
+    """A fault that has happened.
+
+    `where` is the place of the request, such as `status`, `occurrence` the request's number among the requests that the
+    fault counts.
+    """
 
     fault: Fault
     where: str

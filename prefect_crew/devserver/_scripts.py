@@ -111,7 +111,7 @@ class CrewScript(_Part):
                 name = hidden[0]
                 raise ValueError(
                     f"{where} uses {name}, which is a fact of the run here, not the input of that name. Write "
-                    f"inputs.{name}"
+                    f"inputs.{name} for the input; to use the fact, rename the input"
                 )
             unknown = used - {*inputs, *_SCOPE}
             if inputs and unknown:  # a crew that names no inputs takes any

@@ -233,7 +233,9 @@ class AnswerPages:
         return shown is None or seen == fingerprint(signer, shown)
 
     async def _closed(self, run: LiveRun, visit: _Visit) -> Response | None:
-        """Return the page about a question that is not open any more: only a person who has seen it open learns why."""
+        """Return the page about a question that is not open any more, with the reason; None for a person who has not
+        seen the question open.
+        """
         link, form = visit.link, visit.form
         if form is None or not self._has_seen(link, form):
             return None

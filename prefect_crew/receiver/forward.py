@@ -79,7 +79,7 @@ class RecentWebhooks:
         self._is_closing = False
 
     def add(self, event: WebhookEvent) -> None:
-        """Keep a webhook that processes wait for, and answer the processes. Drop any other webhook."""
+        """Keep a webhook that ends pauses or reports tokens, and answer the processes that wait. Drop any other."""
         name, hook = event_name(event), event.hook
         if name not in (*WAKING, CALLED):
             return

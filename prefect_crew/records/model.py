@@ -387,14 +387,14 @@ class RecordStore(Protocol):
     async def save_started(self, record: RunRecord) -> str | None:
         """Write the kickoff id of a claim. Return the key of another record that holds the same id, else None.
 
-        If there is one, the caller takes the id back.
+        If there is another record, the caller removes the id from this one.
         """
         ...
 
     async def other_holder(self, record: RunRecord) -> str | None:
         """Return the key of another record that holds the kickoff id of this record, or None.
 
-        If there is one, the caller takes the id back.
+        If there is another record, the caller removes the id from this one.
         """
         ...
 

@@ -116,7 +116,10 @@ async def forget_question(question: ReviewRequest) -> None:
 
 
 async def forget_notes(record: RunRecord, answers: int) -> None:
-    """Delete the stored questions of an attempt. `answers` is the number of people's answers to them."""
+    """Delete the stored questions of an attempt.
+
+    Their numbers follow from `answers`, the number of people's answers.
+    """
     names = [] if record.kickoff_id is None else [_question_name(record.kickoff_id)]
     if record.has_webhooks:
         numbers = range(min(answers + 2, NUMBERS))  # one more, in case the last answer was taken back

@@ -95,8 +95,8 @@ async def check_unused(kickoff_id: str, record: RunRecord, records: RecordStore)
     holder = await records.of_kickoff(kickoff_id)
     if holder is not None and (holder.idempotency_key, holder.attempt) != (record.idempotency_key, record.attempt):
         raise ConfigurationError(
-            f"Run {kickoff_id} belongs to the idempotency key {holder.idempotency_key!r} (attempt {holder.attempt}). "
-            f"It is not run {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, "
+            f"Run {kickoff_id} is attempt {holder.attempt} at the idempotency key {holder.idempotency_key!r}, not a "
+            f"run of the key {record.idempotency_key!r}. Nothing was changed. Look for another run on the crew's page, "
             "or give --never-started if there is none."
         )
 

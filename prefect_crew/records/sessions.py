@@ -232,7 +232,7 @@ async def sessions() -> AsyncIterator[Turn]:
             try:
                 yield _turn_in(variable)
             except UnreadableRecordError as problem:
-                run_logger().warning("Left out of this list: %s", problem)
+                run_logger().warning("A session is left out of this list. %s", problem)
 
 
 async def latest_turns(last: Turn, count: int) -> list[Turn]:

@@ -225,7 +225,7 @@ def claims_named_in(variables: Iterable[Variable]) -> dict[str, str]:
 
 def _warn_of(problem: CrewError | None) -> None:
     if problem is not None:
-        run_logger().warning("Left out of this list: %s", problem)
+        run_logger().warning("At least one run is left out of this list. %s", problem)
 
 
 def _is_unused(record: RunRecord) -> bool:
@@ -259,8 +259,10 @@ async def _read_existing(name: str, model: type[_Model], idempotency_key: str) -
         return None
     if (parsed := _parse(variable.value, model)) is None:
         raise UnreadableRecordError(
-            f"The Variable {name} should hold the record of run {idempotency_key!r}, and this version cannot read it. "
-            "Nothing was started. Upgrade prefect-crew if a later version wrote it; else delete the Variable."
+            f"The Variable {name} should hold the record of run {idempotency_key!r}, or an entry of that record, and "
+            "this version cannot read it. Nothing was started. Upgrade prefect-crew if a later version wrote it. Else, "
+            "once the crew's page shows no run in flight, delete the Variable: the next call with this key may then "
+            "start a run."
         )
     return parsed.model_copy(update={"ref": str(variable.id)})
 

@@ -282,7 +282,7 @@ class _Start:
 
         Raises:
             EarlierTurnError: An earlier turn is not over.
-            ClaimLostError: The time of the claim is over.
+            ClaimLostError: The turn did not come within the time of the claim.
         """
         record, window = self.record, Lease(CLAIM_GOOD_FOR)
         async with self._giving_back(self.lease):
@@ -294,7 +294,7 @@ class _Start:
             # This call may have slept since it read the turn before. Others then went on, and if they were pruned, the
             # number was free again.
             if turn is None or self.lease.is_over or window.is_over:
-                raise ClaimLostError("its turn could not be taken in time.")
+                raise ClaimLostError("it did not get its turn in the session within the time of its claim.")
             if turn.claim != claim_id(record):
                 raise EarlierTurnError(turn)
             if self.request.is_row:

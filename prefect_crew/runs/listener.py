@@ -284,7 +284,7 @@ class _Hub:
                     await asyncio.sleep(AWAY[-1])
 
     def _hear(self, event: Mapping[str, Any]) -> None:
-        """Wake the waiters of the run that a webhook is about, once."""
+        """Wake the waiters of the run that a webhook is about. A second delivery of the same webhook wakes nobody."""
         id_, name, idempotency_key = event.get("id"), event.get("event"), event.get("idempotency_key")
         if not (isinstance(id_, str) and isinstance(name, str) and isinstance(idempotency_key, str)):
             return

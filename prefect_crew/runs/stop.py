@@ -319,7 +319,8 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
                 await _save_reason(before, record, records)
             raise
         if answer.accepted:
-            log.info("Crew run %s was asked to stop: %s.", kickoff_id, answer.outcome)
+            text = "Crew run %s was asked to stop. The answer of the crew's server: %s."
+            log.info(text, kickoff_id, answer.outcome)
         elif answer.outcome is StopOutcome.UNSUPPORTED:
             text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
             log.warning(text, kickoff_id, record.crew_url, record.idempotency_key)

@@ -365,7 +365,10 @@ class _Waiter(Watcher):
         return next((attempt for attempt in ended if attempt.kickoff_id == self.run.kickoff_id), None)
 
     async def _after_cancellation(self) -> CrewError:
-        """Stop the crew and return the error to raise. The server ends the flow run, which is Cancelling, by itself."""
+        """Stop the crew, unless another flow run, which has not ended, started the run. Return the error to raise.
+
+        The Prefect server itself ends the flow run, which is Cancelling, some minutes later.
+        """
         run = self.run
         if await self._stop_if_asked():
             return CrewStoppedError(**run.names)

@@ -118,7 +118,7 @@ def test_an_unknown_input_of_a_function_is_reported_with_its_row():
             {"note": "x"}, {"inputs": {"topic": "noet"}}, "column noet (did you mean note?), which", id="near"
         ),
         pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "has no value for topic", id="empty column"),
-        pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b, which is not a column", id="template"),
+        pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b: the row has no such column", id="template"),
         pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "has no value for topic", id="empty template"),
         pytest.param({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled", id="attribute"),
         pytest.param({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError", id="function"),

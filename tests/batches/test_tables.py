@@ -253,7 +253,7 @@ async def test_rows_of_a_namesake_are_refused(batch: Batches, database: StoredDa
     output = await opened(database)
     await asyncio.to_thread(output._replace, output._results(), name, lines(output, "old"))
     options: dict[str, Any] = {"name": name, "key": "topic", "ledger": ledger_of(batch)}
-    with pytest.raises(ExportError, match=f"has rows of another batch '{name}'.*Nothing was started"):
+    with pytest.raises(ExportError, match=f"of another batch, which is also named '{name}'.*Nothing was started"):
         await batch(echo.crew(), rows, export=database.table("results"), **options)
     assert echo.kickoffs == 0
     await batch(echo.crew(), rows, **options)

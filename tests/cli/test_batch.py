@@ -198,7 +198,7 @@ def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, 
     said = here(*call(crew, str(path), "--map", "topic=topci"))
     assert said.code == 6
     assert "none of its 20 rows can be run: input 'topic' needs column topci (did you mean topic?)" in said.err
-    assert "(for a constant text, write {{ 'text' }})" in said.err
+    assert "(for a constant text, write it as a template, with both pairs of braces: {{ 'text' }})" in said.err
 
 
 def started(output: str) -> int:
@@ -431,7 +431,7 @@ def test_an_uncertain_row_is_resolved(here, picky, call, name: str, leads: str, 
         other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
         asyncio.run(put(other))
         taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id)
-        assert f"belongs to the idempotency key '{other.idempotency_key}'" in taken.err
+        assert f"is attempt 1 at the idempotency key '{other.idempotency_key}'" in taken.err
         known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
         (run,) = {run.id for run in server.runs} - known
         resolved = here("runs", "resolve", key, "--kickoff-id", run)

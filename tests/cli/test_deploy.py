@@ -113,7 +113,7 @@ def test_a_schedule_needs_defaults_and_stays_with_its_key_until_another_is_given
     nowhere = deploy(*ada, "--cron", "0 6 * * *", "--timezone", "Mars/Base", code=2)
     assert "The deployment cannot be made: Invalid timezone" in nowhere
     assert "errors.pydantic.dev" not in nowhere
-    shared = f"Several times of a schedule of {full_name} share the key 'daily-"
+    shared = f"Several run times of a schedule of {full_name} share the key 'daily-"
     assert shared in deploy(*ada, "--cron", "* * * * *", "--key", key)
     assert shared in deploy(*ada, "--key", key)  # of the schedule that stays
     assert "is the same for every time of the schedule" in deploy(*ada, "--key", "always", code=2)

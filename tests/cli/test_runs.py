@@ -118,7 +118,7 @@ def test_a_resolved_run_goes_on(here, write: Write, crews: CrewServer, instant_p
     assert (again.code, "There is nothing to resolve" in again.err) == (1, True)
     other = here("runs", "resolve", write(**uncertain()).idempotency_key, "--kickoff-id", id_, *crew)
     assert other.code == 2
-    assert f"belongs to the idempotency key '{record.idempotency_key}'" in other.err
+    assert f"is attempt 1 at the idempotency key '{record.idempotency_key}'" in other.err
 
 
 def test_a_run_resolved_as_never_started_is_started(here, write: Write, crews: CrewServer, instant_polling: None):

@@ -103,7 +103,7 @@ async def test_an_id_of_another_record_changes_nothing():
     kickoff_id = f"k-{uuid.uuid4()}"
     other = await stored(phase=STARTED, kickoff_id=kickoff_id)
     record = await stored()
-    with pytest.raises(ConfigurationError, match=f"belongs to the idempotency key '{other.idempotency_key}'"):
+    with pytest.raises(ConfigurationError, match=f"is attempt 1 at the idempotency key '{other.idempotency_key}'"):
         await resolve_as(record, kickoff_id, look=look(CrewState.RUNNING))
     assert (await latest(record)).phase is UNCERTAIN
 

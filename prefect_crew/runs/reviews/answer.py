@@ -303,7 +303,10 @@ async def with_kept_output(run: LiveRun, question: ReviewRequest) -> ReviewReque
 
 
 def answers_record(run: LiveRun) -> RunRecord:
-    """Return the record that answers are stored under: the run's record, or a stand-in that is never stored."""
+    """Return the record that answers are stored under: the run's record, or a stand-in for a run that has no record.
+
+    The stand-in itself is never stored.
+    """
     return run.record or RunRecord(
         idempotency_key=f"kickoff id {run.kickoff_id}",
         attempt=1,

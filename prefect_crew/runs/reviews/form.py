@@ -74,7 +74,7 @@ class ReviewForm(RunInput):
             def checked(decision: str) -> str:
                 # Another process may have put this form up, and masked its options in another way.
                 if decision not in options_shown:
-                    raise ValueError("this is no outcome of the question")
+                    raise ValueError("this is no choice that the question offers; choose again on its form")
                 return decision
 
             description = "The outcome that the Flow continues with."

@@ -1,4 +1,4 @@
-"""Answer links: a signed URL for each question, and the notification that brings it to people without Prefect.
+"""Answer links: a signed URL for each question, and the notification that brings the URL to people who have no Prefect.
 
     {receiver}/answer/{payload}.{signature}
 

@@ -207,7 +207,9 @@ class People:
         return question
 
     async def _is_replaced(self, question: ReviewRequest) -> bool:
-        """Return whether a link has answered the open question, or a webhook has brought another one, of a Flow."""
+        """Return whether somebody else has answered the open question, or a webhook has brought another question of a
+        Flow.
+        """
         if not await self._read_answers():
             return False
         has_answer = len(self.answers) > len(question.answers) and self.answers[-1].outcome == "sent"

@@ -308,5 +308,5 @@ def test_the_form_masks_the_flows_options_and_knows_each(are_alike: bool) -> Non
     assert "secret-token" not in str(form.model_json_schema())
     answers = [form.model_validate({"decision": option}).review(question, shown) for option in shown]
     assert [answer.option for answer in answers] == list(question.options)
-    with pytest.raises(ValidationError, match="this is no outcome of the question"):
+    with pytest.raises(ValidationError, match="this is no choice that the question offers"):
         form.model_validate({"decision": "send secret-token"})  # as a process without the secret has shown it
