@@ -47,7 +47,14 @@ from prefect.workers.base import BaseJobConfiguration, BaseWorker, BaseWorkerRes
 from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.flow_engine import HeldFlowRun, check_prefect, many_flow_runs, run_held_flow, shared
+from prefect_crew._internal.flow_engine import (
+    HeldFlowRun,
+    check_prefect,
+    many_flow_runs,
+    queue_requests,
+    run_held_flow,
+    shared,
+)
 from prefect_crew._internal.prefect_api import held_flow_run, read_all
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, PREFECT_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew.exceptions import ConfigurationError
@@ -171,7 +178,9 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         await super().setup()
         client: Any = self.client
         client.read_deployment, client.read_flow = shared(client.read_deployment), shared(client.read_flow)
-        await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
+        of_flow_runs = await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
+        for prefect_client in (client, of_flow_runs.client):
+            queue_requests(prefect_client)
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         for work in (self._watch_pool(), prune_regularly(self._logger)):
             self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))

@@ -22,10 +22,12 @@ from functools import lru_cache
 from typing import Any, Literal, cast
 from uuid import UUID
 
+import httpx
 import prefect
 import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import AsyncClientContext, FlowRunContext
 from prefect.flow_engine import AsyncFlowRunEngine
@@ -43,6 +45,7 @@ from prefect_crew.exceptions import ConfigurationError, InvalidCallError
 TESTED = ("3.8.6", "3.9.1")
 """The oldest and the newest Prefect with which the crew worker is tested."""
 NAMES: Mapping[str, str | None] = {
+    "prefect.client.base:PrefectHttpxAsyncClient._transport_for_url": None,
     "prefect.flow_engine:capture_sigterm": None,
     "prefect.flow_engine:_send_heartbeats": None,
     # From 3.9.4 on it begins before the flow is loaded, in a process that the worker does not start.
@@ -71,6 +74,10 @@ NAMES: Mapping[str, str | None] = {
 """The names of Prefect that the worker replaces, overrides or calls, each with the first version that may lack it. If
 one of the others is missing, the worker would fail silently: a SIGTERM in the middle of all flow runs, or a thread for
 each of them."""
+CONNECTIONS = 16
+"""The most connections of Prefect's client to its server."""
+AHEAD = ("/work_pools/", "/flow_runs/filter", "/variables/")
+"""Requests for the worker itself, such as its heartbeat, and for run records, of which few are in flight at a time."""
 RENEW_RETRY = 10.0
 """Seconds between two tries to renew a lease while the Prefect server cannot be reached."""
 RENEW_AFTER = 0.75
@@ -336,6 +343,23 @@ def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable
         return await asyncio.shield(next_reads[key])
 
     return read_shared
+
+
+def queue_requests(client: PrefectClient) -> None:
+    """Let the requests of a client for flow runs wait in a queue until the client has a connection for them.
+
+    Thousands of flow runs may send one at the same moment, as after an outage of the Prefect server. In httpx's own
+    pool each waiting request fails after its timeout, and its flow run begins again. And the pool walks over all of them
+    whenever a request comes or ends, which takes all CPU time of the worker. `AHEAD` does not wait.
+    """
+    transport = cast("Any", client)._client._transport_for_url(client.api_url)  # noqa: SLF001 - as Prefect does
+    send, turns = transport.handle_async_request, asyncio.Semaphore(CONNECTIONS)
+
+    async def send_in_turn(request: httpx.Request) -> httpx.Response:
+        async with nullcontext() if any(part in request.url.path for part in AHEAD) else turns:
+            return await send(request)
+
+    transport.handle_async_request = send_in_turn
 
 
 @contextmanager

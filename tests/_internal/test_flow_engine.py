@@ -8,14 +8,17 @@ import threading
 import time
 from uuid import UUID, uuid4
 
+import httpx
 import prefect
 import prefect.flow_engine
 import prefect.task_runners
 import pytest
 from prefect import flow, task
+from prefect.client.orchestration import PrefectClient
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.workers.base import BaseWorker
 
-from prefect_crew._internal.flow_engine import check_prefect, many_flow_runs, shared
+from prefect_crew._internal.flow_engine import check_prefect, many_flow_runs, queue_requests, shared
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.worker import CrewWorker
 from support.waiting import until
@@ -116,3 +119,27 @@ async def test_reads_of_one_id_share_the_next_request_and_never_one_that_was_mad
     may_end.set()
     assert (await first, [await task for task in later]) == (1, [3, 3, 2])
     assert requests == [key, another, key]
+
+
+async def test_thousands_of_requests_wait_for_a_connection_and_those_of_the_worker_do_not():
+    answered = list[str]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
+                await asyncio.sleep(0.05)
+                answered.append(head.split()[1])
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+    async with await asyncio.start_server(answer, "127.0.0.1") as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/api"
+        client = PrefectClient(url, httpx_settings={"timeout": httpx.Timeout(5.0, pool=0.5)})
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            async with client:
+                queue_requests(client)
+                of_flow_runs = [asyncio.create_task(client.request("GET", "/flow_runs/1")) for _ in range(400)]
+                await asyncio.sleep(0)
+                await client.request("GET", "/work_pools/crews")
+                assert len(answered) < 100
+                await asyncio.gather(*of_flow_runs)
+    assert len(answered) == 401
