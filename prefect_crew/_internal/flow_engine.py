@@ -348,9 +348,9 @@ def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable
 def queue_requests(client: PrefectClient) -> None:
     """Let the requests of a client for flow runs wait in a queue until the client has a connection for them.
 
-    Thousands of flow runs may send one at the same moment, as after an outage of the Prefect server. In httpx's own
-    pool each waiting request fails after its timeout, and its flow run begins again. And the pool walks over all of them
-    whenever a request comes or ends, which takes all CPU time of the worker. `AHEAD` does not wait.
+    Thousands of flow runs may send a request at the same moment, as after an outage of the Prefect server. In httpx's
+    own pool each waiting request fails after its timeout, and its flow run begins again. The pool also walks over all
+    of them whenever a request comes or ends, which takes all CPU time of the worker. `AHEAD` does not wait.
     """
     transport = cast("Any", client)._client._transport_for_url(client.api_url)  # noqa: SLF001 - as Prefect does
     send, turns = transport.handle_async_request, asyncio.Semaphore(CONNECTIONS)
