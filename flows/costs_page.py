@@ -23,14 +23,22 @@ async def costs_page(days: int = 30) -> str:
     for gap in gaps:
         get_run_logger().warning("%s", gap)
     for by in ("crew", "day"):
-        table = [
-            {by: name, "runs": spending.runs, "tokens": spending.tokens, "cost": spending.cost}
-            for name, spending in grouped(rows, by).items()
-        ]
+        table = [{by: name, **cells(spending)} for name, spending in grouped(rows, by).items()]
         # An artifact without rows has no columns.
         await acreate_table_artifact(
-            table or [{by: "none", "runs": 0, "tokens": 0, "cost": None}],
+            table or [{by: "none", **cells(Spending())}],
             key=f"crew-costs-by-{by}",
             description=" ".join([f"What crews have used and cost since {since}.", *gaps]),
         )
     return str(Spending.sum(row.spending for row in rows))
+
+
+def cells(spending: Spending) -> dict[str, object]:
+    """Return the cells of a row. Tokens and costs that nobody knows are not zero."""
+    return {
+        "runs": spending.runs,
+        "tokens": spending.tokens if spending.reported else None,
+        "without tokens": spending.runs - spending.reported,
+        "cost": spending.cost,
+        "without cost": spending.runs - spending.priced,
+    }

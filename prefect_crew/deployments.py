@@ -11,6 +11,7 @@ import inspect
 import shlex
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time
@@ -24,6 +25,7 @@ from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
 from prefect.client.schemas.filters import FlowRunFilterExpectedStartTime as ExpectedStartTime
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.states import Scheduled
@@ -362,15 +364,18 @@ async def _warn_of_shared_keys(deployment: RunnerDeployment) -> None:
     for item in deployment.schedules or ():
         parameters: dict[str, Any] = (deployment.parameters or {}) | _parameters_of(item)
         key = None if parameters.get("force_new") else parameters.get("idempotency_key")
-        moments = await _dates(item.schedule, n=MOST) if key else ()
-        times = Counter(render_key(str(key), moment) for moment in moments)
-        if shared := next((rendered for rendered, count in times.items() if count > 1), None):
-            run_logger().warning(
-                "Several run times of a schedule of %s share the key %r: only the flow run of the first of them starts "
-                "a run.",
-                deployment.full_name,
-                shared,
-            )
+        # The times of an RRULE may take many seconds to compute.
+        if key is None or not item.active or not isinstance(item.schedule, CronSchedule | IntervalSchedule):
+            continue
+        with suppress(ValueError):  # the schedule has no time, or none in this calendar
+            times = Counter(render_key(key, moment) for moment in await _dates(item.schedule, n=MOST))
+            if shared := next((rendered for rendered, count in times.items() if count > 1), None):
+                run_logger().warning(
+                    "Several run times of a schedule of %s share the key %r: only the flow run of the first of them "
+                    "starts a run.",
+                    deployment.full_name,
+                    shared,
+                )
 
 
 async def describe_schedule(schedule: Any) -> str:

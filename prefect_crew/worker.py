@@ -48,10 +48,13 @@ from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import (
+    AT_ONCE,
+    AWAY_PAUSE,
+    QUEUED,
     HeldFlowRun,
     check_prefect,
     many_flow_runs,
-    queue_requests,
+    queued,
     run_held_flow,
     shared,
 )
@@ -95,8 +98,6 @@ earlier."""
 HAND_OVER_WITHIN = 25.0
 """Seconds for giving flow runs back on a shutdown: Kubernetes kills after 30 s. The worker waits for kickoffs in
 flight. Then the process ends, and another worker takes over the flow runs that were not given back."""
-AWAY_PAUSE = 5.0
-"""Seconds between two requests to a Prefect server that cannot be reached, besides the pauses of Prefect's client."""
 CLAIMS_AT_ONCE = 20
 """The most flow runs that are claimed at the same time, and read again by one request."""
 CANCELLED_AT_ONCE = 10
@@ -179,8 +180,10 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         client: Any = self.client
         client.read_deployment, client.read_flow = shared(client.read_deployment), shared(client.read_flow)
         of_flow_runs = await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
+        turns = asyncio.Semaphore(AT_ONCE)
         for prefect_client in (client, of_flow_runs.client):
-            queue_requests(prefect_client)
+            for name in QUEUED:
+                setattr(prefect_client, name, queued(getattr(prefect_client, name), turns))
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         for work in (self._watch_pool(), prune_regularly(self._logger)):
             self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))
@@ -393,7 +396,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
             try:
                 return await run_held_flow(flow, held)
             except HTTP_ERRORS as error:
-                if not is_away(error):
+                if held.has_begun or not is_away(error):
                     raise
                 self._logger.warning(
                     "The Prefect server does not answer (%s): flow run %r waits.", error, held.flow_run.name

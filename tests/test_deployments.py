@@ -335,22 +335,34 @@ async def test_an_impossible_backfill_creates_nothing(
     assert await count(deployment) == 0
 
 
+MONTH = {"idempotency_key": "month-{scheduled_start:%B}", "inputs": GIVEN}
+
+
 @pytest.mark.parametrize(
-    ("key", "again"),
+    ("options", "shared"),
     [
-        ("day-{scheduled_start:%Y-%m-%d}", None),
-        ("month-{scheduled_start:%B}", "month-"),
-        ("weekday-{scheduled_start:%A}", "weekday-"),  # seven keys, none of them twice in a row
-        ("{scheduled_start:%m-%d}", "-"),
+        (daily(inputs=GIVEN, idempotency_key=KEY), None),
+        (daily(inputs=GIVEN), None),
+        (daily(**MONTH, force_new=True), None),
+        (daily(**MONTH), "'month-"),
+        ({**DAILY, "parameters": MONTH}, "'month-"),
+        ({"interval": 3600, "parameters": MONTH}, "'month-"),
+        # seven keys, none of them twice in a row
+        (daily(inputs=GIVEN, idempotency_key="weekday-{scheduled_start:%A}"), "'weekday-"),
+        ({"schedules": [Cron("0 6 * * *", parameters=MONTH, active=False)]}, None),
+        ({"schedules": [Cron("0 0 30 2 *", parameters=MONTH)]}, None),  # at no time
+        ({"interval": timedelta(days=3650), "parameters": MONTH}, None),  # beyond the calendar
+        ({"rrule": "FREQ=SECONDLY;BYHOUR=3", "parameters": MONTH}, None),
     ],
 )
 def test_a_key_that_several_times_share_is_warned_of(
-    crew: CrewServer, caplog: pytest.LogCaptureFixture, key: str, again: str | None
+    crew: CrewServer, caplog: pytest.LogCaptureFixture, options: dict[str, Any], shared: str | None
 ):
-    crew_flow("form").to_deployment("shared", **daily(inputs=GIVEN, idempotency_key=key))
-    warned = "Several run times of a schedule of deployed-crew/shared share the key" in caplog.text
-    assert warned == (again is not None)
-    assert (again or "") in caplog.text
+    crew_flow("form").to_deployment("shared", **options)
+    begin = "Several run times of a schedule of deployed-crew/shared share the key "
+    warnings = [record.getMessage() for record in caplog.records if record.getMessage().startswith(begin)]
+    assert len(warnings) == (shared is not None)
+    assert not warnings or warnings[0].startswith(f"{begin}{shared}")
 
 
 async def test_a_deployment_that_does_not_exist_is_named(prefect_api: PrefectServer):

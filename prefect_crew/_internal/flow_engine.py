@@ -19,15 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 from uuid import UUID
 
-import httpx
 import prefect
 import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
-from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import AsyncClientContext, FlowRunContext
 from prefect.flow_engine import AsyncFlowRunEngine
@@ -38,14 +36,15 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_crew._internal.asyncio_tasks import loop_runs
 from prefect_crew._internal.prefect_api import held_flow_run
-from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS, is_away
 from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 TESTED = ("3.8.6", "3.9.1")
 """The oldest and the newest Prefect with which the crew worker is tested."""
 NAMES: Mapping[str, str | None] = {
-    "prefect.client.base:PrefectHttpxAsyncClient._transport_for_url": None,
     "prefect.flow_engine:capture_sigterm": None,
     "prefect.flow_engine:_send_heartbeats": None,
     # From 3.9.4 on it begins before the flow is loaded, in a process that the worker does not start.
@@ -74,10 +73,12 @@ NAMES: Mapping[str, str | None] = {
 """The names of Prefect that the worker replaces, overrides or calls, each with the first version that may lack it. If
 one of the others is missing, the worker would fail silently: a SIGTERM in the middle of all flow runs, or a thread for
 each of them."""
-CONNECTIONS = 16
-"""The most connections of Prefect's client to its server."""
-AHEAD = ("/work_pools/", "/flow_runs/filter", "/variables/")
-"""Requests for the worker itself, such as its heartbeat, and for run records, of which few are in flight at a time."""
+AT_ONCE = 16
+"""The most requests of `QUEUED` in flight: as many as Prefect's client has connections."""
+QUEUED = ("create_flow_run", "read_flow_run", "update_flow_run", "set_flow_run_state")
+"""The requests of Prefect's client that each flow run makes. Others, such as a heartbeat, wait for none of them."""
+AWAY_PAUSE = 5.0
+"""Seconds between two tries to begin a flow run, or to write its state, while the Prefect server is away."""
 RENEW_RETRY = 10.0
 """Seconds between two tries to renew a lease while the Prefect server cannot be reached."""
 RENEW_AFTER = 0.75
@@ -108,6 +109,8 @@ class HeldFlowRun:
     ending: Ending | None = None
     reason: str = ""
     task: asyncio.Task[bool] | None = None
+    has_begun: bool = False
+    """Whether the flow's own code has begun."""
     is_out: bool = False
     """Whether the flow's own code has ended after a cancellation."""
     was_cancelled: bool = False
@@ -169,13 +172,25 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
     held: HeldFlowRun
     flow_run: FlowRun  # pyright: ignore[reportIncompatibleVariableOverride] - the worker always gives one
 
+    async def call_flow_fn(self) -> Any:
+        self.held.has_begun = True
+        return await super().call_flow_fn()
+
     async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
-        if self.held.ending is None:
-            await self.held.confirm(self.held, state)
-        is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
-        if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
-            raise asyncio.CancelledError  # again: the flow may have swallowed the first one
-        return await super().set_state(state, force)
+        """Write a state, again and again while the Prefect server cannot be reached."""
+        while True:
+            try:
+                if self.held.ending is None:
+                    await self.held.confirm(self.held, state)
+                is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
+                if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
+                    raise asyncio.CancelledError  # again: the flow may have swallowed the first one
+                return await super().set_state(state, force)
+            except HTTP_ERRORS as error:
+                if not is_away(error) or (isinstance(error, STATUS_ERRORS) and error.response.status_code == 500):
+                    raise  # a 500 may come from the state itself, each time again
+                self.logger.warning("The Prefect server does not answer (%s): the state %s waits.", error, state.name)
+                await asyncio.sleep(AWAY_PAUSE)
 
     async def handle_crash(self, exc: BaseException) -> None:
         self.held.is_out = True
@@ -345,21 +360,19 @@ def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable
     return read_shared
 
 
-def queue_requests(client: PrefectClient) -> None:
-    """Let the requests of a client for flow runs wait in a queue until the client has a connection for them.
+def queued(call: Callable[P, Awaitable[T]], turns: asyncio.Semaphore) -> Callable[P, Awaitable[T]]:
+    """Let a request of Prefect's client wait for its turn before it reaches httpx.
 
-    Thousands of flow runs may send a request at the same moment, as after an outage of the Prefect server. In httpx's
-    own pool each waiting request fails after its timeout, and its flow run begins again. The pool also walks over all
-    of them whenever a request comes or ends, which takes all CPU time of the worker. `AHEAD` does not wait.
+    Thousands of flow runs may make a request at the same moment, as where all end, or after an outage of the Prefect
+    server. In httpx's own pool each waiting request fails after its timeout, and the pool walks over all of them
+    whenever a request comes or ends, which takes all CPU time of the worker.
     """
-    transport = cast("Any", client)._client._transport_for_url(client.api_url)  # noqa: SLF001 - as Prefect does
-    send, turns = transport.handle_async_request, asyncio.Semaphore(CONNECTIONS)
 
-    async def send_in_turn(request: httpx.Request) -> httpx.Response:
-        async with nullcontext() if any(part in request.url.path for part in AHEAD) else turns:
-            return await send(request)
+    async def call_in_turn(*args: P.args, **kwargs: P.kwargs) -> T:
+        async with turns:
+            return await call(*args, **kwargs)
 
-    transport.handle_async_request = send_in_turn
+    return call_in_turn
 
 
 @contextmanager

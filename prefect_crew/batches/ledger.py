@@ -21,7 +21,7 @@ from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_E
 from prefect_crew.batches.rows import BadRow, BadRows, RowJob
 from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import LedgerError, ResolveError, RunNotFoundError
+from prefect_crew.exceptions import CrewError, LedgerError, ResolveError, RunNotFoundError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, digest, resolution
@@ -392,11 +392,15 @@ class Ledger:
         mine = record.owner in self._own_claims
         if await self._write(record, is_first=True):
             return None
-        for held in await self._records(attempts.c.kickoff == digest(str(record.kickoff_id), 64)):
-            if (held.idempotency_key, held.attempt) != (record.idempotency_key, record.attempt):
-                self._own_claims.add(record.owner)  # it is still our claim, and its end has to be written
-                return held.idempotency_key
-        await self._raise_unsaved(record, mine)
+        try:
+            for held in await self._records(attempts.c.kickoff == digest(str(record.kickoff_id), 64)):
+                if (held.idempotency_key, held.attempt) != (record.idempotency_key, record.attempt):
+                    self._own_claims.add(record.owner)  # it is still our claim, and its end has to be written
+                    return held.idempotency_key
+            await self._raise_unsaved(record, mine)
+        except CrewError:
+            self._log_unsaved(record, "the ledger did not take that. Look at the run on the crew's page.")
+            raise
         return None
 
     async def other_holder(self, record: RunRecord) -> str | None:

@@ -522,8 +522,12 @@ class _Batch:
             difference = f"version {version_before} of the crew, not {version}"
             raise BatchChangedError(name=name, difference=difference)
         if before.fingerprint != checked.fingerprint:
-            these = f"{checked.total} others" if checked.total == before.total else f"these {checked.total}"
-            raise BatchChangedError(name=name, difference=f"{before.total} rows, not {these}")
+            difference = f"{before.total} rows, not these {checked.total}"
+            if checked.total == before.total:
+                difference = (
+                    f"the same number of rows, {before.total}, with another key or another input in at least one"
+                )
+            raise BatchChangedError(name=name, difference=difference)
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""

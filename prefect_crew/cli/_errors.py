@@ -114,6 +114,7 @@ def _refusal(response: Any) -> str:
 
 
 _PLAIN = {
+    r"^Unused Tokens: \[(.+)\]\.": r"The command takes no such argument: \1. An input is -i NAME=VALUE.",
     " Did you mean --yes\\?": "",  # a person who means another option would confirm a question that was not asked yet
     "into timedelta": "into a time such as 90m, 4h or 30d",
     r"into float\|Literal\[continue, stop\]": "into a number, continue or stop",

@@ -207,6 +207,8 @@ def _quiet_logs() -> None:
             matters = record.levelno >= (logging.INFO if record.module == "stop" else logging.WARNING)
         elif record.pathname.endswith(("flow_engine.py", "task_engine.py", "engine.py")):
             matters = "Retry " in text
+        elif record.name.startswith("prefect._internal."):  # events and logs that the Prefect API did not take
+            matters = False
         else:
             matters = record.levelno >= logging.ERROR
         if matters and text not in messages:

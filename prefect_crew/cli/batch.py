@@ -472,6 +472,8 @@ async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, 
                 stopped += await _stop_runs(batch, [record for record in records if record.crew_url == url], crew)
             code = 0 if stopped else OTHER
             counts = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
+            if stopped < len(records):
+                counts += " The crew's server did not stop the others, which may have ended."
             done = counts if records else "no run is in flight."
         else:
             done = await _cancel_flow_run(batch.flow_run_id)

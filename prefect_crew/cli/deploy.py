@@ -153,7 +153,7 @@ async def _put_version(crew: str | None) -> None:
     if crew is not None:
         async with CrewSession(await load_crew(crew)) as session:
             if version := await session.version():
-                _output.put(f"The crew has version {version} now.")
+                _output.put(f"The version of the crew: {version}.")
 
 
 def _kept(earlier: DeploymentResponse | None, choices: dict[str, Any]) -> dict[str, Any]:

@@ -255,7 +255,11 @@ async def _check_forms(client: PrefectClient, findings: Findings) -> None:
         try:
             outdated = await outdated_form(deployment)
         except (CrewError, ValueError) as error:
-            findings.add("warning", f"deployment {deployment.name}", f"Its form cannot be compared: {error}")
+            findings.add(
+                "warning",
+                f"deployment {deployment.name}",
+                f"Its form was not compared with the inputs of today: {error}",
+            )
             continue
         if outdated is None:
             current += 1

@@ -161,6 +161,10 @@ async def _attempts(name: str, records: PrefectRecords) -> Sequence[RunRecord]:
     attempts = await records.attempts(name)
     if not attempts and (holder := await records.of_kickoff(name)):
         attempts = await records.attempts(holder.idempotency_key)
+    if not attempts and name.startswith("batch/"):
+        raise RunNotFoundError(
+            name=name, advice="A row is in the ledger of its batch: prefect-crew batch inspect NAME."
+        )
     if not attempts:
         raise RunNotFoundError(name=name)
     return attempts
@@ -189,6 +193,7 @@ async def ls(
     )
     rows = [(line.word, short_name(line.record), line.record.crew, ago(line.since)) for line in lines]
     empty = "No such run is on record." if only or all_ else "No run is open. To list ended runs too, add --all."
+    empty += " Rows of batches: prefect-crew batch ls."
     as_json = output and [_as_json(line) for line in lines]
     _output.put_rows(("State", "Run", "Crew", "Since"), rows, empty=empty, json=as_json)
     if not output and any(todo(line.record, line.condition) for line in lines):

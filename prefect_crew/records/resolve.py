@@ -115,15 +115,18 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
     """Return the run in flight of an idempotency key (the latest) or of a kickoff id.
 
     Raises:
-        CrewError: There is none.
+        RunNotFoundError: No run has the key or the id.
+        ResolveError: No run is in flight.
     """
     attempts = await records.attempts(name)
     if not attempts and (holder := await records.of_kickoff(name)):
         attempts = [holder]
     started = [attempt for attempt in attempts if attempt.phase is RecordPhase.STARTED]
+    if not attempts:
+        raise RunNotFoundError(name=name)
     if not started:
-        latest = latest_start(attempts) or (attempts[-1] if attempts else None)
-        is_now = "no run has this key" if latest is None else f"it is {latest.state or latest.phase}"
+        latest = latest_start(attempts) or attempts[-1]
+        is_now = f"it is {latest.state or latest.phase}"
         raise ResolveError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
     return started[-1]
 

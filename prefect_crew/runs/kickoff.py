@@ -442,9 +442,9 @@ def _step_taken(decision: Decision, record: RunRecord) -> str:
     run = f"found run {record.kickoff_id}"
     match decision:
         case Decision.START:
-            return "a run is started"
+            return "a run is being started"
         case Decision.START_AGAIN:
-            return "the last run of this key gave no result, and another run is started"
+            return "the last run of this key gave no result, and another run is being started"
         case Decision.REATTACH:
             return f"{run}, which is in flight. This call waits for it and starts nothing"
         case Decision.RETURN if record.state is CrewState.COMPLETED:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
@@ -15,12 +16,25 @@ import prefect.task_runners
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import State
+from prefect.context import AsyncClientContext
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.workers.base import BaseWorker
 
-from prefect_crew._internal.flow_engine import check_prefect, many_flow_runs, queue_requests, shared
+from prefect_crew._internal import flow_engine
+from prefect_crew._internal.flow_engine import (
+    AT_ONCE,
+    HeldFlowRun,
+    check_prefect,
+    many_flow_runs,
+    queued,
+    run_held_flow,
+    shared,
+)
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.worker import CrewWorker
+from support.prefect_server import PrefectServer
+from support.proxy import Proxy
 from support.waiting import until
 
 
@@ -121,14 +135,11 @@ async def test_reads_of_one_id_share_the_next_request_and_never_one_that_was_mad
     assert requests == [key, another, key]
 
 
-async def test_thousands_of_requests_wait_for_a_connection_and_those_of_the_worker_do_not():
-    answered = list[str]()
-
+async def test_thousands_of_requests_wait_for_their_turn_before_httpx():
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
-            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
+            while await reader.readuntil(b"\r\n\r\n"):
                 await asyncio.sleep(0.05)
-                answered.append(head.split()[1])
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
 
     async with await asyncio.start_server(answer, "127.0.0.1") as server:
@@ -136,10 +147,39 @@ async def test_thousands_of_requests_wait_for_a_connection_and_those_of_the_work
         client = PrefectClient(url, httpx_settings={"timeout": httpx.Timeout(5.0, pool=0.5)})
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             async with client:
-                queue_requests(client)
-                of_flow_runs = [asyncio.create_task(client.request("GET", "/flow_runs/1")) for _ in range(400)]
+                request = queued(client.request, asyncio.Semaphore(AT_ONCE))
+                requests = [asyncio.create_task(request("GET", "/flow_runs/1")) for _ in range(400)]  # pyright: ignore[reportArgumentType]
                 await asyncio.sleep(0)
-                await client.request("GET", "/work_pools/crews")
-                assert len(answered) < 100
-                await asyncio.gather(*of_flow_runs)
-    assert len(answered) == 401
+                for cancelled in requests[50:80]:
+                    cancelled.cancel()
+                await client.request("GET", "/work_pools/1")  # pyright: ignore[reportArgumentType] - it waits for 16
+                assert sum(request.done() for request in requests) < 100
+                done = await asyncio.gather(*requests, return_exceptions=True)
+    assert sum(isinstance(outcome, httpx.Response) for outcome in done) == 370
+
+
+@pytest.mark.parametrize("refused", ["GET .*/flow_runs/.*", "POST .*/set_state"], ids=["the look before", "the write"])
+async def test_a_flow_that_has_ended_is_not_run_again_where_its_state_cannot_be_written(
+    prefect_api: PrefectServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, refused: str
+):
+    monkeypatch.setattr(flow_engine, "AWAY_PAUSE", 0.2)
+    calls = 0
+
+    @flow
+    async def ends() -> int:
+        nonlocal calls
+        calls += 1
+        proxy.refuse, proxy.answer = refused, ""
+        asyncio.get_running_loop().call_later(2.0, lambda: setattr(proxy, "refuse", None))
+        return calls
+
+    async def confirm(held: HeldFlowRun, state: State[Any]) -> None:
+        if state.is_final():
+            await client.read_flow_run(held.flow_run.id)
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        async with AsyncClientContext.get_or_create() as context:
+            client = context.client
+            flow_run = await client.create_flow_run(ends)
+            state = await run_held_flow(ends, HeldFlowRun(flow_run, confirm))
+    assert (calls, state.is_completed()) == (1, True)

@@ -208,4 +208,4 @@ def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectSer
         f"prefect deploy flows.py:ours --name {name}",
         f"prefect-crew deploy {name} --name {name}",
     ]
-    assert [(level, "cannot be compared" in difference) for level, difference, _ in look()] == [("warning", True)] * 3
+    assert [(level, "was not compared" in difference) for level, difference, _ in look()] == [("warning", True)] * 3

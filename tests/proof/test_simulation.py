@@ -398,7 +398,7 @@ def test_a_world_hears_a_logger_that_was_off():
     log.setLevel(logging.WARNING)
     try:
         assert not log.isEnabledFor(logging.INFO)  # which the logger remembers
-        assert any("a run is started" in line for line in World(Scenario(calls=(Call(),))).play().trace)
+        assert any("a run is being started" in line for line in World(Scenario(calls=(Call(),))).play().trace)
         assert log.level == logging.WARNING
     finally:
         log.setLevel(before)

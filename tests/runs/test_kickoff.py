@@ -43,7 +43,7 @@ TONED = script({"output": "{{ city }}"}, inputs=["city", {"name": "tone", "requi
         (
             FAILS,
             [
-                "the last run of this key gave no result, and another run is started",
+                "the last run of this key gave no result, and another run is being started",
                 "found run {run}, which has failed. Nothing is started",
             ],
         ),
@@ -53,7 +53,7 @@ TONED = script({"output": "{{ city }}"}, inputs=["city", {"name": "tone", "requi
 async def test_the_log_says_what_a_call_does(crew_server: Any, key: str, caplog: Any, spec: str, ends: list[str]):
     crew, expected = crew_server(spec).crew(max_attempts=2), list[str]()
     in_flight = "found run {run}, which is in flight. This call waits for it and starts nothing"
-    for step in ("a run is started", in_flight, *ends):
+    for step in ("a run is being started", in_flight, *ends):
         run = await crew.atrigger({"text": "a"} if spec == "echo" else {}, idempotency_key=key)
         expected.append(f"Crew {crew.label}: {step.format(run=run.kickoff_id)}. (key {key})")
         if len(expected) > 1:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -17,7 +17,7 @@ from prefect.input import Keyset, RunInput, keyset_from_base_key
 from prefect.input.actions import aread_flow_run_input
 from prefect.states import Paused, Running
 from prefect.utilities.urls import url_for
-from pydantic import AfterValidator, Field, ValidationError, create_model
+from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
@@ -45,9 +45,18 @@ class ReviewForm(RunInput):
     decision: Literal["approve", "reject"] = Field(
         title="Decision", description="Approve: the crew continues. Reject: the task is done again with the feedback."
     )
-    feedback: str = Field(default="", title="Feedback", description="For the crew, in your words.")
+    feedback: str = Field(
+        default="", title="Feedback", description="For the crew, in your words. A rejection without it is asked again."
+    )
     name: str = Field(default="", title="Your name", description="For the record of who answered.")
     question: str = Field(default="", title="Question", description="The question of this form: leave it as it is.")
+    has_options: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _needs_feedback(self) -> Self:
+        if self.decision == "reject" and not self.has_options and not self.feedback.strip():
+            raise ValueError("a rejection needs feedback: what the crew has to do better")
+        return self
 
     @classmethod
     def about(
@@ -80,7 +89,9 @@ class ReviewForm(RunInput):
             description = "The outcome that the Flow continues with."
             outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options_shown})
             fields["decision"] = (Annotated[str, AfterValidator(checked)], outcome)
-        return create_model(cls.__name__, __base__=cls, **fields).with_initial_data(description=text)
+        form = create_model(cls.__name__, __base__=cls, **fields)
+        form.has_options = bool(shown)
+        return form.with_initial_data(description=text)
 
     def review(self, question: ReviewRequest, options: Sequence[str] = ()) -> Review:
         """Return the submitted form as an answer to its question. `options` are those of `about`."""

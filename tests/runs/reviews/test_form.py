@@ -152,6 +152,8 @@ def test_the_form_takes_each_answer_once(server: CrewServer, asking: Any, seen: 
     kickoff_id = server.runs[0].id
     assert kickoff_id in run.question()
     assert run.fill_in(question=f"draft, question 7, run {kickoff_id}") == "REJECT", "from a page that is out of date"
+    assert run.fill_in(decision="reject", feedback=" ") == "ACCEPT"
+    assert "Draft *number 1*" in run.form().description(), "a rejection without feedback is asked again"
     assert run.fill_in(decision="reject", feedback="Warmer.", name="Grace | <b>") == "ACCEPT"
     assert "Draft *number 2*" in run.form().description()
     assert run.fill_in(name="Ada", question=run.question()) == "ACCEPT"
