@@ -181,7 +181,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         client.read_deployment, client.read_flow = shared(client.read_deployment), shared(client.read_flow)
         of_flow_runs = await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         turns = asyncio.Semaphore(AT_ONCE)
-        for prefect_client in (client, of_flow_runs.client):
+        for prefect_client in {client, of_flow_runs.client}:  # one, inside of a client context
             for name in QUEUED:
                 setattr(prefect_client, name, queued(getattr(prefect_client, name), turns))
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))

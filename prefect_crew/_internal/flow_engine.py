@@ -31,12 +31,12 @@ from prefect.context import AsyncClientContext, FlowRunContext
 from prefect.flow_engine import AsyncFlowRunEngine
 from prefect.flows import Flow
 from prefect.logging import get_run_logger
-from prefect.states import Cancelling
+from prefect.states import Cancelling, Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_crew._internal.asyncio_tasks import loop_runs
-from prefect_crew._internal.prefect_api import held_flow_run
-from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS, is_away
+from prefect_crew._internal.prefect_api import held_flow_run, is_transient
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
 
@@ -60,6 +60,7 @@ NAMES: Mapping[str, str | None] = {
     "prefect.flow_engine:AsyncFlowRunEngine.call_hooks": None,
     "prefect.flow_engine:AsyncFlowRunEngine.set_state": None,
     "prefect.flow_engine:AsyncFlowRunEngine.handle_crash": None,
+    "prefect.flow_engine:AsyncFlowRunEngine.handle_timeout": None,
     "prefect.workers.base:BaseWorker._submit_run": None,
     "prefect.workers.base:BaseWorker._get_scheduled_flow_runs": None,
     "prefect.workers.base:BaseWorker._submit_scheduled_flow_runs": None,
@@ -78,7 +79,9 @@ AT_ONCE = 16
 QUEUED = ("create_flow_run", "read_flow_run", "update_flow_run", "set_flow_run_state")
 """The requests of Prefect's client that each flow run makes. Others, such as a heartbeat, wait for none of them."""
 AWAY_PAUSE = 5.0
-"""Seconds between two tries to begin a flow run, or to write its state, while the Prefect server is away."""
+"""Seconds between two tries to begin a flow run, or to write its state, while the Prefect server cannot be reached."""
+REFUSALS = 5
+"""Refusals of a flow run's last state after which a plain one is written, since the server may never take the state."""
 RENEW_RETRY = 10.0
 """Seconds between two tries to renew a lease while the Prefect server cannot be reached."""
 RENEW_AFTER = 0.75
@@ -110,7 +113,7 @@ class HeldFlowRun:
     reason: str = ""
     task: asyncio.Task[bool] | None = None
     has_begun: bool = False
-    """Whether the flow's own code has begun."""
+    """Whether the flow's own code has begun, in this attempt."""
     is_out: bool = False
     """Whether the flow's own code has ended after a cancellation."""
     was_cancelled: bool = False
@@ -152,6 +155,7 @@ async def run_held_flow(flow: Flow[Any, Any], held: HeldFlowRun) -> State[Any]:
     engine.held = held
     async with engine.start():
         while engine.is_running():
+            held.has_begun = False
             async with engine.run_context():
                 await engine.call_flow_fn()
             await _until_idle(held.executors)  # as in Prefect, before a retry or the end
@@ -170,6 +174,8 @@ async def _until_idle(executors: list[ThreadPoolExecutor]) -> None:
 
 class _Engine(AsyncFlowRunEngine[Any, Any]):
     held: HeldFlowRun
+    completed: State[Any] | None = None
+    """The state of a flow that has ended, once it is to be written."""
     flow_run: FlowRun  # pyright: ignore[reportIncompatibleVariableOverride] - the worker always gives one
 
     async def call_flow_fn(self) -> Any:
@@ -178,19 +184,37 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
 
     async def set_state(self, state: State[Any], force: bool = False) -> State[Any]:
         """Write a state, again and again while the Prefect server cannot be reached."""
+        if state.message:
+            state.message = state.message.replace("\0", "")  # PostgreSQL refuses it
+        if state.is_completed():
+            self.completed = state
+        refusals = 0
         while True:
+            is_reached = False
             try:
                 if self.held.ending is None:
                     await self.held.confirm(self.held, state)
+                is_reached = state.is_final()  # `confirm` has read the flow run
                 is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
                 if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
                     raise asyncio.CancelledError  # again: the flow may have swallowed the first one
                 return await super().set_state(state, force)
             except HTTP_ERRORS as error:
-                if not is_away(error) or (isinstance(error, STATUS_ERRORS) and error.response.status_code == 500):
-                    raise  # a 500 may come from the state itself, each time again
-                self.logger.warning("The Prefect server does not answer (%s): the state %s waits.", error, state.name)
+                if not is_transient(error):
+                    raise
+                refusals = refusals + 1 if is_reached and isinstance(error, STATUS_ERRORS) else 0
+                if refusals == REFUSALS:
+                    state = Crashed(message=f"The Prefect server refused the state {state.name} of this flow run.")
+                self.logger.warning(
+                    "The Prefect server did not take the state %s, which is written again: %s", state.name, error
+                )
                 await asyncio.sleep(AWAY_PAUSE)
+
+    async def handle_timeout(self, exc: TimeoutError) -> None:
+        if self.completed is None:
+            await super().handle_timeout(exc)
+        else:  # the flow has ended in time, and only its state comes late
+            await self.set_state(self.completed)
 
     async def handle_crash(self, exc: BaseException) -> None:
         self.held.is_out = True

@@ -158,19 +158,40 @@ async def test_thousands_of_requests_wait_for_their_turn_before_httpx():
     assert sum(isinstance(outcome, httpx.Response) for outcome in done) == 370
 
 
-@pytest.mark.parametrize("refused", ["GET .*/flow_runs/.*", "POST .*/set_state"], ids=["the look before", "the write"])
+WRITE, LOOK = "POST .*/set_state", "GET .*/flow_runs/.*"
+
+
+@pytest.mark.parametrize(
+    ("refused", "answer", "seconds", "ending"),
+    [
+        (LOOK, "", 2.0, "COMPLETED"),
+        (WRITE, "", 2.0, "COMPLETED"),
+        (WRITE, "500", 0.5, "COMPLETED"),
+        (LOOK, "500", 2.0, "COMPLETED"),
+        (WRITE, "500", 2.5, "CRASHED"),
+    ],
+    ids=["no look", "no write", "refused write", "refused look", "refused for ever"],
+)
+@pytest.mark.parametrize("timeout", [None, 0.4])
 async def test_a_flow_that_has_ended_is_not_run_again_where_its_state_cannot_be_written(
-    prefect_api: PrefectServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, refused: str
+    prefect_api: PrefectServer,
+    proxy: Proxy,
+    monkeypatch: pytest.MonkeyPatch,
+    refused: str,
+    answer: str,
+    seconds: float,
+    ending: str,
+    timeout: float | None,
 ):
     monkeypatch.setattr(flow_engine, "AWAY_PAUSE", 0.2)
     calls = 0
 
-    @flow
+    @flow(timeout_seconds=timeout)
     async def ends() -> int:
         nonlocal calls
         calls += 1
-        proxy.refuse, proxy.answer = refused, ""
-        asyncio.get_running_loop().call_later(2.0, lambda: setattr(proxy, "refuse", None))
+        proxy.refuse, proxy.answer = refused, answer
+        asyncio.get_running_loop().call_later(seconds, lambda: setattr(proxy, "refuse", None))
         return calls
 
     async def confirm(held: HeldFlowRun, state: State[Any]) -> None:
@@ -182,4 +203,5 @@ async def test_a_flow_that_has_ended_is_not_run_again_where_its_state_cannot_be_
             client = context.client
             flow_run = await client.create_flow_run(ends)
             state = await run_held_flow(ends, HeldFlowRun(flow_run, confirm))
-    assert (calls, state.is_completed()) == (1, True)
+    assert (calls, state.type.value) == (1, ending)
+    assert proxy.count("set_state") + proxy.count("GET") > 5, "requests were refused"

@@ -55,7 +55,7 @@ class ReviewForm(RunInput):
     @model_validator(mode="after")
     def _needs_feedback(self) -> Self:
         if self.decision == "reject" and not self.has_options and not self.feedback.strip():
-            raise ValueError("a rejection needs feedback: what the crew has to do better")
+            raise ValueError("a rejection needs feedback for the crew")
         return self
 
     @classmethod
