@@ -48,13 +48,11 @@ from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.flow_engine import (
-    AT_ONCE,
     AWAY_PAUSE,
-    QUEUED,
     HeldFlowRun,
     check_prefect,
     many_flow_runs,
-    queued,
+    queue_requests,
     run_held_flow,
     shared,
 )
@@ -180,10 +178,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         client: Any = self.client
         client.read_deployment, client.read_flow = shared(client.read_deployment), shared(client.read_flow)
         of_flow_runs = await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
-        turns = asyncio.Semaphore(AT_ONCE)
-        for prefect_client in {client, of_flow_runs.client}:  # one, inside of a client context
-            for name in QUEUED:
-                setattr(prefect_client, name, queued(getattr(prefect_client, name), turns))
+        queue_requests(client, of_flow_runs.client)
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
         for work in (self._watch_pool(), prune_regularly(self._logger)):
             self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))

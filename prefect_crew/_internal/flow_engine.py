@@ -26,6 +26,7 @@ import prefect
 import prefect.flow_engine
 import prefect.results
 from anyio import CancelScope
+from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import AsyncClientContext, FlowRunContext
 from prefect.flow_engine import AsyncFlowRunEngine
@@ -384,14 +385,20 @@ def shared(read: Callable[[UUID], Awaitable[Any]]) -> Callable[[UUID], Awaitable
     return read_shared
 
 
-def queued(call: Callable[P, Awaitable[T]], turns: asyncio.Semaphore) -> Callable[P, Awaitable[T]]:
-    """Let a request of Prefect's client wait for its turn before it reaches httpx.
+def queue_requests(*clients: PrefectClient) -> None:
+    """Let the `QUEUED` requests of Prefect's clients wait for their turn before they reach httpx.
 
     Thousands of flow runs may make a request at the same moment, as where all end, or after an outage of the Prefect
     server. In httpx's own pool each waiting request fails after its timeout, and the pool walks over all of them
     whenever a request comes or ends, which takes all CPU time of the worker.
     """
+    turns = asyncio.Semaphore(AT_ONCE)
+    for client in {*clients}:
+        for name in QUEUED:
+            setattr(client, name, _in_turn(getattr(client, name), turns))
 
+
+def _in_turn(call: Callable[P, Awaitable[T]], turns: asyncio.Semaphore) -> Callable[P, Awaitable[T]]:
     async def call_in_turn(*args: P.args, **kwargs: P.kwargs) -> T:
         async with turns:
             return await call(*args, **kwargs)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -23,11 +24,10 @@ from prefect.workers.base import BaseWorker
 
 from prefect_crew._internal import flow_engine
 from prefect_crew._internal.flow_engine import (
-    AT_ONCE,
     HeldFlowRun,
     check_prefect,
     many_flow_runs,
-    queued,
+    queue_requests,
     run_held_flow,
     shared,
 )
@@ -144,15 +144,16 @@ async def test_thousands_of_requests_wait_for_their_turn_before_httpx():
 
     async with await asyncio.start_server(answer, "127.0.0.1") as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/api"
-        client = PrefectClient(url, httpx_settings={"timeout": httpx.Timeout(5.0, pool=0.5)})
+        client: Any = PrefectClient(url, httpx_settings={"timeout": httpx.Timeout(5.0, pool=0.5)})
+        client.read_flow_run = partial(client.request, "GET")  # without a flow run in the answer
+        queue_requests(client, client)
         with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
             async with client:
-                request = queued(client.request, asyncio.Semaphore(AT_ONCE))
-                requests = [asyncio.create_task(request("GET", "/flow_runs/1")) for _ in range(400)]  # pyright: ignore[reportArgumentType]
+                requests = [asyncio.create_task(client.read_flow_run("/flow_runs/1")) for _ in range(400)]
                 await asyncio.sleep(0)
                 for cancelled in requests[50:80]:
                     cancelled.cancel()
-                await client.request("GET", "/work_pools/1")  # pyright: ignore[reportArgumentType] - it waits for 16
+                await client.request("GET", "/work_pools/1")  # such as a heartbeat: it waits for 16 requests
                 assert sum(request.done() for request in requests) < 100
                 done = await asyncio.gather(*requests, return_exceptions=True)
     assert sum(isinstance(outcome, httpx.Response) for outcome in done) == 370
