@@ -129,8 +129,8 @@ def started(service: str, folder: Path, port: str, env: dict[str, str]) -> Abstr
 def api(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server as the file has it, on ports of this machine. Gives its API's address."""
     folder, port = tmp_path_factory.mktemp("compose-server"), str(free_port())
-    postgres.create_database("compose")
-    database = {"HOST": "127.0.0.1", "PORT": str(postgres.port), "USER": SUPERUSER, "NAME": "compose"}
+    postgres.create_database(name := f"compose_{port}")  # pytest-xdist may make this fixture twice in a process
+    database = {"HOST": "127.0.0.1", "PORT": str(postgres.port), "USER": SUPERUSER, "NAME": name}
     env = environment(
         "server",
         folder,
