@@ -494,9 +494,9 @@ async def test_slow_cursor_does_not_stop_the_event_loop():
             await asyncio.sleep(0.02)
 
     heart = asyncio.create_task(beat())
-    dataset = await aopen_dataset(slow_cursor({2: 0.5, 5500: 0.5}))
+    dataset = await aopen_dataset(slow_cursor({2: 2.0, 5500: 2.0}))
     heart.cancel()
-    assert max(later - earlier for earlier, later in pairwise(beats)) < 0.3
+    assert max(later - earlier for earlier, later in pairwise(beats)) < 1.5
     assert sum(1 for _ in dataset.rows()) == 6000
 
 
