@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-import sys
-import time
-import uuid
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, cast
 
 import anyio
@@ -28,12 +22,11 @@ from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BatchCancelledError
+from prefect_crew.records.sessions import last_turn
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.held import Held
-from support.prefect_server import PrefectServer
-from support.processes import Process, ProcessError
-from support.scripts import FAILS, script, slow
+from support.scripts import script, slow
 from support.waiting import until
 
 ROWS = [{"topic": str(number)} for number in range(40)]
@@ -48,19 +41,19 @@ def _quick(monkeypatch: pytest.MonkeyPatch):
 
 async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> tuple[BaseException | None, str]:
     """Cancel a batch by its flow run's state while it runs, as the page's button does; return its error and state."""
-    found: list[Any] = []
+    flow_runs: list[Any] = []
 
     @flow
     async def mine() -> BatchReport:
-        found.append(flow_run.id)
+        flow_runs.append(flow_run.id)
         return await batch(server.crew(), rows, max_in_flight=10, **options)
 
     running = asyncio.ensure_future(mine())
     await until(lambda: server.kickoffs >= 10, "ten kickoffs")
     async with get_client() as client:
-        await client.set_flow_run_state(found[0], Cancelling(), force=True)
+        await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
         [outcome] = await asyncio.gather(running, return_exceptions=True)
-        state = (await client.read_flow_run(found[0])).state
+        state = (await client.read_flow_run(flow_runs[0])).state
     assert state is not None
     return outcome if isinstance(outcome, BaseException) else None, state.type.value
 
@@ -80,12 +73,21 @@ async def test_cancel_and_go_on(batch: Batches, crew_server: CrewServerFactory, 
     assert {str(run.state) for run in server.runs} == {state}
     if on_cancel == "drain":
         assert len(looks) >= 6, "it is looked after while it drains"
+    assert len(batch.lines()) == (0 if on_cancel == "leave" else 10), "it is exported"
     held.release()
     report = await batch(server.crew(), rows, name=name)
     assert (report.completed, report.failed, report.uncertain) == (count, 0, 0)
     # What we had stopped is started again, the rest is not.
     assert server.kickoffs == count + 10 * (on_cancel == "stop")
     assert len(batch.lines()) == count
+
+
+async def test_a_cancelled_batch_notes_the_turns_of_its_rows(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(script({"seconds": 60, "output": "done"}, inputs=["topic"], flow=True))
+    await cancelled(batch, server, ROWS[:10], name="turns", session="topic")
+    turn = await last_turn(server.url, "0")
+    assert turn is not None
+    assert turn.outcome == "stopped"
 
 
 @pytest.mark.parametrize("answer", ["late", "lost", "requested", "requested by command"])
@@ -97,11 +99,11 @@ async def test_a_stopped_row_runs_again(
     stop = CrewClient.stop
 
     async def answered(self: CrewClient, kickoff_id: str) -> StopAnswer:
-        found = await stop(self, kickoff_id)
+        answer_of_server = await stop(self, kickoff_id)
         if answer == "late":
             await asyncio.sleep(0.5)  # a poll sees the end first
-            return found
-        return found.model_copy(update={"outcome": StopOutcome.REQUESTED, "state": None})
+            return answer_of_server
+        return answer_of_server.model_copy(update={"outcome": StopOutcome.REQUESTED, "state": None})
 
     monkeypatch.setattr(CrewClient, "stop", answered)
     await cancelled(batch, server, ROWS[:20], name=name, on_cancel="leave" if by_command else "stop")
@@ -121,24 +123,19 @@ async def test_a_stopped_run_that_is_forgotten_is_lost(batch: Batches, crew_serv
     assert {line["state"] for line in batch.lines().values()} == {"lost"}
 
 
-@pytest.mark.parametrize("way", ["goes on", "waits"])
-async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_server: CrewServerFactory, way: str):
-    server, looks = crew_server(Held() if way == "goes on" else FAILS), asyncio.Queue[str]()
-    rows = ROWS[:10] if way == "goes on" else ROWS
-    if way == "goes on":  # it starts nothing, and the flow run that did never ends, as that of a killed process
-        await cancelled(batch, server, rows, name=way, on_cancel="leave")
+async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_server: CrewServerFactory):
+    """The flow run that started the rows never ends, as that of a killed process; the latest starts nothing."""
+    server, phases = crew_server(Held()), list[str]()
+    await cancelled(batch, server, ROWS[:10], name="latest", on_cancel="leave")
 
     @flow
     async def mine() -> BatchReport:
-        options: dict[str, Any] = {"name": way, "max_in_flight": 10, "kickoffs_per_second": 0.01}
-        return await batch(server.crew(), rows, on_progress=lambda now: looks.put_nowait(now.phase), **options)
+        return await batch(server.crew(), ROWS[:10], name="latest", on_progress=lambda now: phases.append(now.phase))
 
     running = asyncio.ensure_future(mine())
+    await until(lambda: "running" in phases, "the rows are waited for")
+    await cancel("latest")
     async with asyncio.timeout(30):
-        while await looks.get() != "running":
-            pass
-        await asyncio.sleep(0.5)
-        await cancel(way)
         with pytest.raises(BatchCancelledError):
             await running
 
@@ -167,97 +164,18 @@ async def test_a_cancelled_task_leaves_its_runs(batch: Batches, crew_server: Cre
     assert (report.completed, report.uncertain, server.kickoffs) == (40, 0, 40)
 
 
-SCRIPT = """
-import sys
-from prefect_crew import DeployedCrew, WaitPolicy, run_batch
-
-url, token, dataset, output, ledger, name, rows = sys.argv[1:]
-report = run_batch(
-    DeployedCrew(url=url, token=token), dataset, name=name, export=output, ledger=ledger or None, rows=rows,
-    max_in_flight=20, wait=WaitPolicy(initial=0.05, factor=1, max_interval=0.5),
-)
-print("REPORT", report.completed, report.failed, report.uncertain, report.kickoffs)
-"""
-
-
-class Programs:
-    """Programs that run a batch over a range of rows of one file."""
-
-    def __init__(self, folder: Path, api: PrefectServer, server: CrewServer) -> None:
-        self.folder, self.server, self._env = folder, server, api.env()
-        (folder / "rows.csv").write_text("topic\n" + "".join(f"topic {number}\n" for number in range(300)))
-
-    def start(self, name: str, rows: str, ledger: str = "") -> Process:
-        output = self.folder / f"out-{name}.jsonl"
-        given = [self.server.url, self.server.token, str(self.folder / "rows.csv"), str(output), ledger, name, rows]
-        log = self.folder / f"{uuid.uuid4().hex}.log"
-        return Process([sys.executable, "-c", SCRIPT, *given], log=log, env=self._env)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_the_runs_in_flight(
-    prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, number: signal.Signals
-):
-    server = crew_server(slow(30))
-    with Programs(tmp_path, prefect_api, server).start(number.name, ":30") as process:
-        while server.kickoffs < 20 and process.running:
-            time.sleep(0.01)
-        # Prefect raises SIGTERM wherever the process happens to be. In a callback or in a write to a socket asyncio
-        # takes it for theirs, and it is lost: whoever ends processes sends it again, or kills.
-        deadline = time.monotonic() + 60
-        while process.running and time.monotonic() < deadline:
-            process.send(number)
-            with contextlib.suppress(ProcessError):
-                process.wait(30 if number == signal.SIGINT else 3)
-        assert not process.running
-    assert {str(run.state) for run in server.runs} == {"running"}
-    # A signal that is lost in the callback of a row frees the row's place before the next signal comes.
-    assert 20 <= server.kickoffs <= 22
-
-
-@pytest.mark.postgres
-def test_two_processes_run_two_ranges(
-    prefect_api: PrefectServer, tmp_path: Path, crew_server: CrewServerFactory, postgres_address: str
-):
-    server = crew_server(script({"seconds": 0.5, "output": "on {{ topic }}"}, inputs=["topic"]))
-    programs = Programs(tmp_path, prefect_api, server)
-
-    def kickoffs_of_one() -> int:
-        return sum(key.startswith("batch/one/") for key in list(server.kickoffs_by_key))
-
-    first, second = (programs.start(*part, postgres_address) for part in (("one", "0:150"), ("two", "150:")))
-    with first as one, second as two:
-        while one.running and kickoffs_of_one() < 40:
-            time.sleep(0.05)
-        one.kill()
-        two.wait(120)
-        assert "REPORT 150 0 0 150" in two.tail()
-    assert kickoffs_of_one() < 150
-    with programs.start("one", "0:150", postgres_address) as again:
-        again.wait(120)
-        completed, failed, uncertain, _ = map(int, again.tail().rpartition("REPORT ")[2].split()[:4])
-    assert (completed + uncertain, failed) == (150, 0)
-    assert uncertain <= 20, "more than could have been on their way"
-    assert max(server.kickoffs_by_key.values()) == 1
-    outputs = (Batches(tmp_path).lines(tmp_path / f"out-{name}.jsonl") for name in ("one", "two"))
-    lines = [line for output in outputs for line in output.values()]
-    assert len({line["inputs"]["topic"] for line in lines}) == len(lines) == 150 + completed
-
-
-async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(60))
-
+async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, echo: CrewServer):
     held = HeldFlowRun(cast("Any", None), cast("Any", None))
     held.end("cancelled", "Flow run was cancelled.")
 
     @flow
     async def mine() -> BatchReport:
         held_flow_run.set(held)
-        return await batch(server.crew(), ROWS[:3])
+        return await batch(echo.crew(), ROWS[:3])
 
     with pytest.raises(BatchCancelledError):
         await mine()
-    assert server.kickoffs == 0
+    assert echo.kickoffs == 0
 
 
 async def test_a_suspended_flow_run_leaves_rows_and_lock(batch: Batches, crew_server: CrewServerFactory):

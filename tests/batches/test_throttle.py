@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import Any, cast
 
@@ -11,12 +10,14 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew.batches import throttle as module
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.blocks import crew_of
 from prefect_crew.client import _transport
 from prefect_crew.exceptions import CrewConnectionError, RateLimitedError
+from support.raw import answer, raw_server, read_request
 
 REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
 
@@ -31,13 +32,10 @@ def throttle(**options: Any) -> Throttle:
 
 async def admitted(throttle: Throttle, count: int, seconds: float = 0.1) -> int:
     """Return how many of so many rows are let in within some time; they stay."""
-    waiting = [asyncio.ensure_future(throttle.admit(f"row {number}")) for number in range(count)]
-    await asyncio.wait(waiting, timeout=seconds)
-    there = sum(one.done() for one in waiting)
-    for one in waiting:
-        one.cancel()
-    await asyncio.gather(*waiting, return_exceptions=True)
-    return there
+    rows = [asyncio.ensure_future(throttle.admit(f"row {number}")) for number in range(count)]
+    done, _ = await asyncio.wait(rows, timeout=seconds)
+    await cancel_and_wait(*rows)
+    return len(done)
 
 
 @pytest.mark.parametrize(("chosen", "at_once"), [({}, 64), ({"kickoffs_at_once": 8}, 8)], ids=["left out", "chosen"])
@@ -137,47 +135,47 @@ async def test_while_kickoffs_are_refused_one_row_at_a_time_is_tried_after_a_pau
     assert await admitted(away, 10) == 1  # and the one that is under way
 
 
-async def test_a_batch_stops_after_minutes_without_a_kickoff(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("events", "stopped"),
+    [
+        pytest.param("refused", None, id="a refusal"),
+        pytest.param("refused refused", "no kickoff was accepted", id="refusals"),
+        pytest.param("refused accepted refused", None, id="minutes begin anew"),
+        pytest.param("in_flight refused refused refused", None, id="runs in flight"),
+        pytest.param("in_flight refused refused idle refused", "no kickoff was accepted", id="nothing in flight"),
+        pytest.param("failed completed failed", None, id="a row completed in between"),
+        pytest.param("failed failed", "2 rows failed in a row. Last error: the model is down", id="failures in a row"),
+    ],
+)
+async def test_when_a_batch_stops(monkeypatch: pytest.MonkeyPatch, events: str, stopped: str | None):
     monkeypatch.setattr(module, "GIVE_UP_AFTER", 0.0)
-    away = throttle()
-    away.refused(REFUSED)
-    away.accepted()
-    away.refused(REFUSED)
-    assert away.stopped is None, "the minutes begin anew after an accepted kickoff"
-    away.refused(REFUSED)
-    assert "no kickoff was accepted" in str(away.stopped)
+    gate = throttle(breaker=2)
+    acts = {"refused": lambda: gate.refused(REFUSED), "failed": lambda: gate.failed("the model is down")}
+    acts |= {"in_flight": lambda: gate.wait_for(2), "idle": lambda: gate.wait_for(0)}
+    acts |= {"accepted": gate.accepted, "completed": gate.completed}
+    for event in events.split():
+        acts[event]()
+    assert (gate.stopped or "").startswith(stopped or "")
+    assert (gate.stopped is None) is (stopped is None)
 
 
-async def test_refusals_do_not_stop_a_batch_whose_runs_are_in_flight(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "GIVE_UP_AFTER", 0.0)
+async def test_without_a_breaker_failures_stop_nothing():
+    endless = throttle(breaker=None)
+    for _ in range(100):
+        endless.failed("the model is down")
+    assert await endless.admit("row")
+
+
+async def test_the_end_of_a_run_ends_a_pause(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "REFUSED_PAUSE", 60.0)
     full = throttle()
     full.wait_for(2)
-    for _ in range(3):
-        full.refused(REFUSED)
-    assert full.stopped is None
-    # The end of a run makes room: the next kickoff does not wait for the end of its pause.
+    full.refused(REFUSED)
     waiting = asyncio.ensure_future(full.admit("row"))
     await asyncio.wait({waiting}, timeout=0.05)
     assert not waiting.done()
     full.wait_for(1)
     assert await asyncio.wait_for(waiting, 5)
-    full.leave()
-    full.wait_for(0)
-    full.refused(REFUSED)
-    assert "no kickoff was accepted" in str(full.stopped), "nothing is in flight any more"
-
-
-@pytest.mark.parametrize("breaker", [2, None])
-async def test_a_batch_stops_after_so_many_failed_rows_in_a_row(breaker: int | None):
-    failing = throttle(breaker=breaker)
-    failing.failed("the model is down")
-    failing.completed()
-    failing.failed("the model is down")
-    assert failing.stopped is None, "a row has completed in between"
-    failing.failed("the model is down")
-    assert failing.stopped == (None if breaker is None else "2 rows failed in a row. Last error: the model is down")
-    assert await failing.admit("row") is (breaker is None)
 
 
 async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way(monkeypatch: pytest.MonkeyPatch):
@@ -187,22 +185,14 @@ async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way(mo
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal opened, answered
         opened += 1
-        with contextlib.suppress(asyncio.IncompleteReadError):
-            while True:
-                head = await reader.readuntil(b"\r\n\r\n")
-                await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r")[0]))
-                answered += 1
-                body = b'{"kickoff_id": "run-%d"}' % answered
-                await asyncio.sleep(0.1)
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
-        writer.close()
+        while await read_request(reader):
+            answered += 1
+            await asyncio.sleep(0.1)
+            writer.write(answer('{"kickoff_id": "run"}'))
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        # A pasted token has a line break at its end.
-        crew = crew_of(DeployedCrew(url=url, token=SecretStr("token-of-8\n")))
+    async with raw_server(serve) as url:
+        crew = crew_of(DeployedCrew(url=url, token=SecretStr("token-of-8\n")))  # pasted, with a line break at its end
         async with BatchClient(crew, throttle(kickoffs_at_once=70)) as client:
             for _ in range(3):
                 await asyncio.gather(*(client.kickoff({}) for _ in range(70)))
-    assert answered == 210
-    assert opened == 70
+    assert (answered, opened) == (210, 70)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow, get_client
-from prefect.runtime import flow_run
-from prefect.states import Cancelling
 from pydantic import SecretStr, create_model
 
 import prefect_crew as pc
@@ -26,13 +22,12 @@ from prefect_crew.records import sessions
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.variables import delete_variable, read_exact
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, enter, let_an_hour_pass, record_of, row_plan
+from support.batches import Batches, let_an_hour_pass, record_of, row_plan
 from support.records import LONG_AGO
-from support.scripts import JOURNAL, script
+from support.scripts import JOURNAL
 from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
-LONG = script({"seconds": 60, "output": "done"}, inputs=["note"], flow=True)
 ANN, BOB = "customer-ann", "customer-bob"
 
 
@@ -46,8 +41,9 @@ def days(*notes: str, who: str = ANN) -> list[dict[str, Any]]:
 
 
 async def run(batch: Batches, server: CrewServer, rows: list[dict[str, Any]], **options: Any) -> pc.BatchReport:
+    """Run a batch of days; a second call of a test goes on with it."""
     crew = options.pop("crew", None) or server.crew()
-    return await batch(crew, rows, **{"key": "day", "session": "who", **options})
+    return await batch(crew, rows, key="day", session="who", name=f"journal {batch.folder.name}", **options)
 
 
 def outputs(batch: Batches) -> list[str]:
@@ -60,18 +56,21 @@ async def turns(server: CrewServer, session: str = ANN) -> list[sessions.Turn]:
 
 
 async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journal: CrewServer):
-    rows = [*days("slow", "rain", "bread"), *days("milk", "sun", who=BOB), {"day": "none", "note": "alone", "who": ""}]
-    assert (await run(batch, journal, rows)).ok
-    texts = ("1 slow", "2 rain after 1 slow", "3 bread after 2 rain after 1 slow", "1 milk", "2 sun after 1 milk")
-    assert outputs(batch) == [*texts, "1 alone"]
-    assert [(turn.number, turn.outcome) for turn in await turns(journal)] == [(n, "completed") for n in (1, 2, 3)]
-    assert len({run.inputs["id"] for run in journal.runs if "id" in run.inputs}) == 5
+    rows = [*days("slow", "bad", "rain", "bread"), *days("milk", "sun", who=BOB)]
+    report = await run(batch, journal, [*rows, {"day": "none", "note": "alone", "who": ""}], retries=1)
+    assert (report.completed, report.failed, journal.kickoffs) == (6, 1, 8)
+    ann = ("1 slow", None, "2 rain after 1 slow", "3 bread after 2 rain after 1 slow")
+    assert outputs(batch) == [*ann, "1 milk", "2 sun after 1 milk", "1 alone"], "a failed row is not built on"
+    assert [turn.number for turn in await turns(journal)] == [1, 2, 3, 4, 5]
+    outcomes = ["completed", "failed", "failed", "completed", "completed"]
+    assert [turn.outcome for turn in await turns(journal)] == outcomes
+    assert len({run.inputs["id"] for run in journal.runs if "id" in run.inputs}) == 7
 
 
 async def test_a_later_turn_is_judged_though_its_texts_are_withheld(batch: Batches, journal: CrewServer):
     crew, kind = journal.crew(secret_inputs=["note"], max_attempts=1), create_model("Score", score=(int, ...))
     for _ in range(2):
-        report = await run(batch, journal, days("milk", "rain"), crew=crew, name="scores", output_type=kind)
+        report = await run(batch, journal, days("milk", "rain"), crew=crew, output_type=kind)
         assert (report.completed, report.failed, journal.kickoffs) == (0, 2, 2)
     assert [line["state"] for line in batch.lines().values()] == ["invalid-output"] * 2
     assert batch.lines()[f"{ANN} 2"]["error"] == MISFIT_WITHOUT_REASONS
@@ -87,76 +86,48 @@ async def test_waiting_rows_leave_room_for_others(batch: Batches, journal: CrewS
     assert max(sum(start <= at < end for start, end in spans) for at, _ in spans) == 2
 
 
-async def test_a_failed_row_is_not_built_on(batch: Batches, journal: CrewServer):
-    report = await run(batch, journal, days("tea", "bad", "rain"), retries=1)
-    assert (report.completed, report.failed, journal.kickoffs) == (2, 1, 4)
-    assert batch.lines()[f"{ANN} 3"]["output"] == "2 rain after 1 tea"
-    assert [turn.outcome for turn in await turns(journal)] == ["completed", "failed", "failed", "completed"]
-
-
-async def test_a_second_call_goes_on_with_the_session(batch: Batches, journal: CrewServer):
-    name = f"journal {uuid.uuid4().hex[:8]}"
-    await run(batch, journal, days("tea"), name=name)
-    assert (await run(batch, journal, days("tea", "rain"), name=name, on_change="continue")).completed == 2
-    assert outputs(batch) == ["1 tea", "2 rain after 1 tea"]
-    assert journal.kickoffs == 2
-
-
-async def test_a_row_waits_for_a_single_run_and_shares_its_session(batch: Batches, journal: CrewServer):
-    single = asyncio.ensure_future(pc.arun_crew(journal.crew(), {"note": "slow"}, session=ANN))
-    await until(lambda: journal.kickoffs == 1, "the single run is in flight")
-    assert (await run(batch, journal, days("rain"))).ok
-    assert outputs(batch) == ["2 rain after 1 slow"]
-    assert (await single).output == "1 slow"
-    last = await pc.arun_crew(journal.crew(), {"note": "bread"}, session=ANN)
-    assert last.output == "3 bread after 2 rain after 1 slow"
-
-
-async def test_others_wait_for_a_row(batch: Batches, journal: CrewServer, tmp_path: Path):
-    first = asyncio.ensure_future(run(batch, journal, days("slow")))
-    await until(lambda: journal.kickoffs == 1, "the row is in flight")
+async def test_rows_and_single_runs_wait_for_each_other(batch: Batches, journal: CrewServer, tmp_path: Path):
+    first = asyncio.ensure_future(pc.arun_crew(journal.crew(), {"note": "slow"}, session=ANN))
+    await until(lambda: journal.kickoffs == 1, "the first run is in flight")
     other = Batches(tmp_path / "other")
     other.folder.mkdir()
-    sun = pc.arun_crew(journal.crew(), {"note": "sun"}, session=ANN)
-    _, single = await asyncio.gather(run(other, journal, days("rain")), sun)
-    assert (await first).ok
-    texts = [*outputs(batch), *outputs(other), single.output]
-    assert sorted(text[0] for text in texts) == ["1", "2", "3"]
-    assert max(texts, key=len).count("after") == 2
+    slow = pc.arun_crew(journal.crew(), {"note": "slow"}, session=ANN)
+    *_, last = await asyncio.gather(run(batch, journal, days("slow")), run(other, journal, days("slow")), slow)
+    texts = [(await first).output, *outputs(batch), *outputs(other), last.output]
+    assert texts[0] == "1 slow"
+    assert sorted(text[0] for text in texts) == ["1", "2", "3", "4"]
+    assert max(texts, key=len).count("after") == 3
     runs = sorted(journal.runs, key=lambda run: run.created_at)
-    assert [run.restore_from for run in runs] == [None, runs[0].inputs["id"], runs[1].inputs["id"]]
+    assert [run.restore_from for run in runs] == [None, *(run.inputs["id"] for run in runs[:-1])]
 
 
 async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_server: CrewServerFactory):
-    server, name = crew_server(JOURNAL, faults=["kickoff:500@1"]), f"journal {uuid.uuid4().hex[:8]}"
-    rows = [*days("tea", "rain"), *days("sun", who=BOB)]
-    report = await run(batch, server, rows, name=name)
+    server, rows = crew_server(JOURNAL, faults=["kickoff:500@1"]), [*days("tea", "rain"), *days("sun", who=BOB)]
+    report = await run(batch, server, rows)
     assert (report.uncertain, report.completed, server.kickoffs) == (1, 1, 1), "the first kickoff is answered with 500"
     assert report.errors == {"SessionBlockedError": 1}
     with pytest.raises(pc.SessionBlockedError, match=r"row .* of a batch and has not ended.*prefect variable delete"):
         await pc.arun_crew(server.crew(), {"note": "x"}, session=ANN, wait=pc.WaitPolicy(timeout=0.5))
-    async with Ledger(f"{batch.output}.ledger.db", name) as ledger:
+    async with Ledger(f"{batch.output}.ledger.db", report.name) as ledger:
         let_an_hour_pass(f"{batch.output}.ledger.db")
         [record] = await ledger.unresolved()
         assert await ledger.resolve(record, RecordPhase.NOT_STARTED)
-    assert (await run(batch, server, rows, name=name)).ok
+    assert (await run(batch, server, rows)).ok
     assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]
 
 
 async def test_a_row_elsewhere_blocks_its_session(
     batch: Batches, journal: CrewServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    name, row = f"journal {uuid.uuid4().hex[:8]}", days("tea", "rain")
-    async with Ledger(str(tmp_path / "elsewhere.db"), name) as ledger:
-        record = record_of(ledger, str(row[0]["day"]), crew_url=journal.url, session=ANN, good_for=LONG_AGO)
+    async with Ledger(str(tmp_path / "elsewhere.db"), f"journal {tmp_path.name}") as ledger:
+        record = record_of(ledger, f"{ANN} 1", crew_url=journal.url, session=ANN, good_for=LONG_AGO)
         turn = await sessions.take_turn(record, ledger)
     assert turn is not None
-    policy = pc.WaitPolicy(timeout=0.5)
-    rows = [*row, *days("sun", who=BOB)]
-    report = await run(batch, journal, rows, name=name, wait=policy, on_failure="stop", max_in_flight=1)
+    rows = [*days("tea", "rain"), *days("sun", who=BOB)]
+    report = await run(batch, journal, rows, wait=pc.WaitPolicy(timeout=0.5), on_failure="stop", max_in_flight=1)
     assert (report.errors, report.completed) == ({"SessionBlockedError": 2}, 1)
     assert caplog.text.count("Later rows of the session are not started in this call.") == 1
-    waiting = asyncio.ensure_future(run(batch, journal, rows, name=name))
+    waiting = asyncio.ensure_future(run(batch, journal, rows))
     await asyncio.sleep(1)
     [variable] = await read_exact([turn.variable])
     await delete_variable(variable.id)  # as the message says
@@ -164,95 +135,47 @@ async def test_a_row_elsewhere_blocks_its_session(
     assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]
 
 
-async def test_a_second_claim_of_a_row_is_not_taken_for_its_first(batch: Batches, journal: CrewServer, tmp_path: Path):
-    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
-        await enter(ledger, "a")
-        owner = uuid.uuid4().hex
-        facts = {"crew_url": journal.url, "session": ANN, "owner": owner}
-        lost, second = (record_of(ledger, "a", attempt=attempt, **facts) for attempt in (1, 2))
-        assert await ledger.claim(lost)
-        await ledger.resolve(lost, RecordPhase.NOT_STARTED)
-        assert await ledger.claim(second)
-        turn = await sessions.take_turn(second, ledger)
-        assert turn is not None
-        assert await sessions.turn_in_the_way(journal.url, ANN, ledger) == await sessions.turn_again(turn)
-
-
-async def test_a_stopped_batch_notes_its_turns(batch: Batches, crew_server: CrewServerFactory):
-    server, flow_runs = crew_server(LONG), list[Any]()
-
-    @flow
-    async def mine() -> None:
-        flow_runs.append(flow_run.id)
-        await run(batch, server, days("tea", "rain"))
-
-    running = asyncio.ensure_future(mine())
-    await until(lambda: server.kickoffs == 1, "the first row is in flight")
-    async with get_client() as client:
-        await client.set_flow_run_state(flow_runs[0], Cancelling(), force=True)
-    with pytest.raises(pc.BatchCancelledError):
-        await asyncio.wait_for(running, 60)
-    assert [turn.outcome for turn in await turns(server)] == ["stopped"]
-    assert server.kickoffs == 1
-
-
-@pytest.mark.parametrize("has_left", [False, True], ids=["the same rows", "other rows"])
-@pytest.mark.parametrize(("note", "outcome"), [("tea", "completed"), ("bad", "failed")])
+@pytest.mark.parametrize(
+    ("note", "outcome", "has_left"),
+    [
+        pytest.param("tea", "completed", False, id="the same rows"),
+        pytest.param("bad", "failed", True, id="other rows"),
+    ],
+)
 async def test_a_later_call_notes_the_turns(
     batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch, note: str, outcome: str, has_left: bool
 ):
-    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "retries": 1, "on_change": "continue"}
+    options: dict[str, Any] = {"retries": 1, "on_change": "continue"}
     with monkeypatch.context() as patch:
         patch.setattr(RowTurns, "note", lambda *_: asyncio.sleep(0))  # as a process that is killed before
-        await run(batch, journal, days(note), **about)
+        await run(batch, journal, days(note), **options)
     last, kickoffs = (await turns(journal))[-1], journal.kickoffs
     assert last.outcome is None
-    await run(batch, journal, days("sun", who=BOB) if has_left else days(note), **about)
+    await run(batch, journal, days("sun", who=BOB) if has_left else days(note), **options)
     assert [turn.outcome for turn in await turns(journal)][-1] == outcome
     assert journal.kickoffs == kickoffs + has_left
 
 
 async def test_a_lost_row_starts_again_also_behind_a_blocked_one(batch: Batches, crew_server: CrewServerFactory):
-    faults = ["kickoff:422@1", "status:forgotten@1"]
-    server, about = crew_server(JOURNAL, faults=faults), {"name": f"journal {uuid.uuid4().hex[:8]}"}
-    policy = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1)
-    rows = days("tea", "slow")
-    report = await run(batch, server, rows, wait=policy, **about)
+    server = crew_server(JOURNAL, faults=["kickoff:422@1", "status:forgotten@1"])
+    policy, rows = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1), days("tea", "slow")
+    report = await run(batch, server, rows, wait=policy)
     assert report.errors == {"InvalidInputsError": 1, "CrewLostError": 1}
-    again = await run(batch, server, rows, wait=policy, retry_failed=[f"{ANN} 2"], **about)
+    again = await run(batch, server, rows, wait=policy, retry_failed=[f"{ANN} 2"])
     assert (again.errors, again.completed) == ({"SessionBlockedError": 1}, 1)
-    assert (await run(batch, server, rows, wait=policy, **about)).ok
+    assert (await run(batch, server, rows, wait=policy)).ok
+    assert outputs(batch) == ["2 tea after 1 slow", "1 slow"]
+    assert server.kickoffs == 3
 
 
-async def test_a_lost_row_starts_again_where_a_person_asks(batch: Batches, crew_server: CrewServerFactory):
-    server, rows = crew_server(JOURNAL, faults=["status:forgotten@1"]), days("slow", "rain")
-    policy = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1)
-    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "crew": server.crew(wait={"grace": 0.1}), "wait": policy}
-    report = await run(batch, server, rows, **about)
-    assert report.errors == {"CrewLostError": 1, "SessionBlockedError": 1}
-    again = await run(batch, server, rows, retry_failed=[f"{ANN} 1"], **about)
-    assert (again.completed, server.kickoffs) == (2, 3)
-    assert outputs(batch) == ["1 slow", "2 rain after 1 slow"]
-
-
-@pytest.mark.parametrize(
-    ("key", "last", "state", "kickoffs"),
-    [
-        pytest.param(f"{ANN} 2", "3 rain after 2 rain after 1 slow", "completed", 3, id="has left"),
-        pytest.param(f"{ANN} 1", "2 rain after 1 slow", "conflict", 2, id="has other inputs"),
-    ],
-)
-async def test_rows_wait_for_a_run_whose_row_runs_no_more(
-    batch: Batches, journal: CrewServer, key: str, last: str, state: str, kickoffs: int
-):
-    about = {"name": f"journal {uuid.uuid4().hex[:8]}", "on_change": "continue"}
+async def test_rows_wait_for_a_run_whose_row_runs_no_more(batch: Batches, journal: CrewServer):
+    """Ann's first row has left the data set when the batch goes on, and Bob's has other inputs."""
     soon = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, timeout=0.3)
-    report = await run(batch, journal, days("slow"), wait=soon, **about)
-    assert report.errors == {"CrewTimeoutError": 1}
-    again = await run(batch, journal, [{"day": day, "note": "rain", "who": ANN} for day in (key, f"{ANN} 3")], **about)
-    assert (again.conflicts, journal.kickoffs) == (state == "conflict", kickoffs)
-    assert batch.lines()[f"{ANN} 3"]["output"] == last
-    assert batch.lines()[key]["state"] == state
+    report = await run(batch, journal, [*days("slow"), *days("slow", who=BOB)], wait=soon)
+    assert report.errors == {"CrewTimeoutError": 2}
+    again = await run(batch, journal, [*days("tea", "rain")[1:], *days("tea", "sun", who=BOB)], on_change="continue")
+    assert (again.completed, again.conflicts, journal.kickoffs) == (2, 1, 4)
+    assert outputs(batch) == ["2 rain after 1 slow", None, "2 sun after 1 slow"]
 
 
 TOPIC = [CrewInput(name="note")]
