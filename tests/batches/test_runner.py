@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult
+from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult
 from prefect_crew.records.notes import keep_question, kept_questions
 from prefect_crew.runs import kickoff
 from prefect_crew.runs.kickoff import start_run
@@ -37,6 +38,7 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, row_plan, topics
 from support.held import Held
+from support.records import CLAIMED, LONG_AGO, NOT_STARTED, STARTED
 from support.scripts import FAILS, PICKY, script, slow
 from support.waiting import until
 
@@ -254,22 +256,54 @@ async def test_a_server_of_uncertain_kickoffs_stops_the_batch(batch: Batches, ec
     assert report.uncertain == 5
 
 
-CLAIMED, NOT_STARTED, STARTED = RecordPhase.CLAIMED, RecordPhase.NOT_STARTED, RecordPhase.STARTED
+@pytest.fixture
+async def session(echo: CrewServer) -> AsyncIterator[CrewSession]:
+    async with CrewSession(crew_of(echo.crew())) as session:
+        yield session
 
 
-async def start(ledger: Ledger, server: CrewServer) -> None:
+async def start(ledger: Ledger, session: CrewSession) -> None:
     """Start the row "k", as a batch does."""
-    async with CrewSession(crew_of(server.crew())) as session:
-        identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=f"caller {id(session)}"))
-        request = RunRequest(session.crew, Inputs.of({"topic": "a"}), is_row=True)
-        await start_run(request, identity, ledger, session)
+    identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=uuid.uuid4().hex))
+    request = RunRequest(session.crew, Inputs.of({"topic": "a"}), is_row=True)
+    await start_run(request, identity, ledger, session)
 
 
 async def phases(ledger: Ledger) -> list[RecordPhase]:
     return [attempt.phase for attempt in await ledger.attempts(ledger.idempotency_key("k"))]
 
 
-async def test_a_row_cancelled_in_its_claim_is_none(ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch):
+async def test_a_row_is_not_sent_after_its_claim(
+    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    leases = iter([LONG_AGO])  # the ledger tells others by the age of the claim alone when it may be resolved
+    monkeypatch.setattr(kickoff, "Lease", lambda seconds: Lease(next(leases, seconds)))
+    await start(ledger, session)
+    assert await phases(ledger) == [NOT_STARTED, STARTED]
+    assert echo.requests["kickoff"] == 1
+
+
+async def test_a_late_refusal_did_not_start(
+    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(kickoff, "FINISH", 0.05)
+    echo.faults.add("kickoff:latency=1.0@1", "kickoff:404@1")
+    starting = asyncio.ensure_future(start(ledger, session))
+    await until(lambda: echo.requests["kickoff"], "the kickoff")
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert await phases(ledger) == [CLAIMED]
+
+    async def is_refused() -> bool:
+        return await phases(ledger) == [NOT_STARTED]
+
+    await until(is_refused, "the refusal")
+
+
+async def test_a_row_cancelled_in_its_claim_is_none(
+    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
     run, committing, go_on = ledger.database.run, asyncio.Event(), asyncio.Event()
 
     async def slowly(work: Any) -> Any:
@@ -278,7 +312,7 @@ async def test_a_row_cancelled_in_its_claim_is_none(ledger: Ledger, echo: CrewSe
         return await run(work)
 
     monkeypatch.setattr(ledger.database, "run", slowly)
-    starting = asyncio.ensure_future(start(ledger, echo))
+    starting = asyncio.ensure_future(start(ledger, session))
     await committing.wait()
     starting.cancel()
     await asyncio.wait({starting}, timeout=0.1)
@@ -286,13 +320,17 @@ async def test_a_row_cancelled_in_its_claim_is_none(ledger: Ledger, echo: CrewSe
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert await phases(ledger) == [NOT_STARTED]
-    await start(ledger, echo)
+    await start(ledger, session)
     assert await phases(ledger) == [NOT_STARTED, STARTED]
     assert echo.requests["kickoff"] == 1
 
 
 async def test_an_id_that_cannot_be_stored_is_logged(
-    ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ledger: Ledger,
+    session: CrewSession,
+    echo: CrewServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ):
     run = ledger.database.run
 
@@ -304,7 +342,7 @@ async def test_an_id_that_cannot_be_stored_is_logged(
     monkeypatch.setattr(ledger.database, "run", away_once_started)
     ledger.writer.retry_for = 0.1
     with caplog.at_level(logging.ERROR, "prefect_crew"), pytest.raises(pc.LedgerError, match="disk I/O error"):
-        await start(ledger, echo)
+        await start(ledger, session)
     monkeypatch.undo()
     assert await phases(ledger) == [CLAIMED]
     assert f"prefect-crew runs resolve batch/b/k --kickoff-id {echo.runs[0].id}" in caplog.text
