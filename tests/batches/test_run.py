@@ -133,6 +133,16 @@ async def test_a_corrected_row_is_started_where_asked(batch: Batches, crew_serve
     assert batch.lines()["b"]["output"] == "on milk"
 
 
+async def test_the_ledger_of_another_machine_is_missed(batch: Batches, echo: CrewServer, tmp_path: Path):
+    await batch(echo.crew(), topics(3), name="here")
+    (elsewhere := tmp_path / "elsewhere" / "out.jsonl").parent.mkdir()
+    with pytest.raises(pc.LedgerMissingError, match=r"uses another ledger, .*out\.jsonl\.ledger\.db.*nothing was st"):
+        await batch(echo.crew(), topics(3), name="here", export=str(elsewhere))
+    assert echo.kickoffs == 3
+    report = await batch(echo.crew(), topics(3), name="here", export=str(elsewhere), ledger=f"{batch.output}.ledger.db")
+    assert (report.completed, echo.kickoffs, len(batch.lines(elsewhere))) == (3, 3, 3)
+
+
 @pytest.mark.parametrize("place", ["{folder}/out.parquet", "memory://lost/out.jsonl"], ids=["here", "elsewhere"])
 async def test_an_output_that_is_gone_is_written_again(batch: Batches, echo: CrewServer, place: str):
     output, files = place.format(folder=batch.folder), cast("Any", fsspec)

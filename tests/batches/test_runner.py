@@ -6,7 +6,6 @@ import asyncio
 import logging
 import uuid
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 import pytest
@@ -41,6 +40,12 @@ from support.held import Held
 from support.records import CLAIMED, LONG_AGO, NOT_STARTED, STARTED
 from support.scripts import FAILS, PICKY, script, slow
 from support.waiting import until
+
+
+@pytest.fixture
+async def session(echo: CrewServer) -> AsyncIterator[CrewSession]:
+    async with CrewSession(crew_of(echo.crew())) as session:
+        yield session
 
 
 def ledger_of(batch: Batches, name: str) -> Ledger:
@@ -209,25 +214,19 @@ async def test_a_full_server_does_not_end_a_batch(
     assert (report.completed, report.stopped, server.kickoffs) == (4, None, 4)
 
 
-def runner_of(server: CrewServer, ledger: Ledger) -> Runner:
-    options = BatchOptions()
-    pace = throttle.Throttle(options)
-    session = CrewSession(crew_of(server.crew()), partial(throttle.BatchClient, throttle=pace))
-    return Runner(session, pace, ledger, options, max_in_flight=50, on_end=lambda error: None)
-
-
 NO_ROOM = pc.BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
 
 
 @pytest.mark.parametrize("other_row", ["starts meanwhile", "ends meanwhile"])
 async def test_a_row_waits_for_the_room_of_another(
-    ledger: Ledger, echo: CrewServer, monkeypatch: pytest.MonkeyPatch, other_row: str
+    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch, other_row: str
 ):
     """A budget refuses a row, but another row takes the last room, or gives room back, before the refusal arrives."""
     monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
-    runner, calls, second = runner_of(echo, ledger), list[RunIdentity](), asyncio.Event()
+    pace, calls, second = throttle.Throttle(BatchOptions()), list[RunIdentity](), asyncio.Event()
+    runner = Runner(session, pace, ledger, BatchOptions(), max_in_flight=50, on_end=lambda _: None)
     if other_row == "starts meanwhile":
-        runner.throttle.accepted()  # so that two rows are let in at once
+        pace.accepted()  # so that two rows are let in at once
 
     async def race(request: Any, identity: RunIdentity, *rest: Any) -> Any:
         calls.append(identity)
@@ -242,10 +241,9 @@ async def test_a_row_waits_for_the_room_of_another(
         return await start_run(request, identity, *rest)
 
     monkeypatch.setattr("prefect_crew.batches.runner.start_run", race)
-    async with runner.session:
-        await asyncio.wait_for(runner.run(row_plan(topics(2), crew=runner.session.crew).jobs()), 60)
+    await asyncio.wait_for(runner.run(row_plan(topics(2), crew=session.crew).jobs()), 60)
     assert len(calls) == 3
-    assert runner.throttle.stopped is None
+    assert pace.stopped is None
     assert len(set(echo.kickoffs_by_key)) == 2
 
 
@@ -254,12 +252,6 @@ async def test_a_server_of_uncertain_kickoffs_stops_the_batch(batch: Batches, ec
     report = await batch(echo.crew(), topics(300), breaker=5, max_in_flight=100)
     assert "5 rows failed in a row" in str(report.stopped)
     assert report.uncertain == 5
-
-
-@pytest.fixture
-async def session(echo: CrewServer) -> AsyncIterator[CrewSession]:
-    async with CrewSession(crew_of(echo.crew())) as session:
-        yield session
 
 
 async def start(ledger: Ledger, session: CrewSession) -> None:
