@@ -200,7 +200,7 @@ async def test_a_server_that_is_away_for_a_while_fails_no_row(batch: Batches, cr
 
 
 async def test_a_full_server_does_not_end_a_batch(
-    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 0.2)
     monkeypatch.setattr(kickoff, "LIMITED_FOR", 0.1)
@@ -212,6 +212,7 @@ async def test_a_full_server_does_not_end_a_batch(
     held.release()
     report = await asyncio.wait_for(running, 60)
     assert (report.completed, report.stopped, server.kickoffs) == (4, None, 4)
+    assert caplog.text.count("The batch pauses and tries again.") == 1, "it is said once a minute"
 
 
 NO_ROOM = pc.BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
