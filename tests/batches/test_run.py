@@ -405,18 +405,8 @@ async def test_a_raising_validator_fails_its_row_alone(batch: Batches, crew_serv
     assert server.kickoffs == 3
 
 
-LATE = script({"seconds": "{{ 3 if 'slow' in topic else 0 }}", "output": "on {{ topic }}"}, inputs=["topic"])
+LATE = script({"seconds": "{{ 5 if 'slow' in topic else 0 }}", "output": "on {{ topic }}"}, inputs=["topic"])
 """A crew of which a run about what is slow ends last."""
-
-
-async def completed(batch: Batches, name: str, count: int) -> None:
-    """Wait until so many rows of a batch that runs have completed."""
-    async with Ledger(f"{batch.output}.ledger.db", name) as ledger:
-
-        async def are_enough() -> bool:
-            return (await ledger.counts()).get(RowState.COMPLETED, 0) >= count
-
-        await until(are_enough, f"{count} rows have completed")
 
 
 async def test_an_output_is_exported_while_the_batch_runs(
@@ -424,8 +414,13 @@ async def test_an_output_is_exported_while_the_batch_runs(
 ):
     server, early = crew_server(LATE), str(batch.folder / "early.jsonl")
     running = asyncio.ensure_future(batch(server.crew(), [{"topic": "slow"}, *topics(2)], name="exported"))
-    await completed(batch, "exported", 2)
+    await until(lambda: server.kickoffs == 3, "all rows are in flight")
     async with open_stored_batch("exported") as stored:
+
+        async def are_completed() -> bool:
+            return (await stored.ledger.counts()).get(RowState.COMPLETED) == 2
+
+        await until(are_completed, "two rows have completed")
         for place in (early, early, str(batch.output)):  # the second time it is of this batch
             assert await stored.export(place) == (place, 2)
         with pytest.raises(pc.ConfigurationError, match="is not on record: its crew is not a stored block"):
