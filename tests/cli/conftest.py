@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
+from support.prefect_server import PrefectServer
 from support.scripts import JOURNAL
 
 SCRIPTS = {
@@ -78,3 +81,57 @@ def crews() -> Iterator[CrewServer]:
     """Several crews on one port: `f"{crews.url}/greet"`, and broken, reviewed, slow."""
     with CrewServer(SCRIPTS, token=TOKEN) as server:
         yield server
+
+
+@pytest.fixture
+def store(prefect_api: object, crews: CrewServer) -> Callable[..., str]:
+    """`store("greet", name, **fields)`: store one of the crews as a block with these fields, and return its name."""
+
+    def save(crew: str, name: str | None = None, **fields: Any) -> str:
+        name = name or f"{crew}-{uuid.uuid4().hex[:8]}"
+        wait = {"initial": 0.1, "max_interval": 0.5}
+        block: Any = crews.crew(url=f"{crews.url}/{crew}", **{"wait": wait, **fields})
+        block.save(name, overwrite=True, _sync=True)
+        return name
+
+    return save
+
+
+@pytest.fixture
+def greeter(store: Callable[..., str]) -> str:
+    """The name of a stored crew with the input `who`."""
+    return store("greet")
+
+
+@pytest.fixture
+def work_pool(prefect_api: PrefectServer) -> Callable[[str], str]:
+    """`work_pool("process")`: create a work pool of a type, and return its name."""
+
+    def create(kind: str) -> str:
+        pool = f"pool-{uuid.uuid4().hex[:8]}"
+        body = {"name": pool, "type": kind}
+        httpx.post(f"{prefect_api.api_url}/work_pools/", json=body).raise_for_status()
+        return pool
+
+    return create
+
+
+PIPELINE = """
+name: {name}
+description: Greets twice.
+inputs:
+  who: {{description: Whom to greet.}}
+  times: {{type: integer, default: 2}}
+  tone: {{default: warm}}
+steps:
+  - {{name: first, crew: {name}, inputs: {{who: "{{{{ who }}}}"}}}}
+  - {{name: second, crew: {name}, inputs: {{who: "{{{{ first.output }}}}, {{{{ times }}}} times, {{{{ tone }}}}"}}}}
+"""
+
+
+@pytest.fixture
+def pipeline(greeter: str, tmp_path: Path) -> Path:
+    """A file with a pipeline over that crew, which is named as the crew is."""
+    path = tmp_path / "greet.yaml"
+    path.write_text(PIPELINE.format(name=greeter))
+    return path

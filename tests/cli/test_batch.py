@@ -8,7 +8,7 @@ import signal
 import sqlite3
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,432 +25,381 @@ from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.client import CrewClient
-from prefect_crew.client.models import StopAnswer
 from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import CrewError
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.sessions import last_turn
 from prefect_crew.testing import CrewServerFactory
 from support.batches import enter, let_an_hour_pass, record_of
-from support.commands import TOKEN, environment
-from support.deployed import wait_until
+from support.commands import TOKEN, Command, Finished, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.records import new_record, put
 from support.scripts import PICKY, script
 from support.terminals import Terminal
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
+KEY = ("--key-column", "id")
+JSON = ("-o", "json")
+
+
+class Leads:
+    """A crew, stored as a block, and a batch for it of the rows of `leads.csv`, whose ids are a, b and c."""
+
+    def __init__(self, here: Command, server: CrewServer, folder: Path) -> None:
+        self.here, self.server, self.folder = here, server, folder
+        self.name, self.crew = f"leads {uuid.uuid4().hex[:8]}", f"picky-{uuid.uuid4().hex[:8]}"
+        self.output, self.ledger = folder / "out.jsonl", folder / "out.jsonl.ledger.db"
+        block: Any = server.crew(max_attempts=2)
+        block.save(self.crew, _sync=True)
+        self.write("id,topic\na,tea\nb,bad milk\nc,cake\n")
+
+    def write(self, text: str, name: str = "leads.csv", encoding: str = "utf-8") -> Path:
+        path = self.folder / name
+        path.write_text(text, encoding=encoding)
+        return path
+
+    def line(self, *options: str, name: str = "leads.csv", crew: str | None = None) -> list[str]:
+        rows = str(self.folder / name)
+        return ["batch", "run", crew or self.crew, rows, "--name", self.name, "--export", str(self.output), *options]
+
+    def run(self, *options: str, **call: Any) -> Finished:
+        return self.here(*self.line(*options, **call))
+
+    def __call__(self, verb: str, *options: str) -> Finished:
+        """Run another command, which is given the name of the batch."""
+        return self.here("batch", verb, self.name, *options)
+
+    def states(self) -> dict[str, str]:
+        """Return the state of each row in the export, which has each once."""
+        lines = [json.loads(line) for line in self.output.read_text().splitlines()]
+        assert len({line["key"] for line in lines}) == len(lines)
+        return {line["key"]: line["state"] for line in lines}
+
+    def while_owned(self, *line: str) -> Finished:
+        """Return what a command does while another process runs the batch."""
+
+        async def call() -> Finished:
+            async with Database(str(self.ledger)) as database, BatchLock(database, self.name) as lock:
+                assert await lock.take()
+                return await asyncio.to_thread(self.here, *line)
+
+        return asyncio.run(call())
 
 
 @pytest.fixture
-def name() -> str:
-    return f"leads {uuid.uuid4().hex[:8]}"
+def leads(here: Command, crew_server: CrewServerFactory, tmp_path: Path) -> Leads:
+    return Leads(here, crew_server(PICKY), tmp_path)
 
 
-@pytest.fixture
-def leads(tmp_path: Path) -> str:
-    path = tmp_path / "leads.csv"
-    path.write_text("id,topic\na,tea\nb,bad milk\nc,cake\n")
-    return str(path)
-
-
-@pytest.fixture
-def output(tmp_path: Path) -> str:
-    return str(tmp_path / "out.jsonl")
-
-
-@pytest.fixture
-def picky(crew_server: CrewServerFactory) -> Callable[..., tuple[CrewServer, str]]:
-    """Serve a crew that fails for what is bad, and store its block."""
-
-    def serve(**options: Any) -> tuple[CrewServer, str]:
-        server, block = crew_server(PICKY, **options), f"picky-{uuid.uuid4().hex[:8]}"
-        server.crew(max_attempts=2).save(block, _sync=True)  # pyright: ignore
-        return server, block
-
-    return serve
-
-
-def lines(output: str) -> dict[str, str]:
-    found = [json.loads(line) for line in Path(output).read_text().splitlines()]
-    assert len({line["key"] for line in found}) == len(found)
-    return {line["key"]: line["state"] for line in found}
-
-
-@pytest.fixture
-def call(name: str, output: str) -> Callable[..., tuple[str, ...]]:
-    """`call(crew, data set, *options)`: the words of `batch run` with that name and export."""
-    return lambda *given: ("batch", "run", *given, "--name", name, "--export", output)
-
-
-def test_a_batch_from_its_plan_to_the_rows_that_failed(here, picky, call, name: str, leads: str, output: str):
-    server, crew = picky()
-    planned = here("batch", "plan", crew, leads, "--key-column", "id", "--seconds-per-run", "90", "-o", "json")
-    assert (planned.code, planned.json["rows"], planned.json["seconds"], server.kickoffs) == (0, 3, 90, 0)
-    ran = here(*call(crew, leads, "--key-column", "id", "-o", "json"))
+def test_a_batch_from_its_plan_to_the_rows_that_failed(here: Command, leads: Leads):
+    rows = str(leads.folder / "leads.csv")
+    plan = here("batch", "plan", leads.crew, rows, *KEY, "--seconds-per-run", "90", *JSON).json
+    assert (plan["rows"], plan["seconds"], leads.server.kickoffs) == (3, 90, 0)
+    ran = leads.run(*KEY, *JSON)
     assert (ran.code, ran.json["completed"], ran.json["failed"], ran.json["kickoffs"]) == (6, 2, 1, 3)
     assert ran.json["flow_run_url"].endswith(ran.json["flow_run_id"])
-    assert f"Batch {name}: checking every row" in ran.err
-    assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
-    inspected = here("batch", "inspect", name)
-    assert (inspected.code, output in inspected.out) == (0, True)
-    assert "2 of 3 rows completed\n  1 failed\n  3 kickoffs" in inspected.out
-    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"completed": 2, "failed": 1}
-    (failed,) = here("batch", "failures", name, "-o", "json").json
+    assert f"Batch {leads.name}: checking every row" in ran.err
+    assert leads.states() == {"a": "completed", "b": "failed", "c": "completed"}
+    page = leads("inspect").ok
+    assert page.startswith(f"Batch {leads.name}: 2 of 3 rows completed\n  1 failed\n  3 kickoffs")
+    assert page.endswith(f"\n  Export: {leads.output}\n  Ledger: {leads.ledger}\n")
+    assert leads("inspect", *JSON).json["states"] == {"completed": 2, "failed": 1}
+    (failed,) = leads("failures", *JSON).json
     assert (failed["key"], failed["state"], failed["error"]) == ("b", "failed", "no bad milk")
-    assert here("batch", "failures", name).out.splitlines()[1].startswith("b\t")
-    cancelled = here("batch", "cancel", name)
-    assert (cancelled.code, cancelled.out) == (1, f"Batch {name}: no run is in flight.\n"), "and nothing to go on with"
+    assert leads("failures").out.splitlines()[1].startswith("b\t")
+    cancelled = leads("cancel")
+    assert cancelled.code == 1
+    assert cancelled.out == f"Batch {leads.name}: no run is in flight.\n", "and nothing to go on with"
 
 
-def test_an_export_replaces_no_file_of_something_else(here, picky, call, name: str, tmp_path: Path, output: str):
-    _, crew = picky()
-    leads = tmp_path / "leads.jsonl"
-    leads.write_text(before := '{"topic": "tea"}\n')
-    here(*call(crew, str(leads)))
-    refused = here("batch", "export", name, str(leads))
-    assert (refused.code, leads.read_text()) == (1, before)
-    assert "leads.jsonl exists already and is not from this batch" in refused.err
-    assert "or replace it with --overwrite. Nothing was written." in refused.err
-    csv = here("batch", "export", name, str(tmp_path / "out.csv"))
-    assert (csv.code, "has the ending '.csv'" in csv.err, (tmp_path / "out.csv").exists()) == (2, True, False)
-    assert here("batch", "export", name, str(leads), "--overwrite").out == f"1 lines of batch {name} are in {leads}.\n"
-    assert lines(str(leads)).keys() == lines(output).keys()
-    for file in (str(leads), output):
-        assert here("batch", "export", name, file).code == 0, "it is from this batch by now"
+def test_an_export_replaces_no_file_of_something_else(leads: Leads):
+    rows = leads.write(text := '{"topic": "tea"}\n', "leads.jsonl")
+    leads.run(name="leads.jsonl")
+    refused = leads("export", str(rows)).error(1)
+    assert "leads.jsonl exists already and is not from this batch" in refused
+    assert "or replace it with --overwrite. Nothing was written." in refused
+    assert rows.read_text() == text
+    assert leads("export", str(rows), "--overwrite").out == f"1 lines of batch {leads.name} are in {rows}.\n"
+    assert rows.read_text() == leads.output.read_text()
+    for file in (rows, leads.output):
+        assert leads("export", str(file)).code == 0, "it is from this batch by now"
 
 
-def test_batches_over_ranges_of_rows_are_listed_and_added_up(here, picky, name: str, leads: str, tmp_path: Path):
-    _, block = picky()
-    for part, rows in (("1", "0:2"), ("2", "2:")):
-        given = ("--name", f"{name}/{part}", "--export", str(tmp_path / f"{part}.jsonl"), "--rows", rows)
-        here("batch", "run", block, leads, "--key-column", "id", *given)
-    none = here("batch", "inspect", f"{name}/x*")
-    assert (none.code, f"There is no batch '{name}/x*'" in none.err) == (2, True)
-    assert [one["name"] for one in here("batch", "ls", f"{name}/*", "-o", "json").json] == [f"{name}/1", f"{name}/2"]
-    found = here("batch", "inspect", f"{name}/*", "-o", "json").json
-    assert (found["total"], found["completed"], found["failed"], len(found["batches"])) == (3, 2, 1, 2)
+def test_batches_over_ranges_of_rows_are_listed_and_added_up(here: Command, leads: Leads):
+    name, folder = leads.name, leads.folder
+    for part, file, rows in ((f"{name}/1", "1", "0:2"), (f"{name}/2", "2", "2:"), (f"{name} [eu]", "eu", ":")):
+        leads.name, leads.output = part, folder / f"{file}.jsonl"
+        leads.run(*KEY, "--rows", rows)
+    listed = here("batch", "ls", f"{name}/*", *JSON).json
+    assert [batch["name"] for batch in listed] == [f"{name}/1", f"{name}/2"]
+    whole = here("batch", "inspect", f"{name}/*", *JSON).json
+    assert (whole["total"], whole["completed"], whole["failed"], len(whole["batches"])) == (3, 2, 1, 2)
     assert here("batch", "inspect", f"{name}/*").out.splitlines()[-1].split()[:4] == ["together", "3", "2", "1"]
     # A name may have the signs of a pattern in it.
-    eu = ("--name", f"{name} [eu]", "--export", f"{tmp_path}/eu.jsonl")
-    here("batch", "run", block, leads, "--key-column", "id", *eu)
-    assert here("batch", "inspect", f"{name} [eu]", "-o", "json").json["name"] == f"{name} [eu]"
-    assert [one["name"] for one in here("batch", "ls", f"{name} [eu]", "-o", "json").json] == [f"{name} [eu]"]
+    assert leads("inspect", *JSON).json["name"] == f"{name} [eu]"
+    assert [batch["name"] for batch in leads("ls", *JSON).json] == [f"{name} [eu]"]
     # A ledger that is elsewhere is not counted.
-    Path(f"{tmp_path}/1.jsonl.ledger.db").rename(tmp_path / "elsewhere.db")
-    found = here("batch", "inspect", f"{name}/*", "-o", "json")
-    assert (found.code, found.json["failed"], len(found.json["batches"]), len(found.json["missing"])) == (0, 0, 1, 1)
-    assert f"Batch '{name}/1' is not counted: " in found.err
-    Path(f"{tmp_path}/2.jsonl.ledger.db").rename(tmp_path / "also elsewhere.db")
+    (folder / "1.jsonl.ledger.db").rename(folder / "elsewhere.db")
+    rest = here("batch", "inspect", f"{name}/*", *JSON)
+    assert (rest.code, rest.json["failed"], len(rest.json["batches"]), len(rest.json["missing"])) == (0, 0, 1, 1)
+    assert f"Batch '{name}/1' is not counted: " in rest.err
+    (folder / "2.jsonl.ledger.db").rename(folder / "also elsewhere.db")
     assert here("batch", "inspect", f"{name}/*").code == 1, "none was counted"
 
 
-def test_bad_rows_are_refused_or_skipped(here, picky, call, name: str, tmp_path: Path, output: str):
-    server, crew = picky()
-    path = tmp_path / "dirty.csv"
-    path.write_text("id,topic\na,tea\nb\nc,\n")
-    given = call(crew, str(path), "--key-column", "id")
-    assert here("batch", "plan", crew, str(path)).code == 6
-    planned = here("batch", "plan", crew, str(path), "--key-column", "id", "--on-bad-row", "skip")
-    assert planned.code == 0
+def test_bad_rows_are_refused_or_skipped(here: Command, leads: Leads):
+    rows = str(leads.write("id,topic\na,tea\nb\nc,\n"))
+    assert here("batch", "plan", leads.crew, rows).code == 6
+    plan = here("batch", "plan", leads.crew, rows, *KEY, "--on-bad-row", "skip").ok
     for part in ("1 rows, 1 to run", "Line 3 cannot be run: has 1 fi", "Line 4 cannot be run: has no value for topic"):
-        assert part in planned.out
-    refused = here(*given)
-    assert (refused.code, server.kickoffs) == (6, 0)
-    assert "--on-bad-row skip" in refused.err
-    ran = here(*given, "--on-bad-row", "skip")
-    assert (ran.code, server.kickoffs, "batch failures" in ran.err) == (6, 1, True)
+        assert part in plan
+    assert "--on-bad-row skip" in leads.run(*KEY).error(6)
+    assert leads.server.kickoffs == 0
+    ran = leads.run(*KEY, "--on-bad-row", "skip")
     assert "1 of 3 rows completed, 2 bad in" in ran.out
-    inspected = here("batch", "inspect", name).out
-    assert "1 of 3 rows completed\n  2 bad\n  Bad rows: line 3: has 1 fields" in inspected
-    assert f"{output}.rejected.jsonl" in inspected
-    assert "line 4\t\tbad\thas no value for topic" in here("batch", "failures", name).out
-    assert [row["line"] for row in here("batch", "failures", name, "-o", "json").json] == [3, 4]
+    assert "batch failures" in ran.error(6)
+    assert leads.server.kickoffs == 1
+    page = leads("inspect").out
+    assert "1 of 3 rows completed\n  2 bad\n  Bad rows: line 3: has 1 fields" in page
+    assert f"{leads.output}.rejected.jsonl" in page
+    assert "line 4\t\tbad\thas no value for topic" in leads("failures").out
+    assert [row["line"] for row in leads("failures", *JSON).json] == [3, 4]
 
 
-def test_another_delimiter_is_said_and_given(here, picky, tmp_path: Path):
-    _, crew = picky()
-    path = tmp_path / "rows.csv"
-    path.write_text("id\ttopic\na\ttea\n")
-    said = here("batch", "plan", crew, str(path))
-    assert (said.code, "If its fields are separated by '\\t', give --delimiter '\\t'" in said.err) == (2, True)
-    assert here("batch", "plan", crew, str(path), "--delimiter", "\\t", "--key-column", "id").code == 0
+def test_another_delimiter_is_proposed_and_given(here: Command, leads: Leads):
+    plan = ("batch", "plan", leads.crew, str(leads.write("id\ttopic\na\ttea\n")))
+    assert "If its fields are separated by '\\t', give --delimiter '\\t'" in here(*plan).error(2)
+    assert here(*plan, "--delimiter", "\\t", *KEY).code == 0
 
 
-def test_a_corrected_row_is_retried_and_a_conflict_not(here, picky, call, name: str, leads: str, output: str):
-    server, crew = picky()
-    here(*call(crew, leads, "--key-column", "id"))
-    Path(leads).write_text("id,topic\na,coffee\nb,good milk\nc,cake\n")
-    changed = here("batch", "retry", name, "--yes")
-    assert (changed.code, "--on-change continue" in changed.err, server.kickoffs) == (1, True, 3)
-    again = here("batch", "retry", name, "--yes", "--on-change", "continue")
-    assert (again.code, server.kickoffs) == (6, 4)
-    assert lines(output) == {"a": "conflict", "b": "completed", "c": "completed"}
-    assert "batch failures" in again.err
-    assert "To start them again" not in again.err, "a row with a result stays as it is"
+def test_a_corrected_row_is_retried_and_a_conflict_not(leads: Leads):
+    leads.run(*KEY)
+    leads.write("id,topic\na,coffee\nb,good milk\nc,cake\n")
+    assert "--on-change continue" in leads("retry", "--yes").error(1)
+    assert leads.server.kickoffs == 3
+    error = leads("retry", "--yes", "--on-change", "continue").error(6)
+    assert leads.server.kickoffs == 4
+    assert leads.states() == {"a": "conflict", "b": "completed", "c": "completed"}
+    assert "batch failures" in error
+    assert "To start them again" not in error, "a row with a result stays as it is"
 
 
-def test_an_input_of_a_column_that_is_not_there_is_said_once(here, picky, call, tmp_path: Path):
-    _, crew = picky()
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"topic": "tea"}\n' * 20)
-    said = here(*call(crew, str(path), "--map", "topic=topci"))
-    assert said.code == 6
-    assert "none of its 20 rows can be run: input 'topic' needs column topci (did you mean topic?)" in said.err
-    assert "(for a constant text, write it as a template, with both pairs of braces: {{ 'text' }})" in said.err
+def test_failed_rows_are_retried_by_name(leads: Leads, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(leads.folder)
+    leads.here("batch", "run", leads.crew, "leads.csv", "--name", leads.name, "--export", "out.jsonl", *KEY)
+    monkeypatch.chdir("/")
+    assert "prefect-crew batch retry" in leads("resume").error(6)
+    assert leads("retry").code == 2, "nobody confirmed"
+    assert leads.server.kickoffs == 3
+    again = leads("retry", "--yes", "--row", "b", *JSON)
+    assert (again.code, again.json["kickoffs"], leads.server.kickoffs) == (6, 1, 4)
+    assert "max_attempts" in leads("retry", "--yes").err
+    for row, reason in (("a", "has completed"), ("z", "has no run of a row 'z'")):
+        assert reason in leads("retry", "--yes", "--row", row).error(2)
+    assert leads.server.kickoffs == 4
+    assert leads.states() == {"a": "completed", "b": "failed", "c": "completed"}
 
 
-def started(output: str) -> int:
-    """Return how many runs of a batch the ledger beside its output calls started."""
-    with closing(sqlite3.connect(f"{output}.ledger.db")) as ledger:
-        return ledger.execute("SELECT count(*) FROM crew_attempts WHERE phase = 'started'").fetchone()[0]
+def test_inputs_come_from_columns_and_templates(leads: Leads):
+    leads.write("what,how\ntea,hot\n", encoding="utf-16")
+    options = ("--encoding", "utf-16", "--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30")
+    ran = leads.run("--map", "topic={{ how }} {{ what }}", *options).ok
+    assert ran.startswith(f"Batch {leads.name}: 1 of 1 rows completed in ")
+    assert json.loads(leads.output.read_text())["output"] == "on hot tea"
 
 
-@pytest.fixture
-def running(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
-) -> Iterator[tuple[CrewServer, Process]]:
-    """A process with a batch of 30 rows, of which 5 are in flight for a minute. Each is a session of its own."""
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"], flow=True), token=TOKEN)
-    block = f"late-{uuid.uuid4().hex[:8]}"
-    server.crew().save(block, _sync=True)  # pyright: ignore
-    path = tmp_path / "rows.csv"
-    path.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
-    command = ["batch", "run", block, str(path), "--name", name, "--export", output, "--max-in-flight", "5"]
-    command += ["--session-column", "topic"]
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
-    with Process([program("prefect-crew"), *command], log=tmp_path / "log", env=env) as process:
-        wait_until(lambda: server.kickoffs == 5, seconds=60, what="its rows in flight")
-        # An id that the ledger does not have yet is lost with the process.
-        wait_until(lambda: started(output) == 5, seconds=60, what="its rows in flight, in the ledger")
-        yield server, process
+def test_a_local_model_goes_with_the_name(leads: Leads, monkeypatch: pytest.MonkeyPatch):
+    module = f"models_{uuid.uuid4().hex[:8]}"
+    leads.write("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\n", f"{module}.py")
+    monkeypatch.chdir(leads.folder)
+    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
+    assert leads.run(*KEY, "--output-type", f"{module}:Tea").code == 6
+    assert leads("retry", "--yes", "--row", "a", *JSON).json["kickoffs"] == 1
+    assert leads.states() == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
 
 
-@pytest.mark.programs
-def test_ctrl_c_leaves_the_runs_in_flight_and_says_how_to_go_on(running: tuple[CrewServer, Process], name: str):
-    server, process = running
-    process.send(signal.SIGINT)
-    assert process.wait(60) == 130, process.output
-    assert server.requests["stop"] == 0
-    said = process.output.replace("\n", " ")
-    assert f"To go on where it stopped: prefect-crew batch resume '{name}'" in said
-    assert f"To stop the runs in flight: prefect-crew batch cancel '{name}'" in said
-    assert "Traceback" not in process.output
+def test_a_crew_of_an_address_needs_the_same_call_again(crews: CrewServer, leads: Leads):
+    leads.write("who\nAda\n")
+    broken = f"{crews.url}/broken"
+    assert "To start them again: make the same call with --retry-failed" in leads.run(crew=broken).error(6)
+    assert "its crew is not a stored block. Make the same call again" in leads("resume").error(2)
+    again = leads.run(*JSON, crew=broken)
+    assert (again.code, again.json["kickoffs"]) == (6, 0)
+    assert TOKEN not in again.out + again.err
 
 
-@pytest.mark.programs
-@pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
-def test_ctrl_c_on_a_terminal_asks_whether_to_stop(
-    prefect_api: PrefectServer, crew_server: CrewServerFactory, name: str, tmp_path: Path, output: str
-):
-    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
-    (tmp_path / "rows.csv").write_text("topic\ntea\ncocoa\n")
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
-    env.pop("CREW_TOKEN", None)  # a person types it
-    template = f"{name}-{{scheduled_start:%Y}}"
-    line = ["batch", "run", server.url, str(tmp_path / "rows.csv"), "--name", template, "--export", output]
-    with Terminal([program("prefect-crew"), *line], env=env) as terminal:
-        terminal.wait_for("Token of")
-        terminal.press(f"{TOKEN}\r")
-        wait_until(lambda: server.kickoffs == 2, seconds=60, what="its rows in flight")
-        terminal.press("\x03")
-        terminal.wait_for("Stop its runs in flight as well?")
-        terminal.press("y\r")
-        assert terminal.wait(30) == 130
-    assert "2 of 2 runs in flight were asked to stop." in terminal.output.replace("\r\n", " ")
-    assert (server.requests["stop"], terminal.output.count("Token of")) == (2, 1)
+def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(leads: Leads):
+    leads.run()
+    elsewhere = leads.ledger.rename(leads.folder / "elsewhere.db")
+    for verb, *options in (("inspect",), ("failures",), ("retry", "--yes")):
+        assert str(leads.ledger) in leads(verb, *options).error(1)
+        assert not leads.ledger.exists()
+    leads.output.unlink()
+    assert leads.run().code == 1
+    assert leads.server.kickoffs == 3
+    assert leads("inspect", "--ledger", str(elsewhere)).code == 0
 
 
-@pytest.mark.programs
-def test_a_batch_is_cancelled_in_the_process_that_runs_it(here, running: tuple[CrewServer, Process], name: str):
-    _, process = running
-    assert "A process runs it now" in here("batch", "inspect", name).out
-    assert "is being cancelled." in here("batch", "cancel", name).ok
-    assert process.wait(60) == 1, process.output
-    assert here("batch", "inspect", name, "-o", "json").json["states"] == {"pending": 25, "stopped": 5}
+@pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
+def test_an_uncertain_row_is_resolved(here: Command, leads: Leads, started: bool):
+    leads.server.faults.add("kickoff:drop-after-accept@1")
+    ran = leads.run(*KEY, *JSON)
+    (row,) = ran.json["uncertain_keys"]
+    key = f"batch/{leads.name}/{row}"
+    assert (ran.code, leads.server.kickoffs) == (6, 3)
+    listed = leads("failures")
+    assert f"{row}\t\tuncertain\t" in listed.out
+    assert "prefect-crew runs resolve" in listed.err
+    assert leads("retry", "--yes", "--row", row).code == 2
+    assert here("runs", "resolve", f"batch/{leads.name}/z", "--never-started", "--yes").code == 2
+    if started:
+        assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
+        other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
+        asyncio.run(put(other))
+        taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id).err
+        assert f"is attempt 1 at the idempotency key '{other.idempotency_key}'" in taken
+        exported = {line["kickoff_id"] for line in map(json.loads, leads.output.read_text().splitlines())}
+        (run,) = {run.id for run in leads.server.runs} - exported
+        line = ("runs", "resolve", key, "--kickoff-id", run)
+    else:
+        line = ("runs", "resolve", key, "--never-started", "--yes")
+        assert "may still be sent, or on its way. Nothing was changed." in here(*line).error(1)
+        let_an_hour_pass(str(leads.ledger))
+        assert f"Batch '{leads.name}' is being run by another process" in leads.while_owned(*line).error(1)
+    assert f"batch resume '{leads.name}'" in here(*line).ok
+    leads("resume")
+    assert leads.states().keys() == {"a", "b", "c"}
+    assert leads.server.kickoffs == (3 if started else 4)
 
 
-@pytest.mark.programs
-def test_of_a_batch_that_was_killed_the_runs_are_stopped(here, running: tuple[CrewServer, Process], name: str):
-    server, process = running
-    process.kill()
-    again = f"To go on where it stopped: prefect-crew batch resume '{name}'"
-    assert f"No process runs it. {again}" in here("batch", "inspect", name).out
-    cancelled = here("batch", "cancel", name)
-    assert f"5 of 5 runs in flight were asked to stop. {again}" in cancelled.out, cancelled.err
-    assert {str(run.state) for run in server.runs} == {"stopped"}
-    assert asyncio.run(last_turn(server.url, "topic 0")).outcome == "stopped"
-    found = here("batch", "inspect", name, "-o", "json").json
-    assert (found["in_flight"], found["failed"], found["stopped"], found["owed"]) == (0, 5, 5, 5)
+# What is in flight
 
 
-async def in_flight(path: str, name: str, count: int, **crew: str) -> None:
-    """Write into a ledger that so many rows of its batch are in flight, and nobody waits for them."""
-    async with Ledger(path, name) as ledger:
+async def in_flight(leads: Leads, count: int) -> None:
+    """Write into the ledger that so many rows of the batch are in flight, and nobody waits for them."""
+    async with Ledger(str(leads.ledger), leads.name) as ledger:
         await enter(ledger, *(f"late {number}" for number in range(count)))
         for number in range(count):
-            record = record_of(ledger, f"late {number}", **crew)
+            record = record_of(ledger, f"late {number}", crew=leads.crew, crew_url=leads.server.url)
             assert await ledger.claim(record)
             record.phase, record.kickoff_id = RecordPhase.STARTED, f"run {uuid.uuid4()}"
             await ledger.save(record)
 
 
-def test_a_row_whose_run_is_forgotten_is_resolved_as_lost(here, picky, call, name: str, leads: str, output: str):
-    server, crew = picky()
-    here(*call(crew, leads, "--key-column", "id"))
-    asyncio.run(in_flight(f"{output}.ledger.db", name, 1, crew=crew, crew_url=server.url))
-    resolved = here("runs", "resolve", f"batch/{name}/late 0", "--lost", "--yes")
-    assert f"prefect-crew batch retry '{name}' --row 'late 0' starts another." in resolved.out, resolved.err
-    states = here("batch", "inspect", name, "-o", "json").json["states"]
-    assert (states["lost"], "started" in states) == (1, False)
+def test_a_row_whose_run_is_forgotten_is_resolved_as_lost(here: Command, leads: Leads):
+    leads.run(*KEY)
+    asyncio.run(in_flight(leads, 1))
+    resolved = here("runs", "resolve", f"batch/{leads.name}/late 0", "--lost", "--yes").ok
+    assert f"prefect-crew batch retry '{leads.name}' --row 'late 0' starts another." in resolved
+    states = leads("inspect", *JSON).json["states"]
+    assert states["lost"] == 1
+    assert "started" not in states
 
 
-def test_a_cancel_without_a_stop_says_so(here, picky, call, name: str, leads: str, output: str, monkeypatch):
-    server, crew = picky(faults=["stop:500"])
-    here(*call(crew, leads, "--key-column", "id"))
-    asyncio.run(in_flight(f"{output}.ledger.db", name, 40, crew=crew, crew_url=server.url))
-    with closing(sqlite3.connect(f"{output}.ledger.db")) as ledger, ledger:  # some rows leave the data set
+def test_a_cancel_that_stops_nothing_tells_it(leads: Leads, monkeypatch: pytest.MonkeyPatch):
+    leads.run(*KEY)
+    asyncio.run(in_flight(leads, 40))
+    with closing(sqlite3.connect(leads.ledger)) as ledger, ledger:  # some rows leave the data set
         ledger.execute("UPDATE crew_rows SET number = NULL WHERE row_key LIKE 'late %5' OR row_key < 'late 2'")
-    stop, at_once = CrewClient.stop, [0, 0]
+    many, asked = asyncio.Barrier(10), list[str]()
 
-    async def counted(self: CrewClient, kickoff_id: str) -> StopAnswer:
-        at_once[0] += 1
-        at_once[1] = max(at_once)
-        try:
-            return await stop(self, kickoff_id)
-        finally:
-            at_once[0] -= 1
+    async def stop(_: CrewClient, kickoff_id: str) -> None:
+        asked.append(kickoff_id)
+        async with asyncio.timeout(60):
+            await many.wait()
+        raise CrewError("The server is away.")
 
-    monkeypatch.setattr(CrewClient, "stop", counted)
-    cancelled = here("batch", "cancel", name)
-    assert (cancelled.code, "0 of 40 runs in flight were asked to stop." in cancelled.out) == (1, True), cancelled.err
-    assert server.requests["stop"] == 40
-    assert at_once[1] > 10, "many at a time"
+    monkeypatch.setattr(CrewClient, "stop", stop)
+    cancelled = leads("cancel")
+    assert cancelled.code == 1, cancelled.err
+    assert "0 of 40 runs in flight were asked to stop." in cancelled.out
+    assert len(set(asked)) == 40
 
 
-def test_a_refused_cancel_is_told(here, picky, call, name: str, leads: str, output: str, monkeypatch):
-    _, crew = picky()
-    flow_run_id = UUID(here(*call(crew, leads, "--key-column", "id", "-o", "json")).json["flow_run_id"])
-
+def test_a_refused_cancel_is_told(leads: Leads, monkeypatch: pytest.MonkeyPatch):
+    flow_run_id = UUID(leads.run(*KEY, *JSON).json["flow_run_id"])
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Running(), force=True)
     details = StateAbortDetails(reason="its deployment is paused")
     aborted = AsyncMock(return_value=OrchestrationResult(state=None, status=SetStateStatus.ABORT, details=details))
     monkeypatch.setattr(PrefectClient, "set_flow_run_state", aborted)
-    refused = asyncio.run(while_owned(f"{output}.ledger.db", name, lambda: here("batch", "cancel", name)))
-    assert (refused.code, "is being cancelled" in refused.out + refused.err) == (1, False)
-    assert "Prefect does not cancel flow run" in refused.err
-    assert "its deployment is paused" in refused.err
+    refused = leads.while_owned("batch", "cancel", leads.name).error(1)
+    assert "Prefect does not cancel flow run" in refused
+    assert "its deployment is paused" in refused
+    assert "is being cancelled" not in refused
 
 
-def test_a_password_in_an_option_is_warned_of_and_not_shown(here, name: str):
-    said = here("batch", "inspect", name, "--ledger", "postgresql://me:hunter2@127.0.0.1:1/x")
-    assert "Other users of this machine can see the password in --ledger" in said.err
-    assert "hunter2" not in said.out + said.err
+@pytest.fixture
+def running(
+    here: Command, crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+) -> Iterator[tuple[Leads, Process]]:
+    """A process with a batch of 30 rows, of which 5 are in flight for a minute. Each is a session of its own."""
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"], flow=True), token=TOKEN)
+    leads = Leads(here, server, tmp_path)
+    leads.write("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
+    line = leads.line("--max-in-flight", "5", "--session-column", "topic")
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+
+    def started() -> int:
+        # An id that the ledger does not have yet is lost with the process.
+        with closing(sqlite3.connect(leads.ledger)) as ledger:
+            return ledger.execute("SELECT count(*) FROM crew_attempts WHERE phase = 'started'").fetchone()[0]
+
+    with Process([program("prefect-crew"), *line], log=tmp_path / "log", env=env) as process:
+        wait_until(lambda: server.kickoffs == 5 and started() == 5, "its rows in flight, in the ledger")
+        yield leads, process
 
 
-def test_failed_rows_are_retried_by_name(here, picky, name: str, leads: str, output: str, monkeypatch, tmp_path: Path):
-    server, crew = picky()
-    monkeypatch.chdir(tmp_path)
-    here("batch", "run", crew, "leads.csv", "--name", name, "--export", "out.jsonl", "--key-column", "id")
-    monkeypatch.chdir("/")
-    resumed = here("batch", "resume", name)
-    assert (resumed.code, server.kickoffs, "prefect-crew batch retry" in resumed.err) == (6, 3, True)
-    assert (here("batch", "retry", name).code, server.kickoffs) == (2, 3), "nobody confirmed"
-    again = here("batch", "retry", name, "--yes", "--row", "b", "-o", "json")
-    assert (again.code, again.json["kickoffs"], server.kickoffs) == (6, 1, 4)
-    more = here("batch", "retry", name, "--yes")
-    assert (server.kickoffs, "max_attempts" in more.err) == (4, True)
-    assert lines(output) == {"a": "completed", "b": "failed", "c": "completed"}
-    for row, why in (("a", "has completed"), ("z", "has no run of a row 'z'")):
-        refused = here("batch", "retry", name, "--yes", "--row", row)
-        assert (refused.code, why in refused.err) == (2, True)
+@pytest.mark.programs
+def test_a_batch_that_ctrl_c_ended_is_cancelled_by_its_name(running: tuple[Leads, Process]):
+    leads, process = running
+    process.send(signal.SIGINT)
+    assert process.wait(60) == 130, process.output
+    assert leads.server.requests["stop"] == 0
+    output, again = process.output.replace("\n", " "), f"prefect-crew batch resume '{leads.name}'"
+    assert f"To go on where it stopped: {again}. To stop the runs in flight: prefect-crew batch cancel" in output
+    assert "Traceback" not in output
+    assert f"No process runs it. To go on where it stopped: {again}" in leads("inspect").out
+    cancelled = leads("cancel").ok
+    assert f"5 of 5 runs in flight were asked to stop. To go on where it stopped: {again}" in cancelled
+    assert {str(run.state) for run in leads.server.runs} == {"stopped"}
+    turn = asyncio.run(last_turn(leads.server.url, "topic 0"))
+    assert turn is not None
+    assert turn.outcome == "stopped"
+    counts = leads("inspect", *JSON).json
+    assert (counts["in_flight"], counts["failed"], counts["stopped"], counts["owed"]) == (0, 5, 5, 5)
 
 
-def test_inputs_come_from_columns_and_templates(here, picky, call, name: str, tmp_path: Path, output: str):
-    _, crew = picky()
-    path = tmp_path / "rows.csv"
-    path.write_text("what,how\ntea,hot\n", encoding="utf-16")
-    options = ("--encoding", "utf-16", "--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30")
-    ran = here(*call(crew, str(path), "--map", "topic={{ how }} {{ what }}", *options))
-    assert ran.code == 0, ran.err
-    assert ran.out.startswith(f"Batch {name}: 1 of 1 rows completed in ")
-    assert json.loads(Path(output).read_text())["output"] == "on hot tea"
+@pytest.mark.programs
+def test_a_batch_is_cancelled_in_the_process_that_runs_it(running: tuple[Leads, Process]):
+    leads, process = running
+    assert "A process runs it now" in leads("inspect").out
+    assert "is being cancelled." in leads("cancel").ok
+    assert process.wait(60) == 1, process.output
+    assert leads("inspect", *JSON).json["states"] == {"pending": 25, "stopped": 5}
 
 
-def test_a_local_model_goes_with_the_name(here, picky, call, leads: str, name: str, output: str, monkeypatch):
-    _, crew = picky()
-    module, tmp_path = f"models_{uuid.uuid4().hex[:8]}", Path(output).parent
-    (tmp_path / f"{module}.py").write_text("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
-    assert here(*call(crew, leads, "--key-column", "id", "--output-type", f"{module}:Tea")).code == 6
-    assert here("batch", "retry", name, "--yes", "--row", "a", "-o", "json").json["kickoffs"] == 1
-    assert lines(output) == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
-
-
-def test_a_crew_of_an_address_needs_the_same_call_again(here, crews: CrewServer, call, name: str, tmp_path: Path):
-    path = tmp_path / "rows.csv"
-    path.write_text("who\nAda\n")
-    given = call(f"{crews.url}/broken", str(path))
-    assert "To start them again: make the same call with --retry-failed" in here(*given).error(6)
-    assert "its crew is not a stored block. Make the same call again" in here("batch", "resume", name).error(2)
-    again = here(*given, "-o", "json")
-    assert (again.code, again.json["kickoffs"], TOKEN in again.out + again.err) == (6, 0, False)
-
-
-def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(here, picky, call, name: str, leads: str, output: str):
-    server, crew = picky()
-    here(*call(crew, leads))
-    ledger = Path(f"{output}.ledger.db")
-    ledger.rename(elsewhere := ledger.with_name("elsewhere.db"))
-    for command in (("inspect", name), ("failures", name), ("retry", name, "--yes")):
-        missed = here("batch", *command)
-        assert (missed.code, str(ledger) in missed.err, ledger.exists()) == (1, True, False)
-    Path(output).unlink()
-    assert (here(*call(crew, leads)).code, server.kickoffs) == (1, 3)
-    assert here("batch", "inspect", name, "--ledger", str(elsewhere)).code == 0
-    assert here("batch", "inspect", "nobody's").code == 2
-
-
-@pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
-def test_an_uncertain_row_is_resolved(here, picky, call, name: str, leads: str, output: str, started: bool):
-    server, crew = picky(faults=["kickoff:drop-after-accept@1"])
-    ran = here(*call(crew, leads, "--key-column", "id", "-o", "json"))
-    (row,) = ran.json["uncertain_keys"]
-    key = f"batch/{name}/{row}"
-    assert (ran.code, server.kickoffs) == (6, 3)
-    listed = here("batch", "failures", name)
-    assert f"{row}\t\tuncertain\t" in listed.out
-    assert "prefect-crew runs resolve" in listed.err
-    assert here("batch", "retry", name, "--yes", "--row", row).code == 2
-    assert here("runs", "resolve", f"batch/{name}/z", "--never-started", "--yes").code == 2
-    if started:
-        assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
-        other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
-        asyncio.run(put(other))
-        taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id)
-        assert f"is attempt 1 at the idempotency key '{other.idempotency_key}'" in taken.err
-        known = {line["kickoff_id"] for line in map(json.loads, Path(output).read_text().splitlines())}
-        (run,) = {run.id for run in server.runs} - known
-        resolved = here("runs", "resolve", key, "--kickoff-id", run)
-    else:
-        line = ("runs", "resolve", key, "--never-started", "--yes")
-        assert "may still be sent, or on its way. Nothing was changed." in here(*line).error(1)
-        let_an_hour_pass(f"{output}.ledger.db")
-        busy = asyncio.run(while_owned(f"{output}.ledger.db", name, lambda: here(*line)))
-        assert (busy.code, f"Batch '{name}' is being run by another process" in busy.err) == (1, True)
-        resolved = here(*line)
-    assert resolved.code == 0, resolved.err
-    assert f"batch resume '{name}'" in resolved.out
-    here("batch", "resume", name)
-    assert lines(output).keys() == {"a", "b", "c"}
-    assert server.kickoffs == (3 if started else 4)
-
-
-async def while_owned(path: str, name: str, call: Callable[[], Any]) -> Any:
-    """Return what a command does while another process runs the batch."""
-    async with Database(path) as database, BatchLock(database, name) as lock:
-        assert await lock.take()
-        return await asyncio.to_thread(call)
+@pytest.mark.programs
+@pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
+def test_ctrl_c_on_a_terminal_asks_whether_to_stop(
+    leads: Leads, crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+):
+    server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
+    leads.write("topic\ntea\ncocoa\n")
+    leads.name += "-{scheduled_start:%Y}"
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    env.pop("CREW_TOKEN", None)  # a person types it
+    with Terminal([program("prefect-crew"), *leads.line(crew=server.url)], env=env) as terminal:
+        terminal.wait_for("Token of")
+        terminal.press(f"{TOKEN}\r")
+        wait_until(lambda: server.kickoffs == 2, "its rows in flight")
+        terminal.press("\x03")
+        terminal.wait_for("Stop its runs in flight as well?")
+        terminal.press("y\r")
+        assert terminal.wait(30) == 130
+    assert "2 of 2 runs in flight were asked to stop." in terminal.output.replace("\r\n", " ")
+    assert server.requests["stop"] == 2
+    assert terminal.output.count("Token of") == 1

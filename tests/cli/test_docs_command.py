@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from prefect_crew.cli.app import main
 from prefect_crew.cli.docs import page_text, pages
+from support.commands import Command
 
 
-def test_the_list_names_pages_that_can_be_printed(capsys: pytest.CaptureFixture[str]):
-    assert main(["docs"]) == 0
-    listed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+def test_the_list_names_pages_that_can_be_printed(here: Command):
+    listed = dict(line.split(maxsplit=1) for line in here("docs").ok.splitlines())
     assert list(listed)[:2] == ["index", "tutorial"]
     assert listed["guides/recover"] == "Recover from crashes"
-    assert main(["docs", "tutorial"]) == 0
-    assert "## 2. Start Prefect" in capsys.readouterr().out
+    assert "## 2. Start Prefect" in here("docs", "tutorial").ok
+    # A name that two pages share prints both.
+    assert {"Run a batch", "Batches"} <= set(re.findall(r"^# (.*)$", here("docs", "batches").ok, re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", pages())
@@ -50,13 +50,3 @@ def test_a_page_is_printed_where_a_module_of_its_reference_cannot_be_imported(mo
     text = page_text("reference/python", pages()["reference/python"])
     assert "### crew_server\n\nIts text needs" in text
     assert "arun_crew(crew: " in text
-
-
-def test_a_name_that_two_pages_share_prints_both(capsys: pytest.CaptureFixture[str]):
-    assert main(["docs", "batches"]) == 0
-    assert {"Run a batch", "Batches"} <= set(re.findall(r"^# (.*)$", capsys.readouterr().out, re.MULTILINE))
-
-
-def test_a_mistyped_page_is_guessed(capsys: pytest.CaptureFixture[str]):
-    assert main(["docs", "recver"]) == 2
-    assert "did you mean recover?" in capsys.readouterr().err

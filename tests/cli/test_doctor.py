@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,64 +17,70 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_crew import crew_flow
 from prefect_crew.cli import _prefect
-from prefect_crew.cli.doctor import Findings, check_crew, check_prefect
+from prefect_crew.cli.doctor import Finding, Findings, check_crew, check_prefect
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import PrefectAwayError
 from prefect_crew.records.store import PrefectRecords
+from support.commands import Command
 from support.crew_pool import CrewPool
 from support.prefect_server import PrefectServer
+from support.raw import answer, answering, raw_server
 
 
-def look_at(url: str, token: str) -> Findings:
-    async def look() -> Findings:
-        found = Findings(quiet=True)
-        async with CrewClient(url, token, request_timeout=5) as client:
-            await check_crew(client, found)
-        return found
-
-    return asyncio.run(look())
+async def look_at_crew(url: str, token: str = "token-1") -> Findings:
+    findings = Findings(quiet=True)
+    async with CrewClient(url, token, request_timeout=5) as client:
+        await check_crew(client, findings)
+    return findings
 
 
-def test_what_is_found_of_a_crew():
+async def look_at_prefect(subject: str) -> list[Finding]:
+    """Return what is found of a subject; with Prefect itself all is well."""
+    findings = Findings(quiet=True)
+    await check_prefect(findings)
+    assert [finding.subject for finding in findings][:3] == ["Prefect server", "block type", "records"]
+    assert not [finding for finding in findings if finding.level == "problem"]
+    return [finding for finding in findings if finding.subject == subject]
+
+
+async def test_what_is_found_of_a_crew():
     with CrewServer("travel") as server:
-        healthy = look_at(server.url, server.token)
-        refused = look_at(server.url, "another-token")
-        without_tls = look_at(server.url.replace("http:", "https:"), server.token)
+        healthy = await look_at_crew(server.url, server.token)
+        refused = await look_at_crew(server.url, "another-token")
+        without_tls = await look_at_crew(server.url.replace("http:", "https:"))
         assert server.kickoffs == 0
-    with answering(others=404) as url:
-        no_crew = look_at(url, "token-1")
-    subjects = ("URL", "server", "token", "inputs", "version")
-    assert [(one.subject, one.level) for one in healthy] == [(subject, "ok") for subject in subjects]
+    async with raw_server(answering(answer("{}", "404 Not Found"))) as url:
+        no_crew = await look_at_crew(url)
+    assert {finding.level for finding in healthy} == {"ok"}
+    assert [finding.subject for finding in healthy] == ["URL", "server", "token", "inputs", "version"]
     assert "budget, interests, duration, age" in healthy[-2].fact
     assert "another-token" not in str(refused)
-    for found, subject, fix in (
+    for findings, subject, fix in (
         (refused, "token", "User Bearer Token"),
         (without_tls, "TLS", "begins with http or https"),
         (no_crew, "crew", "Status tab"),
-        (look_at("http://127.0.0.1:1", "token-1"), "server", "online on its page"),
+        (await look_at_crew("http://127.0.0.1:1"), "server", "online on its page"),
     ):
-        (problem,) = [one for one in found if one.level == "problem"]
-        assert (problem.subject, fix in problem.fix) == (subject, True)
-    for fault, level in (("inputs:404", "warning"), ("inputs:500", "problem")):
-        with CrewServer("echo", faults=[fault]) as server:
-            *others, last = look_at(server.url, server.token)
-        assert (last.subject, last.level, bool(last.fix)) == ("inputs", level, True)
-        assert {one.level for one in others} == {"ok"}
+        (problem,) = [finding for finding in findings if finding.level == "problem"]
+        assert problem.subject == subject
+        assert fix in problem.fix
+
+
+@pytest.mark.parametrize(("fault", "level"), [("inputs:404", "warning"), ("inputs:500", "problem")])
+async def test_inputs_that_cannot_be_asked_for(fault: str, level: str):
+    with CrewServer("echo", faults=[fault]) as server:
+        *others, last = await look_at_crew(server.url, server.token)
+    assert (last.subject, last.level) == ("inputs", level)
+    assert last.fix
+    assert {finding.level for finding in others} == {"ok"}
 
 
 async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServer, tmp_path: Path):
-    async def look(pool: str) -> tuple[str, str, str]:
-        found = Findings(quiet=True)
-        await check_prefect(found)
-        assert [one.subject for one in found][:3] == ["Prefect server", "block type", "records"]
-        assert not [one for one in found if one.level == "problem"]
-        (about,) = [one for one in found if one.subject == f"crew pool {pool}"]
-        return about.level, about.fact, about.fix
-
     with CrewPool(prefect_api, tmp_path, f"doctor-{uuid4().hex[:8]}") as pool:
-        start = f"prefect worker start --pool {pool.name}"
-        assert await look(pool.name) == ("warning", "workers online: none; flow runs begun: 0", start)
+        (finding,) = await look_at_prefect(f"crew pool {pool.name}")
+        assert (finding.level, finding.fact) == ("warning", "workers online: none; flow runs begun: 0")
+        assert finding.fix == f"prefect worker start --pool {pool.name}"
         deployment = pool.deploy("a")
         for name in ("here", "there"):
             pool.call("POST", f"/work_pools/{pool.name}/workers/heartbeat", {"name": name})
@@ -92,64 +96,51 @@ async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServe
                 pool.set_state(run_id, state)
             if owner is not None:
                 pool.call("PATCH", f"/flow_runs/{run_id}", {"infrastructure_pid": f"{owner}/1"})
-        level, found, fix = await look(pool.name)
-    assert (level, "within two heartbeats" in fix) == ("warning", True)
-    assert found == ("workers online: here, there; flow runs begun: 4, 2 of them left by workers that are gone (gone)")
+        (finding,) = await look_at_prefect(f"crew pool {pool.name}")
+    left = "workers online: here, there; flow runs begun: 4, 2 of them left by workers that are gone (gone)"
+    assert (finding.level, finding.fact) == ("warning", left)
+    assert "within two heartbeats" in finding.fix
     assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
 
 
-class _Answers(BaseHTTPRequestHandler):
-    """Answers `/health` with `health`, and all else with `others`; a text is a page."""
-
-    health: int | str = "true"
-    others: int | str = 401
-
-    def do_GET(self) -> None:
-        answer = self.health if self.path.endswith("/health") else self.others
-        body = (answer if isinstance(answer, str) else "{}").encode()
-        self.send_response(answer if isinstance(answer, int) else 200)
-        self.send_header("Content-Type", "text/html" if body.startswith(b"<") else "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Not on stderr."""
+PAGE = answer("<html>", headers="Content-Type: text/html\r\n")
+NO_API = "Check PREFECT_API_URL, which has to end in /api"
 
 
-@contextlib.contextmanager
-def answering(**answers: int | str) -> Iterator[str]:
-    """Give the URL of a server that answers so."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), type("", (_Answers,), answers)) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,)).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+def refusal(code: int) -> bytes:
+    return answer("{}", f"{code} Refused", "Content-Type: application/json\r\n")
 
 
 @pytest.mark.parametrize(
-    ("answers", "said"),
+    ("health", "others", "fact"),
     [
-        ({"health": 404}, "/health was answered with 404. Check PREFECT_API_URL, which has to end in /api"),
-        ({"health": "<html>"}, "/health was answered with a page. Check PREFECT_API_URL, which has to end in /api"),
-        ({"health": 401}, "/health was answered with 401. Check PREFECT_API_KEY"),
-        ({"health": 503}, "/health was answered with 503. Start that server"),
-        ({"others": 401}, "401 Unauthorized"),
-        ({"others": "<html>"}, "JSONDecodeError"),
-        ({"health": 429}, "401 Unauthorized"),
+        pytest.param(refusal(404), refusal(401), f"/health was answered with 404. {NO_API}", id="no-health"),
+        pytest.param(PAGE, refusal(401), f"/health was answered with a page. {NO_API}", id="page"),
+        pytest.param(refusal(401), refusal(401), "/health was answered with 401. Check PREFECT_API_KEY", id="key"),
+        pytest.param(refusal(503), refusal(401), "/health was answered with 503. Start that server", id="broken"),
+        pytest.param(answer("true"), refusal(401), "401 Refused", id="key-of-the-rest"),
+        pytest.param(answer("true"), PAGE, "JSONDecodeError", id="page-of-the-rest"),
+        pytest.param(refusal(429), refusal(401), "401 Refused", id="busy"),
     ],
-    ids=str,
 )
-def test_a_prefect_api_that_is_none_is_a_problem(here, crews: CrewServer, answers: dict[str, int | str], said: str):
+async def test_a_prefect_api_that_is_none_is_a_problem(
+    here: Command, crews: CrewServer, health: bytes, others: bytes, fact: str
+):
     began = time.monotonic()
-    with answering(**answers) as url, temporary_settings({PREFECT_API_URL: url}):
-        done = here("doctor", f"{crews.url}/greet", "-o", "json")
-        by_name = here("doctor", "never-stored", "-o", "json")
+    server = raw_server(answering(lambda head: health if "/health HTTP" in head else others))
+    async with server as url:
+        with temporary_settings({PREFECT_API_URL: url}):
+            done = await asyncio.to_thread(here, "doctor", f"{crews.url}/greet", "-o", "json")
+            by_name = await asyncio.to_thread(here, "doctor", "never-stored", "-o", "json")
     assert time.monotonic() - began < 5
-    assert (done.code, done.json["problems"]) == (1, 1)
-    (problem,) = [one for one in done.json["findings"] if one["level"] == "problem"]
-    assert (problem["subject"], said in problem["fact"], url in problem["fact"]) == ("Prefect API", True, True)
-    assert [one["level"] for one in done.json["findings"] if one["subject"] == "token"] == ["ok"]
-    assert [one["subject"] for one in by_name.json["findings"] if one["level"] == "problem"] == ["Prefect API", "crew"]
+    assert done.code == 1
+    (problem,) = [finding for finding in done.json["findings"] if finding["level"] == "problem"]
+    assert problem["subject"] == "Prefect API"
+    assert fact in problem["fact"]
+    assert url in problem["fact"]
+    assert [finding["level"] for finding in done.json["findings"] if finding["subject"] == "token"] == ["ok"]
+    problems = [finding["subject"] for finding in by_name.json["findings"] if finding["level"] == "problem"]
+    assert problems == ["Prefect API", "crew"]
 
 
 def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch):
@@ -161,51 +152,52 @@ def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - began < 1.5
 
 
-def test_findings_are_written_line_by_line(here, alone, prefect_api: PrefectServer, crews: CrewServer):
+def test_findings_are_written_line_by_line(here: Command, alone: Command, prefect_api: object, crews: CrewServer):
     done = here("doctor", f"{crews.url}/greet", "--token", "wrong-token", "-o", "json")
     assert (done.code, done.json["problems"]) == (1, 1)
-    (problem,) = [one for one in done.json["findings"] if one["level"] == "problem"]
-    assert (problem["subject"], "prefect-crew crews save" in problem["fix"]) == ("token", True)
-    done = here("doctor", "never-stored")
+    (problem,) = [finding for finding in done.json["findings"] if finding["level"] == "problem"]
+    assert problem["subject"] == "token"
+    assert "prefect-crew crews save" in problem["fix"]
+    assert "✗ crew: No crew is stored under the name 'never-stored'" in here("doctor", "never-stored").out
+    done = alone("doctor", f"{crews.url}/greet", env={"PREFECT_API_URL": "nonsense"})
     assert done.code == 1
-    assert "✗ crew: No crew is stored under the name 'never-stored'" in done.out
-    done = alone("doctor", f"{crews.url}/greet", env={"PREFECT_API_URL": "http://127.0.0.1:1/api"})
-    assert done.code == 1
-    assert "✗ Prefect API: The Prefect API at http://127.0.0.1:1/api does not answer" in done.out
+    assert "✗ Prefect API: The Prefect API at nonsense does not answer" in done.out
+    assert ".." not in done.out
     assert "✓ token: it is accepted" in done.out
     assert done.out.endswith("Problems: 1.\n")
     assert "Traceback" not in done.err
 
 
+@contextlib.contextmanager
+def form_crew(name: str, inputs: str, **fields: Any) -> Iterator[None]:
+    with CrewServer(f"name: form\ninputs: {inputs}\ntasks: [{{name: t, output: x}}]\n") as server:
+        block: Any = server.crew(**fields)
+        block.save(name, overwrite=True, _sync=True)
+        yield
+
+
 def test_a_deployment_whose_form_is_out_of_date_is_named(prefect_api: PrefectServer, tmp_path: Path):
     name = f"form-{uuid4().hex[:8]}"
 
-    @contextlib.contextmanager
-    def stored(inputs: str, **fields: Any) -> Iterator[None]:
-        with CrewServer(f"name: form\ninputs: {inputs}\ntasks: [{{name: t, output: x}}]\n") as server:
-            block: Any = server.crew(**fields)
-            block.save(name, overwrite=True, _sync=True)
-            yield
-
-    def look() -> list[tuple[str, str, str]]:
-        found = Findings(quiet=True)
-        asyncio.run(check_prefect(found))
-        return [(one.level, one.fact, one.fix) for one in found if one.subject == f"deployment {name}"]
+    def look() -> list[Finding]:
+        return asyncio.run(look_at_prefect(f"deployment {name}"))
 
     (tmp_path / "flows.py").write_text(f"from prefect_crew import crew_flow\nours = crew_flow({name!r})\n")
     of_file: Any = Flow.from_source(str(tmp_path), "flows.py:ours")
-    flows = (crew_flow(name), crew_flow(name).with_options(name="trips"), of_file.with_options(name="of-file"))
-    with stored("[topic, audience]"):
-        for flow in flows:
+    with form_crew(name, "[topic, audience]"):
+        for flow in (crew_flow(name), crew_flow(name).with_options(name="trips"), of_file.with_options(name="of-file")):
             flow.to_deployment(name, parameters={"inputs": {"topic": "tea"}}).apply()
         assert look() == []
-    with stored("[topic, days]", secret_inputs=["topic"]):
-        found = look()
+    with form_crew(name, "[topic, days]", secret_inputs=["topic"]):
+        outdated = look()
     changes = "the input days is new, the input audience is gone, the input topic has changed."
-    assert {one[:2] for one in found} == {("warning", f"Its form is out of date: {changes}")}
-    assert sorted(fix.partition(": ")[2] for _, _, fix in found) == [
+    facts = {(finding.level, finding.fact) for finding in outdated}
+    assert facts == {("warning", f"Its form is out of date: {changes}")}
+    assert sorted(finding.fix.partition(": ")[2] for finding in outdated) == [
         f'crew_flow("{name}").with_options(name="trips").deploy("{name}", …) in Python',
         f"prefect deploy flows.py:ours --name {name}",
         f"prefect-crew deploy {name} --name {name}",
     ]
-    assert [(level, "was not compared" in difference) for level, difference, _ in look()] == [("warning", True)] * 3
+    not_compared = look()
+    assert [finding.level for finding in not_compared] == ["warning"] * 3
+    assert all("was not compared" in finding.fact for finding in not_compared)

@@ -14,12 +14,6 @@ from prefect_crew.cli._options import CrewAccess, gather_inputs
 from prefect_crew.exceptions import ConfigurationError
 
 
-@pytest.mark.parametrize("pairs", [["topic"], ["=Lisbon"], ["a=1", "a=2"]], ids=["no-sign", "no-name", "twice"])
-def test_pairs_that_make_no_sense(pairs: list[str]):
-    with pytest.raises(ConfigurationError):
-        gather_inputs(pairs, None)
-
-
 def test_pairs_are_laid_over_the_file_and_a_dash_reads_standard_input(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.stdin", io.StringIO('{"topic": "tea", "size": "big"}'))
     assert gather_inputs(["size=small"], "-") == {"topic": "tea", "size": "small"}

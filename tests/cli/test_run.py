@@ -1,4 +1,4 @@
-"""inputs, run, result and stop: what they write to which stream, and how they end."""
+"""`inputs`, `run` and `result`: what they write to which stream, and how they end. test_mistakes.py has the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from prefect_crew.devserver import CrewServer
 from prefect_crew.tasks import kickoff_crew
-from support.commands import TOKEN, environment
+from support.commands import TOKEN, Command, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
@@ -28,44 +28,46 @@ def greet(prefect_api: PrefectServer, crews: CrewServer) -> str:
     return f"{crews.url}/greet"
 
 
-def test_inputs_need_no_prefect_server_for_a_url(alone, here, crews: CrewServer):
+def test_inputs_need_no_prefect_server_for_a_url(alone: Command, here: Command, crews: CrewServer):
     listed = alone("inputs", f"{crews.url}/greet")
-    assert (listed.code, listed.out, listed.err) == (0, "Input\tNeeded\nwho\trequired\n", "")
-    (only,) = here("inputs", f"{crews.url}/greet", "-o", "json").json
-    assert (only["name"], only["required"]) == ("who", True)
-    block = alone("inputs", "travel")
-    assert (block.code, "prefect server start" in block.err) == (1, True)
+    assert listed.ok == "Input\tNeeded\nwho\trequired\n"
+    assert listed.err == ""
+    (document,) = here("inputs", f"{crews.url}/greet", "-o", "json").json
+    assert document.items() >= {"name": "who", "required": True}.items()
+    assert "prefect server start" in alone("inputs", "travel").error(1)
 
 
-def test_json_is_one_document_and_the_rest_goes_elsewhere(alone, prefect_server: PrefectServer, crews: CrewServer):
+def test_json_is_one_document_and_the_rest_goes_elsewhere(
+    alone: Command, prefect_server: PrefectServer, crews: CrewServer
+):
     key = f"json-{crews.port}"
     env = {"PREFECT_API_URL": prefect_server.api_url}
     done = alone("run", f"{crews.url}/greet", "-i", "who=Ada", "--key", key, "-o", "json", env=env)
-    assert done.code == 0
     document = done.json
-    expected = {"output": "**Hello** Ada", "state": "completed", "idempotency_key": key}
-    assert document.items() >= expected.items()
+    assert document.items() >= {"output": "**Hello** Ada", "state": "completed", "idempotency_key": key}.items()
     assert [task["name"] for task in document["tasks"]] == ["think", "speak"]
     assert document["flow_run_url"].endswith(document["flow_run_id"])
     assert "raw" not in document
     assert f"kicked off run {document['kickoff_id']}" in done.err
     assert "completed after" in done.err
-    for noise in (TOKEN, "Traceback", "INFO", "Beginning flow run", "Finished in state"):
-        assert noise not in done.err
+    assert not re.search(f"{TOKEN}|Traceback|INFO|Beginning flow run|Finished in state", done.err)
 
 
 @pytest.mark.parametrize("option", [("-f", "-"), ("--input-file", "-"), ("-f-",)])
-def test_inputs_come_from_standard_input(here, greet: str, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]):
+def test_inputs_come_from_standard_input(
+    here: Command, greet: str, monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...]
+):
     monkeypatch.setattr("sys.stdin", io.StringIO("who: Ada"))
     assert "**Hello** Ada" in here("run", greet, *option).out
 
 
-def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewServer):
+def test_a_key_finds_its_run_and_its_result_again(here: Command, greet: str, crews: CrewServer):
     eve = ("run", greet, "-i", "who=Eve", "--key", "key of eve")
     first, again = here(*eve), here(*eve)
-    assert (first.code, first.out, again.code) == (0, "**Hello** Eve\n", 0)
+    assert first.ok == again.ok == "**Hello** Eve\n"
     assert crews.kickoffs_by_key["key of eve"] == 1
-    assert ("kicked off run" in first.err, "found run" in again.err) == (True, True)
+    assert "kicked off run" in first.err
+    assert "found run" in again.err
     pages = [re.findall(r"/runs/flow-run/[0-9a-f-]+", done.err) for done in (first, again)]
     assert pages[0] != pages[1], "each prints its own flow run"
     assert here("result", "key of eve").out == "**Hello** Eve\n"
@@ -73,28 +75,10 @@ def test_a_key_finds_its_run_and_its_result_again(here, greet: str, crews: CrewS
     assert here(*eve, "--force-new", "--yes").code == 0
     assert crews.kickoffs_by_key["key of eve"] == 2
     other = here("run", greet, "-i", "who=Bob", "--key", "key of eve")
-    assert (other.code, "prefect-crew runs inspect 'key of eve'" in other.err) == (1, True)
-    assert here("result", "never used").code == 2
+    assert "prefect-crew runs inspect 'key of eve'" in other.error(1)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("", "Missing inputs: who"),
-        ("-i who=Ada -i colour=red", "Unknown inputs: colour."),
-        ("-i who=Ada --restore-from 42", "restore_from is '42'"),
-        ("-i who=Ada --timeout 0", "timeout"),
-        ("-i who=Ada --key {tomorrow}", "scheduled_start"),
-    ],
-)
-def test_what_cannot_be_used_starts_nothing(here, greet: str, crews: CrewServer, options: str, said: str):
-    before = crews.kickoffs
-    done = here("run", greet, *options.split(), "-o", "json")
-    assert (done.code, crews.kickoffs) == (2, before)
-    assert said in done.json["error"]["message"]
-
-
-def test_extra_inputs_and_a_state_to_restore(here, greet: str, crews: CrewServer):
+def test_extra_inputs_and_a_state_to_restore(here: Command, greet: str, crews: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     line = ("-i", "who=Ada", "-i", "colour=red", "--allow-extra", "--restore-from", state)
     assert here("run", greet, *line).code == 0
@@ -102,45 +86,36 @@ def test_extra_inputs_and_a_state_to_restore(here, greet: str, crews: CrewServer
     assert (last.inputs, last.restore_from) == ({"who": "Ada", "colour": "red"}, state)
 
 
-def test_a_failed_crew(here, prefect_api: PrefectServer, crews: CrewServer):
+def test_a_failed_crew(here: Command, prefect_api: PrefectServer, crews: CrewServer):
     done = here("run", f"{crews.url}/broken", "-i", "who=Ada")
-    assert (done.code, done.out, "Traceback" in done.err) == (3, "", False)
     for part in ("no idea who Ada is", "attempt 1 of at most 3", "/runs/flow-run/"):
-        assert part in done.err
+        assert part in done.error(3)
+    assert done.out == ""
+    assert "Traceback" not in done.err
     (key,) = re.findall(r"^Idempotency key (.+)$", done.err, re.MULTILINE)
     again = here("run", f"{crews.url}/broken", "-i", "who=Ada", "--key", key)
     assert "attempt 2 of at most 3" in again.err
 
 
-def test_a_server_that_is_down_is_tried_again(here, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch):
+def test_a_server_that_is_down_is_tried_again(
+    here: Command, prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(kickoff_crew, "retry_delay_seconds", [0.05, 0.1, 0.15])
     done = here("run", "http://127.0.0.1:1", "-i", "who=Ada")
-    assert done.code == 1
     assert re.findall(r"Retry \d/3", done.err) == ["Retry 1/3", "Retry 2/3", "Retry 3/3"]
-    assert done.err.count("The crew's inputs could not be checked before the kickoff") == 1
+    assert done.error(1).count("The crew's inputs could not be checked before the kickoff") == 1
 
 
-def test_a_timeout_leaves_the_crew_running(here, prefect_api: PrefectServer, crews: CrewServer):
-    crew = f"{crews.url}/slow"
-    done = here("run", crew, "-i", "who=Ada", "--timeout", "0.3", "-o", "json")
-    assert (done.code, "left running" in done.err) == (5, True)
-    kickoff_id = done.json["error"]["kickoff_id"]
-    assert "The crew's server: running" in here("runs", "inspect", kickoff_id, "--crew", crew).out
-    assert here("runs", "cancel", kickoff_id, "--crew", crew).code == 0
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1/api", "nonsense"])
-def test_a_prefect_api_that_is_away_is_a_paragraph(alone, crews: CrewServer, url: str):
-    done = alone("run", f"{crews.url}/greet", "-i", "who=Ada", "-o", "json", env={"PREFECT_API_URL": url})
-    assert (done.code, done.json["error"]["type"]) == (1, "PrefectAwayError")
-    assert f"The Prefect API at {url} does not answer" in done.err
-    assert ".." not in done.err
+def test_a_timeout_leaves_the_crew_running(here: Command, prefect_api: PrefectServer, crews: CrewServer):
+    done = here("run", f"{crews.url}/slow", "-i", "who=Ada", "--timeout", "0.3", "-o", "json")
+    assert "left running" in done.error(5)
+    assert str(crews.run(done.json["error"]["kickoff_id"]).state) == "running"
 
 
 @pytest.mark.programs
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_the_crew_running(
-    here, crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, number: int, code: int
+    crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, number: int, code: int
 ):
     url, key = f"{crews.url}/slow", f"{number}-{time.time()}"
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
@@ -153,10 +128,6 @@ def test_a_signal_leaves_the_crew_running(
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
     assert str(run.state) == "running", process.output
     assert f"To stop the crew, run: prefect-crew runs cancel {run.id} --crew {url}" in process.output.replace("\n", " ")
-    cancelled = here("runs", "cancel", run.id, "--crew", url)
-    assert cancelled.code == 0, cancelled.err
-    (state,) = [str(other.state) for other in crews.runs if other.id == run.id]
-    assert state == "stopped"
     assert "Traceback" not in process.output
     document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))
     assert document["error"].items() >= {"kickoff_id": run.id, "idempotency_key": key, "exit_code": code}.items()
@@ -166,7 +137,9 @@ def test_a_signal_leaves_the_crew_running(
 @pytest.mark.programs
 @pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
 @pytest.mark.parametrize(("keys", "state"), [("y\r", "stopped"), ("n\r", "running"), ("\x03", "running")])
-def test_ctrl_c_asks_whether_to_stop(crews: CrewServer, prefect_api, tmp_path: Path, keys: str, state: str):
+def test_ctrl_c_asks_whether_to_stop(
+    crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, keys: str, state: str
+):
     key = f"terminal-{time.time()}"
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     terminal = Terminal([program("prefect-crew"), "run", f"{crews.url}/slow", "-i", "who=Ada", "--key", key], env=env)
@@ -177,4 +150,5 @@ def test_ctrl_c_asks_whether_to_stop(crews: CrewServer, prefect_api, tmp_path: P
         terminal.press(keys)
         assert terminal.wait(30) == 130
     (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
-    assert (str(run.state), "Traceback" in terminal.output) == (state, False), terminal.output
+    assert str(run.state) == state, terminal.output
+    assert "Traceback" not in terminal.output
