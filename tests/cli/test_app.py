@@ -192,6 +192,7 @@ def test_a_message_about_wrong_fields_shows_no_value():
         ("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less."),
         ("Give that ledger (ledger=…).", "Give that ledger (--ledger …)."),
         ("again with retry_failed=True.", "again with --retry-failed."),
+        ("give delimiter='\\t'", "give --delimiter '\\t'"),
         ("The ledger is away; my_key='x'", "The ledger is away; my_key='x'"),
         ("in Python force_new=True; or --force-new.", "in Python force_new=True; or --force-new."),
     ],

@@ -8,7 +8,6 @@ import signal
 import sqlite3
 import sys
 import uuid
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -169,12 +168,6 @@ def test_bad_rows_are_refused_or_skipped(here: Command, leads: Leads):
     assert [row["line"] for row in leads("failures", *JSON).json] == [3, 4]
 
 
-def test_another_delimiter_is_proposed_and_given(here: Command, leads: Leads):
-    plan = ("batch", "plan", leads.crew, str(leads.write("id\ttopic\na\ttea\n")))
-    assert "If its fields are separated by '\\t', give --delimiter '\\t'" in here(*plan).error(2)
-    assert here(*plan, "--delimiter", "\\t", *KEY).code == 0
-
-
 def test_a_corrected_row_is_retried_and_a_conflict_not(leads: Leads):
     leads.run(*KEY)
     leads.write("id,topic\na,coffee\nb,good milk\nc,cake\n")
@@ -204,9 +197,10 @@ def test_failed_rows_are_retried_by_name(leads: Leads, monkeypatch: pytest.Monke
 
 
 def test_inputs_come_from_columns_and_templates(leads: Leads):
-    leads.write("what,how\ntea,hot\n", encoding="utf-16")
-    options = ("--encoding", "utf-16", "--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30")
-    ran = leads.run("--map", "topic={{ how }} {{ what }}", *options).ok
+    leads.write("what\thow\ntea\thot\n", encoding="utf-16")
+    assert "If its fields are separated by '\\t', give --delimiter '\\t'" in leads.run("--encoding", "utf-16").error(2)
+    options = ("--encoding", "utf-16", "--delimiter", "\\t", "--on-failure", "stop", "--max-in-flight", "3")
+    ran = leads.run("--map", "topic={{ how }} {{ what }}", *options, "--timeout", "30").ok
     assert ran.startswith(f"Batch {leads.name}: 1 of 1 rows completed in ")
     assert json.loads(leads.output.read_text())["output"] == "on hot tea"
 
@@ -256,7 +250,6 @@ def test_an_uncertain_row_is_resolved(here: Command, leads: Leads, started: bool
     assert leads("retry", "--yes", "--row", row).code == 2
     assert here("runs", "resolve", f"batch/{leads.name}/z", "--never-started", "--yes").code == 2
     if started:
-        assert here("runs", "resolve", key, "--kickoff-id", "made up").code == 2
         other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
         asyncio.run(put(other))
         taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id).err
@@ -319,10 +312,14 @@ def test_a_cancel_that_stops_nothing_tells_it(leads: Leads, monkeypatch: pytest.
     assert len(set(asked)) == 40
 
 
-def test_a_refused_cancel_is_told(leads: Leads, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_that_a_process_runs_is_cancelled_or_prefect_refuses(leads: Leads, monkeypatch: pytest.MonkeyPatch):
     flow_run_id = UUID(leads.run(*KEY, *JSON).json["flow_run_id"])
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Running(), force=True)
+    assert "  A process runs it now\n" in leads.while_owned("batch", "inspect", leads.name).ok
+    assert "is being cancelled." in leads.while_owned("batch", "cancel", leads.name).ok
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(flow_run_id).state_name == "Cancelling"
     details = StateAbortDetails(reason="its deployment is paused")
     aborted = AsyncMock(return_value=OrchestrationResult(state=None, status=SetStateStatus.ABORT, details=details))
     monkeypatch.setattr(PrefectClient, "set_flow_run_state", aborted)
@@ -332,54 +329,37 @@ def test_a_refused_cancel_is_told(leads: Leads, monkeypatch: pytest.MonkeyPatch)
     assert "is being cancelled" not in refused
 
 
-@pytest.fixture
-def running(
+@pytest.mark.programs
+def test_a_batch_that_ctrl_c_ended_is_cancelled_by_its_name(
     here: Command, crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
-) -> Iterator[tuple[Leads, Process]]:
-    """A process with a batch of 30 rows, of which 5 are in flight for a minute. Each is a session of its own."""
+):
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"], flow=True), token=TOKEN)
     leads = Leads(here, server, tmp_path)
     leads.write("topic\n" + "".join(f"topic {number}\n" for number in range(30)))
-    line = leads.line("--max-in-flight", "5", "--session-column", "topic")
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    line = leads.line("--max-in-flight", "5", "--session-column", "topic")  # each row is a session of its own
 
     def started() -> int:
         # An id that the ledger does not have yet is lost with the process.
         with closing(sqlite3.connect(leads.ledger)) as ledger:
             return ledger.execute("SELECT count(*) FROM crew_attempts WHERE phase = 'started'").fetchone()[0]
 
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     with Process([program("prefect-crew"), *line], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.kickoffs == 5 and started() == 5, "its rows in flight, in the ledger")
-        yield leads, process
-
-
-@pytest.mark.programs
-def test_a_batch_that_ctrl_c_ended_is_cancelled_by_its_name(running: tuple[Leads, Process]):
-    leads, process = running
-    process.send(signal.SIGINT)
-    assert process.wait(60) == 130, process.output
-    assert leads.server.requests["stop"] == 0
+        process.send(signal.SIGINT)
+        assert process.wait(60) == 130, process.output
+    assert server.requests["stop"] == 0
     output, again = process.output.replace("\n", " "), f"prefect-crew batch resume '{leads.name}'"
     assert f"To go on where it stopped: {again}. To stop the runs in flight: prefect-crew batch cancel" in output
     assert "Traceback" not in output
     assert f"No process runs it. To go on where it stopped: {again}" in leads("inspect").out
     cancelled = leads("cancel").ok
     assert f"5 of 5 runs in flight were asked to stop. To go on where it stopped: {again}" in cancelled
-    assert {str(run.state) for run in leads.server.runs} == {"stopped"}
-    turn = asyncio.run(last_turn(leads.server.url, "topic 0"))
-    assert turn is not None
+    assert {str(run.state) for run in server.runs} == {"stopped"}
+    turn: Any = asyncio.run(last_turn(server.url, "topic 0"))
     assert turn.outcome == "stopped"
     counts = leads("inspect", *JSON).json
     assert (counts["in_flight"], counts["failed"], counts["stopped"], counts["owed"]) == (0, 5, 5, 5)
-
-
-@pytest.mark.programs
-def test_a_batch_is_cancelled_in_the_process_that_runs_it(running: tuple[Leads, Process]):
-    leads, process = running
-    assert "A process runs it now" in leads("inspect").out
-    assert "is being cancelled." in leads("cancel").ok
-    assert process.wait(60) == 1, process.output
-    assert leads("inspect", *JSON).json["states"] == {"pending": 25, "stopped": 5}
 
 
 @pytest.mark.programs

@@ -73,8 +73,6 @@ def test_every_command_that_is_named_exists():
 
 
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
-
-
 RECORD = new_record(HOSTILE, crew=HOSTILE, phase=RecordPhase.STARTED, kickoff_id=HOSTILE)
 CREW = crew_of(DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")))
 ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}

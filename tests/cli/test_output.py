@@ -1,21 +1,33 @@
-"""What is written, and how: no token, nothing that steers a terminal, one JSON document whatever the encoding."""
+"""What a command reads and writes: inputs, tokens, tables, and progress as lines and as it is drawn."""
 
 from __future__ import annotations
 
-import html
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import date
+from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import pytest
+from rich.console import Console
 
-from prefect_crew.cli import _output
+from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches.report import BatchProgress
+from prefect_crew.blocks import DeployedCrew, crew_of
+from prefect_crew.cli import _options, _output
+from prefect_crew.cli._options import CrewAccess, gather_inputs
+from prefect_crew.cli._output import Progress
+from prefect_crew.client.inputs import Inputs
+from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import ConfigurationError, CrewError
+from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.run import LiveRun
+from prefect_crew.states import CrewState
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +37,71 @@ def _own_invocation() -> Iterator[None]:
     _output.begin()
 
 
+# Inputs and tokens
+
+
+def test_pairs_are_laid_over_the_file_and_a_dash_reads_standard_input(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"topic": "tea", "size": "big"}'))
+    assert gather_inputs(["size=small"], "-") == {"topic": "tea", "size": "small"}
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"who: J\xe9r\xf4me"), encoding="utf-8"))
+    with pytest.raises(ConfigurationError, match="inputs in - cannot be read"):
+        gather_inputs([], "-")
+
+
+@pytest.mark.parametrize(
+    ("content", "inputs"),
+    [
+        pytest.param('\ufeff{"topic": "tea", "n": 3}'.encode(), {"topic": "tea", "n": 3}, id="json-with-a-mark"),
+        pytest.param(b"topic: tea\nday: 2026-05-01\n", {"topic": "tea", "day": date(2026, 5, 1)}, id="yaml"),
+        pytest.param(b'{"topic":\t"tea"}', {"topic": "tea"}, id="json-called-yaml"),
+    ],
+)
+def test_a_file_of_inputs(tmp_path: Path, content: bytes, inputs: dict[str, Any]):
+    (tmp_path / "in.yaml").write_bytes(content)
+    assert gather_inputs([], str(tmp_path / "in.yaml")) == inputs
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        pytest.param(b"[topic, tea]", "holds no inputs", id="no-object"),
+        pytest.param(b"a: b: c: [", "neither JSON nor YAML", id="no-yaml"),
+        pytest.param(b"", "holds no inputs", id="empty"),
+        pytest.param(b"\xff\xfe\x00", "'utf-8' codec can't decode", id="binary"),
+        pytest.param(b"n: .nan", "'n'", id="not-a-number"),
+        pytest.param(None, "No such file", id="missing"),
+    ],
+)
+def test_a_file_without_inputs_is_refused(tmp_path: Path, content: bytes | None, problem: str):
+    if content is not None:
+        (tmp_path / "in.yaml").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=problem):
+        gather_inputs([], str(tmp_path / "in.yaml"))
+
+
+def test_where_a_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "token").write_text("from-the-file\n")
+    monkeypatch.setenv("CREW_TOKEN", "from-the-env")
+    url = "https://x.test"
+    for access, token in (
+        (CrewAccess(token="from-the-line", token_file=tmp_path / "token"), "from-the-line"),
+        (CrewAccess(token="from-the-env", token_file=tmp_path / "token"), "from-the-file"),
+        (CrewAccess(token="from-the-env"), "from-the-env"),
+    ):
+        assert access.read_token(url) == token
+        assert ("Other users of this machine can see --token" in capsys.readouterr().err) is (token == "from-the-line")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(_options, "getpass", lambda _: "typed ")
+    assert CrewAccess().read_token(url) == "typed"
+    monkeypatch.setattr(_options, "getpass", lambda _: "")
+    assert CrewAccess().read_token(url) == "typed", "nobody is asked twice"
+    with pytest.raises(ConfigurationError, match="set CREW_TOKEN, or give --token-file"):
+        CrewAccess().read_token("https://another.test")
+
+
+# What is written
+
+
 @pytest.mark.parametrize("token", ["token-1234", 'to"ken\\1234'], ids=["plain", "with-signs-that-json-escapes"])
 def test_a_token_is_written_nowhere(capsys: pytest.CaptureFixture[str], token: str):
     _output.current.hide(token)
@@ -32,17 +109,11 @@ def test_a_token_is_written_nowhere(capsys: pytest.CaptureFixture[str], token: s
     _output.note(f"with {token}")
     _output.put_markdown(f"# with {token}")
     _output.put_rows(["A"], [[token]])
-    _output.put_json({"said": f"with {token}"})
+    _output.put_json({"text": f"with {token}"})
     out, err = capsys.readouterr()
     assert token not in out + err
     assert json.dumps(token)[1:-1] not in out + err
     assert out.count(MASK) == 4
-
-
-def test_a_token_is_found_as_it_stands_in_an_address_or_on_a_page():
-    _output.current.hide("pa/ss&word+1")
-    for text in (quote("pa/ss&word+1"), quote("pa/ss&word+1", safe=""), html.escape("pa/ss&word+1")):
-        assert _output.redact(f"?token={text}") == f"?token={MASK}"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
@@ -88,3 +159,105 @@ def test_a_table_keeps_its_keys_whole(capsys: Any, monkeypatch: pytest.MonkeyPat
     assert key in out, "to be copied"
     assert "words" in out
     assert not {"\x1b", "…"} & set(out), "nothing is cut off"
+
+
+# Progress
+
+
+def status(state: CrewState = CrewState.RUNNING, task: str | None = None, **facts: Any) -> CrewStatus:
+    return CrewStatus(kickoff_id="k1", state=state, current_task=task, **facts)
+
+
+def run(kickoff_id: str = "k1", *, owned: bool = True, **fields: Any) -> LiveRun:
+    block: Any = DeployedCrew.model_validate({"url": "https://travel.example.com", "token": "token-1", **fields})
+    crew = crew_of(block).called("travel")
+    request = RunRequest.of(crew, Inputs.of({"who": "Ada Lovelace"}), RunOptions())
+    return LiveRun(crew, kickoff_id, request=request, owned=owned)
+
+
+def batch(phase: Any, completed: int = 0, failed: int = 0) -> BatchProgress:
+    counts = {RowState.COMPLETED: completed, RowState.FAILED: failed}
+    return BatchProgress("[red]leads[/red]\x1b[2J", phase, total=1_200, counts=counts)
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=120, highlight=False, markup=False, emoji=False)
+    monkeypatch.setattr(_output, "console", lambda **_: console)
+    monkeypatch.setattr(_output, "is_terminal", lambda _: True)
+    return written
+
+
+def test_only_what_changes_is_a_line(capsys: pytest.CaptureFixture[str]):
+    with Progress() as progress:
+        progress.phase("Starting", "slow the first time")
+        for reported in (
+            None,
+            status(task="look", total_tasks=3, completed_tasks=0),
+            status(task="look", total_tasks=3, completed_tasks=0),
+            status(task="write", total_tasks=3, completed_tasks=1),
+            status(task="edit", total_tasks=3),
+            status(CrewState.WAITING, task="edit", total_tasks=3),
+            status(CrewState.WAITING, task="edit", total_tasks=3),
+            status(CrewState.COMPLETED),
+        ):
+            progress.watch(run(), reported)
+        progress.watch(run("k2", owned=False), status(task="a", progress=0.25))
+        progress.watch(run("k2", owned=False), status(CrewState.FAILED))
+    with Progress(quiet=True) as progress:
+        progress.phase("Loading")
+    assert re.sub(r"\d+\.\d s", "0.0 s", capsys.readouterr().err) == (
+        "Starting (slow the first time) …\n"
+        "Crew travel: kicked off run k1\n"
+        "Crew travel: look (0 of 3 tasks done)\n"
+        "Crew travel: write (1 of 3 tasks done)\n"
+        "Crew travel: edit (1 of 3 tasks done)\n"
+        "Crew travel: waits for a person\n"
+        "Crew travel: completed after 0.0 s\n"
+        "Crew travel: found run k2\n"
+        "Crew travel: a (25%)\n"
+        "Crew travel: failed after 0.0 s\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        pytest.param({"secret_inputs": ["who"]}, "ask ********", id="secret-input"),
+        pytest.param({"show": "none"}, "kicked off", id="show-none"),
+    ],
+)
+def test_what_may_not_be_shown_is_not(capsys: pytest.CaptureFixture[str], fields: dict[str, Any], shown: str):
+    with Progress() as lines:
+        lines.watch(run(**fields), status(task="ask Ada Lovelace"))
+    err = capsys.readouterr().err
+    assert "Ada" not in err
+    assert shown in err
+
+
+def test_on_a_terminal_the_lines_stay_and_a_last_one_is_redrawn(screen: io.StringIO):
+    with Progress() as progress:
+        progress.phase("Checking")
+        progress.watch(run(), status(task="[bold]x[/bold]\x1b[2J", total_tasks=2))
+        _output.current.line.refresh()  # type: ignore[union-attr]
+        _output.note("see [link]")
+        progress.watch(run(), status(CrewState.COMPLETED, total_tasks=2))
+    drawn = screen.getvalue()
+    for part in ("Checking", "Crew travel running (0 of 2 tasks done)", "see [link]", "Crew travel: completed"):
+        assert part in drawn
+    assert "[bold]x[/bold]" in drawn, "text of a crew neither styles"
+    assert "\x1b[2J" not in drawn, "nor steers"
+
+
+def test_a_batch_is_a_bar_on_a_terminal_and_a_line_at_its_end(screen: io.StringIO):
+    with Progress() as progress:
+        progress.watch_batch(batch("checking"))
+        progress.watch_batch(batch("running", completed=600))
+        _output.current.line.refresh()  # type: ignore[union-attr]
+        progress.watch_batch(batch("done", completed=1_193, failed=7))
+    drawn = screen.getvalue()
+    assert "600/1200" in drawn
+    assert "1,200 of 1,200 rows · 7 failed" in drawn.splitlines()[-1]
+    assert "[red]leads[/red]" in drawn
+    assert "\x1b[2J" not in drawn

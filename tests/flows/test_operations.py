@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from prefect_crew import BatchFailedError, arun_crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import batch_file, prune_records, recover
-from support.prefect_server import PrefectServer
 from support.records import attempts, let_pass
 from support.scripts import PICKY
 
@@ -47,37 +45,27 @@ async def test_a_password_as_a_parameter_is_refused_and_not_repeated(echo: CrewS
     assert echo.kickoffs == 0
 
 
-# The sweep: old ended runs go, everything else stays
-
-SaveCrew = Callable[..., CrewServer]
-
-
-async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: SaveCrew, monkeypatch: pytest.MonkeyPatch):
+async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: Any, monkeypatch: pytest.MonkeyPatch):
     save_crew("prune-echo")
     for key in ("prune-old", "prune-young"):
         await arun_crew("prune-echo", {"text": key}, idempotency_key=key)
     with monkeypatch.context() as patch:
         let_pass(patch, "prune-old", 29)
         assert "removed" in await prune_records()
-    assert await attempts("prune-old"), "30 days are not over"
+        assert await attempts("prune-old"), "30 days are not over"
     let_pass(monkeypatch, "prune-old", 31)
-    assert "would go" in await prune_records(dry_run=True)
-    assert await attempts("prune-old")
-    assert "removed" in await prune_records(older_than_days=32)
-    assert await attempts("prune-old")
+    choices: list[tuple[dict[str, Any], str]] = [({"dry_run": True}, "would go"), ({"older_than_days": 32}, "removed")]
+    prune: Any = prune_records
+    for options, summary in choices:
+        assert summary in await prune(**options)
+        assert await attempts("prune-old")
+    with monkeypatch.context() as patch:
+        patch.setenv("PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS", "60")
+        assert "removed" in await prune_records()
+        assert await attempts("prune-old"), "the setting says longer"
     assert "removed" in await prune_records()
     assert not await attempts("prune-old")
     assert await attempts("prune-young")
-
-
-async def test_a_setting_says_how_long_records_are_kept(save_crew: SaveCrew, monkeypatch: pytest.MonkeyPatch):
-    save_crew("prune-echo")
-    await arun_crew("prune-echo", {"text": "kept"}, idempotency_key="prune-kept")
-    let_pass(monkeypatch, "prune-kept", 31)
-    for days in (60, 7):
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS", str(days))
-        await prune_records()
-        assert bool(await attempts("prune-kept")) is (days == 60)
 
 
 # Crashed flow runs are begun again, a limited number of times, and nothing else is
@@ -88,7 +76,7 @@ def fragile() -> None:
     """Is never run here: only its runs' states matter."""
 
 
-async def new_run(*states: State, deployed: bool = True) -> UUID:
+async def new_run(*states: State, deployed: bool = True, force: bool = False) -> UUID:
     """Make a flow run that goes through these states."""
     async with get_client() as client:
         if deployed:
@@ -97,7 +85,7 @@ async def new_run(*states: State, deployed: bool = True) -> UUID:
             run = await client.create_flow_run_from_deployment(deployment_id)
         else:
             run = await client.create_flow_run(fragile)
-    return await change(run.id, *states, force=True)
+    return await change(run.id, *states, force=force)
 
 
 async def change(run_id: UUID, *states: State, force: bool = False) -> UUID:
@@ -117,7 +105,8 @@ async def recovered(run_id: UUID, **options: int) -> str:
     return await recover.with_options(retries=0)(run_id, **options)
 
 
-async def test_the_limit_holds_over_many_crashes(prefect_api: PrefectServer):
+@pytest.mark.usefixtures("prefect_api")
+async def test_the_limit_holds_over_many_crashes():
     run_id, outcomes = await new_run(Running(), Crashed()), list[str]()
     for _ in range(4):
         outcomes.append(await recovered(run_id, max_attempts=3))
@@ -129,47 +118,50 @@ async def test_the_limit_holds_over_many_crashes(prefect_api: PrefectServer):
     assert await state_of(run_id) == "Crashed"
 
 
-async def test_a_run_that_dies_before_it_begins_has_a_limit_as_well(prefect_api: PrefectServer):
-    run_id = await new_run(Pending(), Crashed(), Pending(), Crashed())
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_run_that_dies_before_it_begins_has_a_limit_as_well():
+    run_id = await new_run(Pending(), Crashed(), Pending(), Crashed(), force=True)
     async with get_client() as client:
         assert (await client.read_flow_run(run_id)).run_count == 0
     assert (await recovered(run_id, max_attempts=2)).startswith("given up after 2 attempts")
 
 
-async def test_a_form_that_was_answered_is_no_attempt(prefect_api: PrefectServer):
-    run_id = await change(await new_run(), Running(), Paused(), Running(), Paused(), Running(), Crashed())
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_form_that_was_answered_is_no_attempt():
+    run_id = await new_run(Running(), Paused(), Running(), Paused(), Running(), Crashed())
     assert await recovered(run_id, max_attempts=2) == "scheduled again, attempt 2 of 2"
 
 
-async def test_up_to_prefect_3_9_2_a_form_takes_a_retry(prefect_api: PrefectServer):
+@pytest.mark.usefixtures("prefect_api")
+async def test_up_to_prefect_3_9_2_a_form_takes_a_retry():
     run_id = await new_run()
     async with get_client() as client:
         policy = (await client.read_flow_run(run_id)).empirical_policy
-        await client.update_flow_run(
-            run_id, empirical_policy=policy.model_copy(update={"retries": 1, "retry_delay": 0})
-        )
+        again = policy.model_copy(update={"retries": 1, "retry_delay": 0})
+        await client.update_flow_run(run_id, empirical_policy=again)
     await change(run_id, Running(), Paused(), Running(), Failed())
     version = tuple(map(int, prefect.__version__.split(".")[:3]))
     assert await state_of(run_id) == ("Failed" if version < (3, 9, 3) else "AwaitingRetry")
 
 
+@pytest.mark.usefixtures("prefect_api")
 @pytest.mark.parametrize(
-    ("states", "deployed", "says"),
+    ("states", "deployed", "outcome"),
     [
-        ([Running(), Failed(message="CrewFailedError")], True, "left alone, it is "),
-        ([Running(), Completed()], True, "left alone, it is "),
-        ([Running(), Cancelled()], True, "left alone, it is "),
-        ([Running()], True, "left alone, it is "),
-        ([Running(), Crashed()], False, "left alone, no deployment"),
+        pytest.param([Running(), Failed(message="CrewFailedError")], True, "left alone, it is ", id="failed"),
+        pytest.param([Running(), Completed()], True, "left alone, it is ", id="completed"),
+        pytest.param([Running(), Cancelled()], True, "left alone, it is ", id="cancelled"),
+        pytest.param([Running()], True, "left alone, it is ", id="running"),
+        pytest.param([Running(), Crashed()], False, "left alone, no deployment", id="without-a-deployment"),
     ],
-    ids=["failed", "completed", "cancelled", "running", "without a deployment"],
 )
-async def test_a_run_is_left_alone(prefect_api: PrefectServer, states: list[State], deployed: bool, says: str):
+async def test_a_run_is_left_alone(states: list[State], deployed: bool, outcome: str):
     run_id = await new_run(*states, deployed=deployed)
-    assert (await recovered(run_id)).startswith(says)
+    assert (await recovered(run_id)).startswith(outcome)
     assert await state_of(run_id) == states[-1].name
 
 
-async def test_a_run_that_is_gone_is_an_error(prefect_api: PrefectServer):
+@pytest.mark.usefixtures("prefect_api")
+async def test_a_run_that_is_gone_is_an_error():
     with pytest.raises(ConfigurationError, match="Nothing was scheduled"):
         await recovered(uuid4())
