@@ -129,9 +129,9 @@ def test_an_export_replaces_no_file_of_something_else(leads: Leads):
 
 def test_batches_over_ranges_of_rows_are_listed_and_added_up(here: Command, leads: Leads):
     name, folder = leads.name, leads.folder
-    for part, file, rows in ((f"{name}/1", "1", "0:2"), (f"{name}/2", "2", "2:"), (f"{name} [eu]", "eu", ":")):
-        leads.name, leads.output = part, folder / f"{file}.jsonl"
-        leads.run(*KEY, "--rows", rows)
+    for part, file, rows in (("/1", "1", ("--rows", "0:2")), ("/2", "2", ("--rows", "2:")), (" [eu]", "eu", ())):
+        leads.name, leads.output = name + part, folder / f"{file}.jsonl"
+        leads.run(*KEY, *rows)
     listed = here("batch", "ls", f"{name}/*", *JSON).json
     assert [batch["name"] for batch in listed] == [f"{name}/1", f"{name}/2"]
     whole = here("batch", "inspect", f"{name}/*", *JSON).json

@@ -156,8 +156,7 @@ def test_a_secret_input_is_a_block_loaded_in_the_run(
         error = here(*line, "-i", f"who={secret}").error(2)
         assert "The input 'who' is secret" in error
         assert secret not in error
-    value: Any = Secret[str].model_validate({"value": secret})
-    value.save(block := f"who-{greeter}")
+    Secret(value=secret).save(block := f"who-{greeter}")  # type: ignore[arg-type]
     assert here("deploy", "--pipeline", str(pipeline), "-i", f"who={block}").code == 0
     assert deployment(f"deployed-pipeline/{greeter}").parameters["pipeline"]["inputs"]["who"]["secret"] is True
     assert here("deploy", greeter, "-i", f"who={block}").code == 0

@@ -118,9 +118,9 @@ def refusal(code: int) -> bytes:
         pytest.param(PAGE, refusal(401), f"/health was answered with a page. {NO_API}", id="page"),
         pytest.param(refusal(401), refusal(401), "/health was answered with 401. Check PREFECT_API_KEY", id="key"),
         pytest.param(refusal(503), refusal(401), "/health was answered with 503. Start that server", id="broken"),
-        pytest.param(answer("true"), refusal(401), "401 Refused", id="key-of-the-rest"),
+        pytest.param(answer("true"), refusal(401), "401 Unauthorized", id="key-of-the-rest"),
         pytest.param(answer("true"), PAGE, "JSONDecodeError", id="page-of-the-rest"),
-        pytest.param(refusal(429), refusal(401), "401 Refused", id="busy"),
+        pytest.param(refusal(429), refusal(401), "401 Unauthorized", id="busy"),
     ],
 )
 async def test_a_prefect_api_that_is_none_is_a_problem(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.blocks.system import Secret
@@ -39,10 +40,7 @@ RENAMED = "Give --url for a new crew 'new'. If a crew of that name is stored alr
         ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),
         ("backfill x/y --from yesterday --to 2024-03-01", ""),
         ("batch run travel rows.csv --name x", "prefect-crew batch run: --export is missing or has no value."),
-        (
-            "batch run travel rows.csv --name x --export y --on-failure maybe",
-            'Invalid value for --on-failure: unable to convert "maybe" into a number, continue or stop.',
-        ),
+        ("batch run x y.csv --name x --export y --on-failure 1x", 'convert "1x" into a number, continue or stop.'),
     ],
 )
 def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line: str, problem: str):
@@ -80,11 +78,7 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("run {url} -i who=Ada --key {{tomorrow}}", 2, "scheduled_start"),
         ("run {url} -i who=Ada --session=", 2, "session is ''; it has to be a name of 1 to 200 characters"),
         ("run {url} -i id=1 --session a", 2, "The input 'id' names the state of a Flow"),
-        (
-            "run {url} -i who=Ada --session a --restore-from 3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64",
-            2,
-            "A session chooses the state to restore itself",
-        ),
+        (f"run {{url}} --session a --restore-from {UUID(int=1)}", 2, "A session chooses the state to restore itself"),
         ("result never-used", 2, "never-used"),
         ("runs inspect never-used", 2, "never-used"),
         ("runs cancel never-used --crew {url}", 2, "No run has the key or kickoff id 'never-used'"),
@@ -95,11 +89,8 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("batch inspect nobody's/x*", 2, 'There is no batch "nobody\'s/x*"'),
         ("batch inspect b --ledger postgresql://me:hunter2@127.0.0.1:1/x", 2, "can see the password in --ledger"),
         ("batch plan {crew} nowhere.csv", 2, "nowhere.csv"),
-        (
-            f"{BATCH_RUN} --map who=naem",
-            6,
-            "none of its 20 rows can be run: input 'who' needs column naem (did you mean",
-        ),
+        (f"{BATCH_RUN} --map who=naem", 6, "none of its 20 rows can be run: input 'who' needs column naem"),
+        (f"{BATCH_RUN} --map who=naem", 6, "needs column naem (did you mean name?)"),
         (f"{BATCH_RUN} --map who=naem", 6, "as a template, with both pairs of braces: {{{{ 'text' }}}})"),
         ("crews inspect nowhere", 2, "No crew is stored under the name 'nowhere'"),
         ("crews save new", 2, RENAMED),

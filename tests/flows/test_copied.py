@@ -169,7 +169,7 @@ def test_the_draft_is_what_a_person_approved(save_crew: SaveCrew, seen: Seen, mo
 
 
 PATHS = [*sorted((ROOT / "flows").glob("*.py")), ROOT / "prefect_crew" / "operations.py"]
-FLOWS = [one for path in PATHS for one in run_path(str(path)).values() if isinstance(one, Flow)]
+FLOWS = [flow for path in PATHS for flow in run_path(str(path)).values() if isinstance(flow, Flow)]
 
 
 @pytest.mark.parametrize("flow", FLOWS, ids=lambda flow: flow.name)
