@@ -19,6 +19,7 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.states import CrewState
+from support.frames import locals_of
 
 URL = "https://crew.example.com"
 TOKEN = "t0ken-0123456789"
@@ -50,7 +51,9 @@ async def test_kickoff_sends_text_or_json_values(router: respx.MockRouter):
         body = {"inputs": {"topic": "Лиссабон", **expected}, "meta": {"n": 1}, "restoreFromStateId": STATE}
         assert json.loads(router.calls.last.request.content) == body | WEBHOOKS.to_json()
     headers = router.calls.last.request.headers
-    assert (headers["authorization"], headers["content-type"]) == (f"Bearer {TOKEN}", "application/json")
+    assert headers["authorization"] == f"Bearer {TOKEN}"
+    assert headers["content-type"] == "application/json"
+    assert headers["accept-encoding"] == "identity"
     assert headers["user-agent"].startswith("prefect-crew/")
 
 
@@ -246,15 +249,17 @@ async def test_whether_a_request_may_have_left(router: respx.MockRouter, client:
 async def test_what_cannot_be_written_is_never_sent(router: respx.MockRouter, client: CrewClient):
     with pytest.raises(pc.ConfigurationError, match=r"Input 'a'.*Nothing was started"):
         await client.kickoff({"a": b"x"})
-    with pytest.raises(pc.ConfigurationError, match="UUID"):
-        await client.kickoff({}, restore_from="42")
+    with pytest.raises(pc.ConfigurationError, match="UUID") as caught:
+        await client.kickoff({"pin": "hunter22"}, meta={"a": "hunter22"}, restore_from="42")
+    assert "hunter22" not in locals_of(caught.value, but=__file__)
     for kickoff_id in ("", "\ud800", "x" * 70_000):
         for call in (client.status(kickoff_id), client.stop(kickoff_id)):
             with pytest.raises(pc.ConfigurationError, match=r"is not a valid id|makes no URL"):
                 await call
     for value in (float("nan"), object(), "\ud800"):
-        with pytest.raises(pc.ConfigurationError, match="meta"):
-            await client.kickoff({}, meta={"a": value})
+        with pytest.raises(pc.ConfigurationError, match="meta") as caught:
+            await client.kickoff({"pin": "hunter22"}, meta={"a": value})
+        assert "hunter22" not in locals_of(caught.value, but=__file__)
     assert not router.calls
 
 

@@ -1,4 +1,4 @@
-"""No error shows what a request held, whatever the server repeats. tests/proof/test_secrets.py looks everywhere else."""
+"""No error shows what a request held. tests/proof/test_secrets.py looks at logs, records and everything else."""
 
 from __future__ import annotations
 
