@@ -1,8 +1,9 @@
-"""Requests to the Prefect API that are repeated soon, and changes that go one after the other on SQLite."""
+"""Requests to the Prefect API: repeated soon, in turn on SQLite, shared where they read by name; and its logger."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import httpx
@@ -10,7 +11,15 @@ import pytest
 from prefect.exceptions import PrefectHTTPStatusError
 
 from prefect_crew._internal import prefect_api
-from prefect_crew._internal.prefect_api import Urgency, is_busy, request_soon
+from prefect_crew._internal.prefect_api import (
+    NAMES_AT_ONCE,
+    NamedReads,
+    OneLine,
+    Urgency,
+    is_busy,
+    request_soon,
+    run_logger,
+)
 
 
 class Server:
@@ -68,6 +77,9 @@ async def test_the_last_error_is_raised(serve: Any, statuses: list[int], options
         await ask(**options)
 
 
+# Changes, in turn
+
+
 async def test_changes_go_in_turn_after_a_refusal(serve: Any):
     server = serve(seconds=0.01)
     await asyncio.gather(*(ask() for _ in range(50)))
@@ -88,7 +100,7 @@ async def test_a_change_alone_waits_for_no_stream(serve: Any):
     waiting = [asyncio.create_task(ask()) for _ in range(3)]
     waiting[0].cancel()  # while it is next
     await asyncio.wait({waiting[2]})
-    assert not all(one.done() for one in others), "it does not wait until all of them are over"
+    assert not all(request.done() for request in others), "it does not wait until all of them are over"
     await asyncio.gather(*others, *waiting[1:])
     assert server.requests == 104
 
@@ -136,8 +148,8 @@ async def test_a_hanging_request_holds_nobody_for_long(serve: Any, monkeypatch: 
     assert slow.requests == 1
     serve()
     assert (await asyncio.wait_for(ask(), 5)).is_success
-    for one in hanging:
-        one.cancel()
+    for request in hanging:
+        request.cancel()
     await asyncio.wait(hanging)
     slow = serve(seconds=0.01)
     await asyncio.gather(*(ask() for _ in range(3)))
@@ -148,9 +160,117 @@ async def test_whoever_is_cancelled_passes_the_turn_on(serve: Any):
     serve(seconds=0.02)
     asking = [asyncio.create_task(ask()) for _ in range(40)]
     await asyncio.sleep(0.03)
-    for one in asking[::2]:
-        one.cancel()
+    for request in asking[::2]:
+        request.cancel()
     await asyncio.wait(asking)
     server = serve(seconds=0.01)
     await asyncio.gather(*(ask() for _ in range(20)))
     assert server.most == prefect_api.AT_ONCE
+
+
+# Reads by name, which share requests
+
+
+class Names:
+    """Answers each request once it is let go, with a row for each name; with `error`, or with at most `most` rows."""
+
+    def __init__(self, most: int | None = None, error: str = "") -> None:
+        self.requests: list[list[str]] = []
+        self.go = asyncio.Event()
+        self.most, self.error = most, error
+
+    async def ask(self, names: list[str]) -> list[Any]:
+        self.requests.append(names)
+        await self.go.wait()
+        if self.error:
+            raise ValueError(self.error, *names)
+        return names[: self.most]
+
+    async def begin(self, reads: NamedReads, *names: list[str]) -> list[asyncio.Task[Any]]:
+        """Begin a read for each list of names, the first of which is under way then."""
+        tasks = [asyncio.create_task(reads.read(some, self.ask, self.most or 10_000)) for some in names]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return tasks
+
+
+async def test_reads_during_a_request_share_the_next_one():
+    server = Names()
+    tasks = await server.begin(NamedReads(), ["a"], ["b"], ["c", "b"])
+    server.go.set()
+    first, second, third = await asyncio.gather(*tasks)
+    assert server.requests == [["a"], ["b", "c"]]
+    assert first == ["a"]
+    assert "b" in second
+    assert {*third} == {"b", "c"}
+
+
+async def test_a_request_has_a_bounded_number_of_names():
+    server = Names()
+    many = [[f"{caller} {number}" for number in range(NAMES_AT_ONCE // 2)] for caller in range(5)]
+    tasks = await server.begin(NamedReads(), ["a"], *many)
+    server.go.set()
+    await asyncio.gather(*tasks)
+    assert [len(names) for names in server.requests] == [1, NAMES_AT_ONCE, NAMES_AT_ONCE, NAMES_AT_ONCE // 2]
+
+
+async def test_an_answer_that_may_be_cut_is_asked_again():
+    server = Names(most=2)
+    tasks = await server.begin(NamedReads(), ["a"], ["b"], ["c", "d"])
+    server.go.set()
+    assert await asyncio.gather(*tasks) == [["a"], ["b"], ["c", "d"]]
+    assert await NamedReads().read(["a", "b"], server.ask, 2) == ["a", "b"]
+    assert server.requests[2:] == [["b"], ["c", "d"], ["a", "b"]], "who asks alone asks once"
+
+
+async def test_an_error_reaches_all_who_share_a_request():
+    server, reads = Names(error="away"), NamedReads()
+    tasks = await server.begin(reads, ["a"], ["b"], ["c"])
+    server.go.set()
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [error.args for error in errors] == [("away", "a"), ("away", "b", "c"), ("away", "b", "c")]
+    server.error = ""
+    assert await reads.read(["d"], server.ask, 200) == ["d"]
+
+
+@pytest.mark.parametrize(("cancelled", "is_next"), [(0, False), (1, False), (2, False), (1, True)])
+async def test_a_cancelled_caller_leaves_others_their_answers(cancelled: int, is_next: bool):
+    server, reads = Names(), NamedReads()
+    tasks = await server.begin(reads, ["a"], ["b"], ["c"])
+    if is_next:
+        server.go.set()
+        while not tasks[0].done():
+            await asyncio.sleep(0)
+    tasks[cancelled].cancel()
+    server.go.set()
+    answers = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert isinstance(answers[cancelled], asyncio.CancelledError)
+    assert all(name in answers[number] for number, name in enumerate("abc") if number != cancelled)
+    assert await reads.read(["d"], server.ask, 200) == ["d"]
+
+
+# The logger
+
+HOSTILE = "run 1\n12:00:00 | ERROR | forged\r\x1b]0;title\x07\x1b[2J\x9b2J\u202egpj.exe\u2028next\x85line"
+
+
+class Costly:
+    def __str__(self) -> str:
+        raise AssertionError("formatted for nothing")
+
+
+def test_a_message_is_one_line_whatever_is_in_it(caplog: pytest.LogCaptureFixture):
+    logger = OneLine(logging.getLogger("prefect_crew.test"), {})
+    with caplog.at_level(logging.INFO):
+        logger.warning("Crew %s waits: %s (100%%)", HOSTILE, ValueError(HOSTILE))
+        logger.info(f"{HOSTILE} 100%")
+        logger.error("%r and %d", HOSTILE, 3)
+        run_logger().info("plain")
+        logger.debug("%s", Costly())
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text.isprintable() for text in texts] == [True] * 4
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO", "ERROR", "INFO"]
+    assert texts[0].startswith("Crew run 1 12:00:00 | ERROR | forged")
+    assert texts[0].endswith("(100%)")
+    assert texts[1].endswith("100%")
+    assert {record.filename for record in caplog.records} == {"test_prefect_api.py"}
