@@ -3,43 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from prefect import flow
-from prefect.logging import disable_run_logger
 
-from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, in_async_context, sync_version
+from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, sync_version
 from prefect_crew.batches import throttle
+from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.runs import listener
-from support.prefect_server import PrefectServer
-
-
-def test_in_a_sync_flow_nobody_awaits(prefect_api: PrefectServer):
-    seen: dict[str, bool] = {}
-
-    @flow
-    def sync(name: str) -> None:
-        seen[name] = in_async_context()
-
-    @flow
-    async def around() -> None:
-        seen["an async flow"] = in_async_context()
-        sync("a sync flow that an async flow has called")
-
-    async def without_a_flow() -> None:
-        seen["a running loop"] = in_async_context()
-
-    with disable_run_logger():
-        sync("a sync flow")
-        asyncio.run(around())
-    asyncio.run(without_a_flow())
-    seen["a script"] = in_async_context()
-    assert [name for name, awaits in seen.items() if awaits] == ["an async flow", "a running loop"]
 
 
 async def test_a_cancelled_task_may_finish():
@@ -101,34 +73,6 @@ async def test_a_cancellation_at_a_pauses_end_is_not_lost(pause: Any, steps: int
         assert pausing.done()
 
 
-NESTED = """
-import asyncio, contextvars, os, signal, threading
-from prefect_crew._internal.asyncio_tasks import run_sync
-
-kept = contextvars.ContextVar("kept")
-
-async def wait():
-    assert kept.get()
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    try:
-        await asyncio.sleep(60)
-    finally:
-        print("stopped")
-
-async def outer():
-    kept.set(True)
-    assert run_sync(asyncio.sleep(0, "done")) == "done"
-    run_sync(wait())
-
-asyncio.run(outer())
-"""
-
-
-def test_ctrl_c_ends_a_nested_sync_wait():
-    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=40, check=False)
-    assert (done.returncode, done.stdout) == (-signal.SIGINT, "stopped\n"), done.stderr
-
-
 async def test_a_cancelled_coroutine_finishes_by_itself():
     finished = asyncio.Event()
 
@@ -150,8 +94,8 @@ async def test_a_cancelled_coroutine_finishes_by_itself():
         await finished.wait()
 
 
-def test_a_sync_version_passes_options_on():
-    async def aplan(name: str, **options: int) -> dict[str, int]:
-        return {name: len(options), **options}
+async def test_a_sync_version_would_block_a_running_loop():
+    async def aplan() -> None: ...
 
-    assert sync_version(aplan)("rows", key=1) == {"rows": 1, "key": 1}
+    with pytest.raises(InvalidCallError, match=r"plan\(\) would block .* Write `await aplan"):
+        sync_version(aplan)()

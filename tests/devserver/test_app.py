@@ -1,4 +1,4 @@
-"""The published contract, call by call, with a client that knows nothing of this package."""
+"""The published contract, call by call, with a client that knows nothing of this package; and the response formats."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 import httpx
 import pytest
 
+from prefect_crew.client._client import CrewClient
+from prefect_crew.client.models import StopOutcome
 from prefect_crew.devserver import CrewServer
+from prefect_crew.states import CrewState
 from support.servers import Serve, finished, kickoff
-from support.waiting import wait_until
+from support.waiting import until
 
 INPUTS = {"budget": "1000 USD", "interests": "games, tech, relaxing hikes", "duration": "7 days", "age": "35"}
 REVIEWED = """
@@ -21,7 +24,6 @@ tasks:
   - {name: research_task, agent: Researcher, output: "facts on {{ topic }}", human: true}
   - {name: write_task, agent: Writer, output: "a text: {{ previous }}"}
 """
-SLOW = "name: slow\ntasks: [{name: research_task, seconds: 1200, output: x}, {name: two}, {name: three}]"
 FLOW = """
 name: flow
 flow: true
@@ -29,7 +31,7 @@ inputs: [topic, {name: tone, required: false, default: dry}]
 tasks:
   - {name: write, output: "{{ topic }}, {{ tone }}"}
 """
-CREWS = {"travel": "travel", "reviewed": REVIEWED, "slow": SLOW, "flow": FLOW}
+CREWS = {"travel": "travel", "reviewed": REVIEWED, "flow": FLOW}
 STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
 
@@ -47,7 +49,7 @@ def client_fixture(name: str) -> Any:
     return client
 
 
-travel, reviewed, slow, flow = (client_fixture(name) for name in CREWS)
+travel, reviewed, flow = (client_fixture(name) for name in CREWS)
 
 
 def test_inputs(travel: httpx.Client, flow: httpx.Client) -> None:
@@ -83,24 +85,25 @@ def test_missing_inputs(travel: httpx.Client) -> None:
     assert answer.json()["details"] == {"missing_inputs": ["duration", "age"]}
 
 
-def test_stop(slow: httpx.Client) -> None:
-    kickoff_id = kickoff(slow)
-    wait_until(lambda: slow.get(f"/status/{kickoff_id}").json()["current_task"])
-    assert slow.get(f"/status/{kickoff_id}").json() == slow.get(f"/{kickoff_id}/status").json()
-    answer = slow.post(f"/stop/{kickoff_id}")
+def test_stop(reviewed: httpx.Client) -> None:
+    kickoff_id = kickoff(reviewed, {"topic": "ants"})
+    assert finished(reviewed, kickoff_id) == reviewed.get(f"/{kickoff_id}/status").json()
+    answer = reviewed.post(f"/stop/{kickoff_id}")
     assert answer.status_code == 200
     assert answer.json() == {"status": "stopped", "kickoffId": kickoff_id}
-    again = slow.post(f"/stop/{kickoff_id}")
+    again = reviewed.post(f"/stop/{kickoff_id}")
     assert again.status_code == 400
     assert again.json() == {"detail": "Cannot stop execution. Current state: REVOKED"}
 
 
-def test_what_is_not_there(travel: httpx.Client, slow: httpx.Client) -> None:
+def test_what_is_not_there(travel: httpx.Client, reviewed: httpx.Client) -> None:
     for call in ("GET /status/nobody", "GET /nobody/status", "POST /stop/nobody"):
         answer = travel.request(*call.split())
         assert (answer.status_code, set(answer.json())) == (404, {"error", "message"})
         assert answer.json()["error"] == "Execution not found"
-    assert travel.get(f"/status/{kickoff(slow)}").status_code == 404, "it is a run of another crew on this server"
+    assert travel.get(f"/status/{kickoff(reviewed, {'topic': 'ants'})}").status_code == 404, (
+        "it is a run of another crew on this server"
+    )
     answers = [travel.request(*call.split()) for call in ("GET /nothing", "GET /kickoff", "POST /inputs")]
     assert [answer.status_code for answer in answers] == [404, 405, 405]
     assert [set(answer.headers.get("allow", "").split(", ")) for answer in answers] == [{""}, {"POST"}, {"GET", "HEAD"}]
@@ -186,3 +189,127 @@ def test_bad_resume(reviewed: httpx.Client) -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         CrewServer(**{"spec": "echo"} | options)
+
+
+# What each response format says of each state, and that our own client reads all of it
+
+SCRIPT = """
+name: speaking
+inputs: [kind, {name: tone, required: false, type: text, description: How it sounds., default: dry}]
+tasks:
+  - {name: one, agent: A, description: the first, output: "out: 1"}
+  - {name: two, agent: B, seconds: "{{ 60 if kind == 'slow' else 0 }}", output: two, data: {n: 1}, human: true}
+  - {name: three, agent: C, output: "three", fail: "{% if kind == 'bad' %}it broke{% endif %}"}
+data: {answer: "42"}
+usage: {total_tokens: 5}
+"""
+STATES = {
+    "slow": CrewState.RUNNING,
+    "waiting": CrewState.WAITING,
+    "good": CrewState.COMPLETED,
+    "bad": CrewState.FAILED,
+    "stop": CrewState.STOPPED,
+}
+AT_TWO = {"current_task": "two", "progress": {"completed_tasks": 1, "total_tasks": 3}}
+TOOK = {"execution_time": "seconds"}
+RESULT = {
+    "output": "three",
+    "tasks": [
+        {"task_id": "one", "output": "out: 1", "agent": "A", **TOOK},
+        {"task_id": "two", "output": "two", "agent": "B", **TOOK},
+        {"task_id": "three", "output": "three", "agent": "C", **TOOK},
+    ],
+}
+ONE = {"name": "one", "agent": "A", "description": "the first", "output": "out: 1"}
+THREE = {"name": "three", "agent": "C", "description": None, "output": "three"}
+MORE = {"result_json": {"answer": "42"}, "token_usage": {"total_tokens": 5}}
+BODIES: dict[str, dict[str, dict[str, Any]]] = {
+    "documented": {
+        "slow": {"status": "running", **AT_TWO},
+        "waiting": {"status": "Pending Human Input", **AT_TWO},
+        "good": {"status": "completed", "result": RESULT, **TOOK},
+        "bad": {"status": "error", "error": "it broke", **TOOK},
+        "stop": {"status": "stopped", **TOOK},
+    },
+    "live": {
+        "slow": {"state": "STARTED", "last_executed_task": ONE},
+        "waiting": {"state": "PENDING_HUMAN_INPUT", "last_executed_task": ONE},
+        "good": {"state": "SUCCESS", "result": "three", "result_json": {"answer": "42"}, "last_executed_task": THREE},
+        "bad": {"state": "FAILED", "status": "it broke", "result": None},
+        "stop": {"state": "REVOKED", "last_executed_task": ONE},
+    },
+    "union": {
+        "slow": {"state": "STARTED", "status": "running", "last_executed_task": ONE, **AT_TWO},
+        "waiting": {"state": "PENDING_HUMAN_INPUT", "task_id": "two", "task_output": "two", **AT_TWO},
+        "good": {"state": "SUCCESS", "status": "completed", "result": "three", "output": "three", **MORE},
+        "bad": {"state": "FAILED", "status": "error", "result": "it broke", "error": "it broke", **TOOK},
+        "stop": {"state": "REVOKED", "status": "stopped", "error": None, **TOOK},
+    },
+}
+"""Of "union", the parts that strict clients look for. tests/devserver/test_crewai.py has the rest of it."""
+
+
+def timed(body: Any) -> Any:
+    """Return a body with a word for each time that is one."""
+    if isinstance(body, list):
+        return [timed(item) for item in body]
+    if not isinstance(body, dict):
+        return body
+    times = TOOK if body.get("execution_time", -1) >= 0 else {}
+    return {name: timed(value) for name, value in body.items()} | times
+
+
+@pytest.mark.parametrize("kind", STATES)
+@pytest.mark.parametrize("response_format", BODIES)
+async def test_our_client_reads_every_state(serve: Serve, response_format: str, kind: str) -> None:
+    server, _ = serve(SCRIPT, response_format=response_format)
+    before = CrewState.RUNNING if kind == "slow" else CrewState.WAITING
+    async with CrewClient(server.url, server.token) as client:
+        run = server.run(await client.kickoff({"kind": kind}))
+        await until(lambda: run.state is before and len(run.tasks) == 1)
+        if kind in ("good", "bad"):
+            await client.resume(run.id, "two", "", True)
+        if kind == "stop":
+            await client.stop(run.id)
+        await until(lambda: run.state is STATES[kind])
+        status = await client.status(run.id)
+    body, expected = timed(status.raw), BODIES[response_format][kind]
+    assert body == (body | expected if response_format == "union" else expected)
+    assert (status.state, status.known_state) == (STATES[kind], True)
+    assert status.output == ("three" if kind == "good" else None)
+    assert status.error == ("it broke" if kind == "bad" else None)
+    assert status.human_task_id == ("two" if (kind, response_format) == ("waiting", "union") else None)
+
+
+@pytest.mark.parametrize("response_format", BODIES)
+async def test_our_client_reads_inputs_and_refusals(serve: Serve, response_format: str) -> None:
+    server, _ = serve("echo", response_format=response_format)
+    async with CrewClient(server.url, server.token) as client:
+        ended = server.run(await client.kickoff({"text": "a"}))
+        await until(lambda: ended.state is CrewState.COMPLETED)
+        inputs = await client.inputs()
+        unknown, nobody, late = await client.status("nobody"), await client.stop("nobody"), await client.stop(ended.id)
+    assert unknown.state is CrewState.UNKNOWN
+    assert nobody.outcome is StopOutcome.UNKNOWN_RUN
+    assert (late.outcome, late.state) == (StopOutcome.NOT_STOPPABLE, CrewState.COMPLETED)
+    assert [(item.name, item.required) for item in inputs] == [("text", True)]
+
+
+def test_live_inputs_and_refusals(serve: Serve) -> None:
+    _, client = serve(SCRIPT, response_format="live")
+    tone = {"type": "text", "description": "How it sounds.", "default": "dry"}
+    kind, *others = client.get("/inputs").json()["inputs"]
+    assert kind["name"] == "kind"
+    assert others == [{"name": "tone", "required": False, **tone}]
+    refused = client.post("/kickoff", json={"inputs": {}})
+    assert refused.json() == {"detail": "Missing required inputs: kind", "missing_inputs": ["kind"]}
+
+
+async def test_a_queue_is_pending(serve: Serve) -> None:
+    server, _ = serve("name: q\ntasks: [{name: t, seconds: 60}]", response_format="union", max_runs=1)
+    async with CrewClient(server.url, server.token) as client:
+        first, second = await client.kickoff({}), await client.kickoff({})
+        await until(lambda: server.run(first).state is CrewState.RUNNING)
+        assert (await client.status(second)).state is CrewState.PENDING
+        await client.stop(first)
+        await until(lambda: server.run(second).state is CrewState.RUNNING)
