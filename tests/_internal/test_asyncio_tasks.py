@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from prefect import flow
+from prefect.context import FlowRunContext
 
 from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, sync_version
 from prefect_crew.batches import throttle
@@ -94,8 +98,21 @@ async def test_a_cancelled_coroutine_finishes_by_itself():
         await finished.wait()
 
 
-async def test_a_sync_version_would_block_a_running_loop():
-    async def aplan() -> None: ...
+async def aplan() -> str:
+    return kept.get()
 
-    with pytest.raises(InvalidCallError, match=r"plan\(\) would block .* Write `await aplan"):
-        sync_version(aplan)()
+
+kept = contextvars.ContextVar("kept", default="")
+
+
+@pytest.mark.parametrize(
+    ("around", "blocks"),
+    [(None, True), (flow(aplan), True), (flow(lambda: None, name="plan"), False)],
+    ids=["no flow", "async flow", "sync flow"],
+)
+async def test_a_sync_version_blocks_no_loop_that_can_await(around: Any, blocks: bool):
+    """A sync flow that an async flow has called cannot await. Its coroutine has the context variables."""
+    kept.set("kept")
+    context = FlowRunContext.model_construct(flow=around) if around else contextlib.nullcontext()
+    with context, pytest.raises(InvalidCallError, match="`await aplan") if blocks else contextlib.nullcontext():
+        assert sync_version(aplan)() == "kept"
