@@ -65,8 +65,8 @@ async def test_kickoff_sends_text_or_json_values(router: respx.MockRouter):
 async def test_resume_sends_the_answer_and_webhooks(router: respx.MockRouter, client: CrewClient):
     router.post("/resume").respond(json={"status": "resumed", "message": "ok"})
     answer = await client.resume("k1", "t1", "Shorter", False, webhooks=WEBHOOKS)
-    said = {"execution_id": "k1", "task_id": "t1", "human_feedback": "Shorter", "is_approve": False}
-    assert json.loads(router.calls[0].request.content) == said | WEBHOOKS.to_json()
+    body = {"execution_id": "k1", "task_id": "t1", "human_feedback": "Shorter", "is_approve": False}
+    assert json.loads(router.calls[0].request.content) == body | WEBHOOKS.to_json()
     assert (answer.status, answer.message) == ("resumed", "ok")
     router.post("/resume").respond(422, json={"detail": "Not pending"})
     with pytest.raises(pc.CrewAPIError, match=r"Not pending.*crew's page") as caught:
@@ -319,11 +319,11 @@ HOOKS = Webhooks(
 )
 FORMS = (json.dumps(ODD_TOKEN)[1:-1], quote(ODD_TOKEN, safe=""), repr(ODD_TOKEN)[1:-1])
 WRITERS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "application/json": lambda said, body: json.dumps(
-        {"error": "Bad", "message": said, "detail": [{"msg": f"{said} {body}", "loc": ["x"], "input": body}]}
+    "application/json": lambda text, body: json.dumps(
+        {"error": "Bad", "message": text, "detail": [{"msg": f"{text} {body}", "loc": ["x"], "input": body}]}
     ),
-    "text/plain": lambda said, body: f"{said} {quote(said, safe='')} {body}" * 50,
-    "text/html": lambda said, body: f"<html><title>{html.escape(said)} {said} {body}</title></html>",
+    "text/plain": lambda text, body: f"{text} {quote(text, safe='')} {body}" * 50,
+    "text/html": lambda text, body: f"<html><title>{html.escape(text)} {text} {body}</title></html>",
 }
 
 

@@ -373,12 +373,18 @@ async def test_an_answer_of_any_framing_is_read(reply: bytes):
         assert (await client.status("k1")).state is CrewState.RUNNING
 
 
-async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    code = b"500 Oops" if b"/inputs" in await read_request(reader) else b"200 OK"
-    writer.write(b"HTTP/1.1 " + code + b"\r\n\r\n")
-    while True:
-        writer.write(b" " * 1024**2)
-        await writer.drain()
+def trickling(start: bytes, piece: bytes, pause: float = 0.05) -> Handler:
+    """Return a server that sends a start, an error's for `/inputs`, and then a piece without end."""
+
+    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        is_good = b"/inputs" not in await read_request(reader)
+        writer.write(start if is_good else start.replace(b"200 OK", b"500 Oops"))
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause)
+
+    return handler
 
 
 def encoded(body: bytes, coding: str) -> Handler:
@@ -397,13 +403,14 @@ async def test_a_compressed_answer_is_read(coding: str, pack: Callable[[bytes], 
             await client.inputs()
 
 
+ENDLESS = trickling(b"HTTP/1.1 200 OK\r\n\r\n", b" " * 1024**2, pause=0)
 BOMB = gzip.compress(b" " * (_transport.MAX_BODY + 1), compresslevel=1)
 
 
 @pytest.mark.parametrize(
     ("handler", "problem"),
     [
-        pytest.param(endless, "more than 64 MiB", id="endless"),
+        pytest.param(ENDLESS, "more than 64 MiB", id="endless"),
         pytest.param(encoded(b"plain", "gzip"), "an encoding that cannot be read", id="not-gzip"),
         pytest.param(encoded(gzip.compress(RUNNING.encode())[:-12], "gzip"), "the status of this run", id="cut-short"),
         pytest.param(encoded(b"packed", "br"), "an encoding that cannot be read", id="another"),
@@ -441,18 +448,6 @@ async def test_a_large_answer_is_parsed_in_a_thread(monkeypatch: pytest.MonkeyPa
             assert (await client.status("k1")).output == text
     small, large = threads
     assert small == threading.get_ident() != large
-
-
-def trickling(start: bytes, piece: bytes) -> Handler:
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(start)
-        while True:
-            writer.write(piece)
-            await writer.drain()
-            await asyncio.sleep(0.05)
-
-    return handler
 
 
 @pytest.mark.parametrize(

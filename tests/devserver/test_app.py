@@ -101,9 +101,8 @@ def test_what_is_not_there(travel: httpx.Client, reviewed: httpx.Client) -> None
         answer = travel.request(*call.split())
         assert (answer.status_code, set(answer.json())) == (404, {"error", "message"})
         assert answer.json()["error"] == "Execution not found"
-    assert travel.get(f"/status/{kickoff(reviewed, {'topic': 'ants'})}").status_code == 404, (
-        "it is a run of another crew on this server"
-    )
+    of_another_crew = kickoff(reviewed, {"topic": "ants"})
+    assert travel.get(f"/status/{of_another_crew}").status_code == 404
     answers = [travel.request(*call.split()) for call in ("GET /nothing", "GET /kickoff", "POST /inputs")]
     assert [answer.status_code for answer in answers] == [404, 405, 405]
     assert [set(answer.headers.get("allow", "").split(", ")) for answer in answers] == [{""}, {"POST"}, {"GET", "HEAD"}]
@@ -142,36 +141,30 @@ def test_only_the_health_pages_need_no_token(server: CrewServer, serve: Serve) -
     assert [httpx.get(url).status_code for url in closed] == [401] * 3
 
 
-def answer_of(kickoff_id: str, **changes: object) -> dict[str, object]:
-    answer = {"execution_id": kickoff_id, "task_id": "research_task", "human_feedback": "Great", "is_approve": True}
-    return answer | changes
+REFUSED: list[tuple[dict[str, Any], int]] = [
+    ({"execution_id": "nobody"}, 404),
+    ({"execution_id": None}, 400),
+    ({"task_id": "another"}, 400),
+    ({"is_approve": "yes"}, 400),
+    ({"human_feedback": {}}, 400),
+    ({"crewWebhookUrl": "nowhere"}, 400),
+]
 
 
 def test_resume(reviewed: httpx.Client) -> None:
     kickoff_id = kickoff(reviewed, {"topic": "ants"})
+    body = {"execution_id": kickoff_id, "task_id": "research_task", "human_feedback": "Great", "is_approve": True}
     for approve, word in ((False, "retrying"), (True, "resumed")):
-        waiting = finished(reviewed, kickoff_id)
-        assert (waiting["status"], waiting["current_task"]) == ("Pending Human Input", "research_task")
-        answer = reviewed.post("/resume", json=answer_of(kickoff_id, is_approve=approve))
-        assert (answer.status_code, answer.json()["status"], set(answer.json())) == (200, word, {"status", "message"})
-    assert reviewed.post("/resume", json=answer_of(kickoff_id)).status_code == 400
+        assert finished(reviewed, kickoff_id)["current_task"] == "research_task"
+        for change, code in REFUSED:
+            assert reviewed.post("/resume", json=body | change).status_code == code, change
+        answer = reviewed.post("/resume", json=body | {"is_approve": approve})
+        assert answer.status_code == 200
+        assert set(answer.json()) == {"status", "message"}
+        assert answer.json()["status"] == word
+    assert reviewed.post("/resume", json=body).status_code == 400
     assert finished(reviewed, kickoff_id)["result"]["output"] == "a text: facts on ants"
-    assert reviewed.post("/resume", json=answer_of(kickoff_id)).status_code == 400
-
-
-def test_bad_resume(reviewed: httpx.Client) -> None:
-    kickoff_id = kickoff(reviewed, {"topic": "ants"})
-    finished(reviewed, kickoff_id)
-    for change, code in (
-        ({"execution_id": "nobody"}, 404),
-        ({"execution_id": None}, 400),
-        ({"task_id": "another"}, 400),
-        ({"is_approve": "yes"}, 400),
-        ({"human_feedback": {}}, 400),
-        ({"crewWebhookUrl": "nowhere"}, 400),
-    ):
-        assert reviewed.post("/resume", json=answer_of(kickoff_id, **change)).status_code == code, change
-    assert reviewed.post("/resume", json=answer_of(kickoff_id)).status_code == 200
+    assert reviewed.post("/resume", json=body).status_code == 400
 
 
 @pytest.mark.parametrize(
