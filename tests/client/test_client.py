@@ -322,6 +322,7 @@ WRITERS: dict[str, Callable[[str, dict[str, Any]], str]] = {
     "application/json": lambda text, body: json.dumps(
         {"error": "Bad", "message": text, "detail": [{"msg": f"{text} {body}", "loc": ["x"], "input": body}]}
     ),
+    "text/json": lambda text, _: '{"message": "' + "".join(f"\\u{ord(letter):04x}" for letter in text) + '"}',
     "text/plain": lambda text, body: f"{text} {quote(text, safe='')} {body}" * 50,
     "text/html": lambda text, body: f"<html><title>{html.escape(text)} {text} {body}</title></html>",
 }
