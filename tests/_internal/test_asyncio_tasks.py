@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -75,6 +78,34 @@ async def test_a_cancellation_at_a_pauses_end_is_not_lost(pause: Any, steps: int
             await pausing
     else:
         assert pausing.done()
+
+
+NESTED = """
+import asyncio, contextvars, os, signal, threading
+from prefect_crew._internal.asyncio_tasks import run_sync
+
+kept = contextvars.ContextVar("kept")
+
+async def wait():
+    assert kept.get()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        await asyncio.sleep(60)
+    finally:
+        print("stopped")
+
+async def outer():
+    kept.set(True)
+    assert run_sync(asyncio.sleep(0, "done")) == "done"
+    run_sync(wait())
+
+asyncio.run(outer())
+"""
+
+
+def test_ctrl_c_ends_a_nested_sync_wait():
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "stopped\n"), done.stderr
 
 
 async def test_a_cancelled_coroutine_finishes_by_itself():
