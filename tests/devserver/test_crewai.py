@@ -212,7 +212,8 @@ def test_no_thread_waits_for_a_question_that_is_over(crew: Serve, spec: str, how
     wait_until(lambda: not waits_in_a_thread(run_id))
 
 
-async def test_a_tool_s_use_is_reported_in_order() -> None:
+def recorded(**inputs: Any) -> tuple[Run, list[Any]]:
+    """Return a run, and the list of what is reported to it, in order."""
     reports: list[Any] = []
 
     def listener(run: Run, event: str, value: Any) -> None:
@@ -222,7 +223,13 @@ async def test_a_tool_s_use_is_reported_in_order() -> None:
         else:
             reports.append((event, getattr(value, "name", value), getattr(value, "agent", run.current_agent)))
 
-    await load_program(f"{CREWS}:with_tool").execute(Run({}, listener=listener))
+    return Run(inputs, listener=listener), reports
+
+
+async def test_a_tool_s_use_is_reported_in_order() -> None:
+    run, reports = recorded()
+    await load_program(f"{CREWS}:with_tool").execute(run)
+    assert run.planned == ["look"]
     assert reports == [
         ("task_started", "look", "Scout"),
         ("step", "Scout", "tool", "21 degrees in Lisbon", "weather"),
@@ -230,6 +237,20 @@ async def test_a_tool_s_use_is_reported_in_order() -> None:
         ("step", "Scout", "final_answer", "It is 21 degrees.", None),
         ("task_ended", "look", "Scout"),
     ]
+
+
+async def test_a_cancelled_run_reports_nothing() -> None:
+    run, reports = recorded()
+    running = asyncio.create_task(load_program(f"{CREWS}:slow").execute(run))
+    ticks = 0
+    while not run.tasks:
+        await asyncio.sleep(0.01)
+        ticks += 1
+    assert ticks > 10, "the first task takes 0.3 s at the least"
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [report[1] for report in reports if report[0] == "task_ended"] == ["part 0"]
 
 
 @pytest.mark.parametrize(
