@@ -73,7 +73,7 @@ def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen:
     crew = crew_of(crew_server(script({"output": "# Lisbon\n\nby tram"}, inputs=["city"])).crew()).called(name)
 
     async def trip() -> str:
-        kickoff_id = await pc.kickoff_crew(crew, {"city": "Lisbon"})
+        kickoff_id = await pc.kickoff_crew(crew, {"city": "Lisbon"}, idempotency_key=name)
         at_kickoff = await asyncio.to_thread(shown, seen, name)
         await pc.wait_for_crew(crew, kickoff_id)
         return at_kickoff
@@ -83,6 +83,7 @@ def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen:
     assert "| **city** | Lisbon |" in at_kickoff
     (artifact,) = seen.artifacts(artifact_key(name))
     assert artifact["type"] == "markdown"
+    assert artifact["metadata_"] == {"claim": record_name(name, 1), "kickoff_id": seen.record(name)["kickoff_id"]}
     assert artifact["flow_run_id"] == flow_run_id
     assert artifact["task_run_id"]
     for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
@@ -98,19 +99,6 @@ def test_inputs_stay_shown():
     status = CrewStatus(kickoff_id="r1", state=CrewState.FAILED, error=error)
     failed = replace(unknown, state=CrewState.FAILED, status=status)
     assert "evil" not in render_run(unknown, render_run(failed))
-
-
-@pytest.mark.parametrize("show", ["full", "none"])
-def test_an_artifact_is_written_twice(crew_server: CrewServerFactory, seen: Seen, name: str, proxy: Proxy, show: Any):
-    crew = crew_server(script({"output": "done"}, inputs=["pin"])).crew(show=show, secret_inputs=["pin"])
-    key = f"{name} today"
-    call_in_flow(lambda: pc.arun_crew(crew_of(crew).called(name), {"pin": "4711471"}, idempotency_key=key))
-    (artifact,) = seen.artifacts(artifact_key(name))
-    record = seen.record(key)
-    assert artifact["metadata_"] == {"claim": record_name(key, 1), "kickoff_id": record["kickoff_id"]}
-    assert "4711471" not in str(artifact)
-    assert proxy.requests.count("POST /api/artifacts/") == 1
-    assert (proxy.count("PATCH /api/artifacts/"), proxy.count("/api/artifacts")) == (1, 2)
 
 
 def test_a_run_that_just_began_is_shown_as_stopped(crew_server: CrewServerFactory, seen: Seen, name: str):

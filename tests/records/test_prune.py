@@ -26,7 +26,7 @@ from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.records.variables import delete_variable
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy
-from support.records import CLAIMED, ENDED, NOT_STARTED, STARTED, UNCERTAIN, new_record, read_named
+from support.records import CLAIMED, ENDED, NOT_STARTED, STARTED, UNCERTAIN, new_record, put, read_named
 
 STORE = PrefectRecords()
 NOW = utcnow()
@@ -128,92 +128,65 @@ async def test_records_of_ended_runs_are_pruned(prefect_api: PrefectServer, monk
     mark = uuid.uuid4().hex
     ended = [record(f"{mark} {number}", ENDED) for number in range(20)]
     flying = record(f"{mark} flying", STARTED)
-    for one in (*ended[:10], flying, *ended[10:]):
-        assert await STORE.claim(one)
+    for each in (*ended[:10], flying, *ended[10:]):
+        assert await STORE.claim(each)
+
+    async def left() -> int:
+        return sum([len(await STORE.attempts(each.idempotency_key)) for each in ended])
+
     assert (await prune(STORE, older_than=timedelta(0), dry_run=True)).runs == 0, "nothing is an hour old"
     counted = await pruned(dry_run=True)
     assert counted.runs >= 20
-    assert len([one for one in ended if await STORE.attempts(one.idempotency_key)]) == 20
-    done = await pruned()
+    assert await left() == 20
     # Records of other tests on this server may come of age in between.
-    assert done.runs >= counted.runs
-    assert [one.idempotency_key for one in ended if await STORE.attempts(one.idempotency_key)] == []
-    assert len(await STORE.attempts(flying.idempotency_key)) == 1
+    assert (await pruned()).runs >= counted.runs
+    assert await left() == 0
+    assert await STORE.attempts(flying.idempotency_key)
 
 
 async def test_permits_left_by_a_killed_pruner_are_pruned(prefect_api: PrefectServer):
-    gone, stands = record("gone", CLAIMED), record("stands", CLAIMED)
-    for one in (gone, stands):
-        one.idempotency_key = f"{one.idempotency_key} {uuid.uuid4()}"
-        assert await STORE.claim(one)
-        assert await STORE.permit(one, 60.0)
+    async def permits(claim: RunRecord) -> int:
+        entries = await read_named(f"{record_name(claim.idempotency_key, 1)}_")
+        return len([entry for entry in entries if entry.value["owner"]])
+
+    gone, stands = [await put(record(str(uuid.uuid4()), CLAIMED), permit=60.0) for _ in range(2)]
     await delete_variable(str(gone.ref))
     await asyncio.sleep(2.0)  # the Date of an answer has whole seconds, and is one late
     await prune(STORE, older_than=timedelta(0))
-    assert len(await permits_of(gone)) == 1, "its record was deleted within the hour"
+    assert await permits(gone) == 1, "its record was deleted within the hour"
     await pruned()
-    assert await permits_of(gone) == []
-    assert len(await permits_of(stands)) == 1
+    assert await permits(gone) == 0
+    assert await permits(stands) == 1
 
 
-async def permits_of(claim: RunRecord) -> list[Any]:
-    return [one for one in await read_named(f"{record_name(claim.idempotency_key, 1)}_") if one.value["owner"]]
-
-
-async def flow_run(state: str, *, parent: str | None = None) -> str:
-    """Make a flow run in a state, as a subflow if a parent is given; return its id."""
+async def flow_run(parent: str | None = None) -> str:
+    """Make a flow run that has completed, as a subflow if a parent is given; return its id."""
     async with get_client() as client:
         flow = (await client.request("POST", "/flows/", json={"name": "pruned-flow"})).json()["id"]
-        body: dict[str, Any] = {"flow_id": flow, "state": {"type": state}}
+        body: dict[str, Any] = {"flow_id": flow, "state": {"type": "COMPLETED"}}
         if parent is not None:
             task = {"flow_run_id": parent, "task_key": "sub", "dynamic_key": str(uuid.uuid4())}
             body["parent_task_run_id"] = (await client.request("POST", "/task_runs/", json=task)).json()["id"]
         return str((await client.request("POST", "/flow_runs/", json=body)).json()["id"])
 
 
-async def test_a_subflows_record_goes_with_its_root(prefect_api: PrefectServer):
-    root = await flow_run("RUNNING")
-    subflow = await flow_run("COMPLETED", parent=await flow_run("COMPLETED", parent=root))
-    one = record(f"key {uuid.uuid4()}", ENDED, flow_run_id=subflow)
-    assert await STORE.claim(one)
-
-    async def enter(state: str) -> None:
-        async with get_client() as client:
-            body = {"state": {"type": state}, "force": True}
-            await client.request("POST", "/flow_runs/{id}/set_state", path_params={"id": root}, json=body)
-        await asyncio.sleep(2.0)  # the Date of an answer has whole seconds, and is one late
-
-    async def stands() -> bool:
-        await pruned()
-        return bool(await STORE.attempts(one.idempotency_key))
-
-    assert await stands(), "its root runs"
-    await enter("COMPLETED")
-    await prune(STORE, older_than=timedelta(0))
-    assert await STORE.attempts(one.idempotency_key), "its root has ended within the hour"
-    await enter("SCHEDULED")
-    assert await stands(), "its root is retried"
-    await enter("COMPLETED")
-    assert not await stands()
-
-
 async def test_flow_runs_are_asked_for_together(prefect_api: PrefectServer, proxy: Proxy):
-    root = await flow_run("COMPLETED")
-    owners = [await flow_run("COMPLETED", parent=root) for _ in range(60)]
+    root = await flow_run()
+    flow_run_ids = [await flow_run(root) for _ in range(60)]
     before = proxy.count("_runs/")
-    found = await read_owners([record(str(n), ENDED, flow_run_id=one) for n, one in enumerate(owners)])
-    assert len(found) == 60
+    owners = await read_owners([record(id_, ENDED, flow_run_id=id_) for id_ in flow_run_ids])
+    assert owners.keys() == {*flow_run_ids}
     assert proxy.count("_runs/") - before <= 6
 
 
 async def test_unread_flow_runs_keep_all_records(prefect_api: PrefectServer, proxy: Proxy):
-    one = record(f"key {uuid.uuid4()}", ENDED, flow_run_id=await flow_run("COMPLETED"))
-    assert await STORE.claim(one)
+    ended = record(f"key {uuid.uuid4()}", ENDED, flow_run_id=await flow_run())
+    assert await STORE.claim(ended)
     proxy.refuse, proxy.answer = "POST /api/flow_runs/filter", ""
     # Prefect's client would send it again for a minute.
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), pytest.raises(PREFECT_ERRORS):
         await pruned()
-    assert await STORE.attempts(one.idempotency_key)
+    assert await STORE.attempts(ended.idempotency_key)
 
 
 async def test_a_worker_prunes_regularly(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
@@ -223,6 +196,6 @@ async def test_a_worker_prunes_regularly(monkeypatch: pytest.MonkeyPatch, caplog
     monkeypatch.setattr(prune_module, "EVERY", 0.01)
     with caplog.at_level("DEBUG"), pytest.raises(asyncio.CancelledError):
         await prune_regularly(logging.getLogger("test-prune"))
-    said = [(one.levelname, one.getMessage()) for one in caplog.records if one.name == "test-prune"]
-    assert [level for level, _ in said] == ["DEBUG", "ERROR", "INFO"]
-    assert said[2][1] == "2 old run records were removed, 5 others of this age stay."
+    lines = [line for line in caplog.records if line.name == "test-prune"]
+    assert [line.levelname for line in lines] == ["DEBUG", "ERROR", "INFO"]
+    assert lines[2].getMessage() == "2 old run records were removed, 5 others of this age stay."

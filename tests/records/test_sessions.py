@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from datetime import timedelta
 from typing import Any
@@ -140,13 +139,6 @@ async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
     assert await take(second) is None
     assert (second.turn, second.restored) == (2, None)
     assert second.state_id != first.state_id
-
-
-async def test_of_callers_at_the_same_time_one_takes_the_turn(session: str) -> None:
-    records = [await claimed(session) for _ in range(8)]
-    earlier = await asyncio.gather(*(take(record) for record in records))
-    assert sorted(record.turn or 0 for record in records) == [*[0] * 7, 1]
-    assert {turn.number for turn in earlier if turn is not None} == {1}
 
 
 async def nothing(*_: Any) -> None:

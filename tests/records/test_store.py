@@ -19,19 +19,12 @@ from prefect_crew._internal.prefect_api import request_soon
 from prefect_crew.client.models import Review, TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records import results, store, variables
-from prefect_crew.records.model import (
-    RECORD_VERSION,
-    Lease,
-    RecordPhase,
-    RunRecord,
-    StoredResult,
-    utcnow,
-)
+from prefect_crew.records.model import RECORD_VERSION, Lease, RecordPhase, RunRecord, StoredResult, utcnow
 from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.records.variables import create_variable, delete_variable
 from prefect_crew.states import CrewState
 from support.proxy import Proxy
-from support.records import CLAIMED, ENDED, LONG_AGO, NOT_STARTED, STARTED, UNCERTAIN, new_record, put
+from support.records import CLAIMED, ENDED, NOT_STARTED, STARTED, new_record, put
 from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -54,7 +47,7 @@ async def is_among(record: RunRecord, phase: RecordPhase | None = None) -> bool:
 # Claims
 
 
-async def test_the_id_goes_before_the_claims_of_others_and_a_name_and_an_end_after_them(
+async def test_an_id_is_written_before_the_claims_of_others(
     monkeypatch: pytest.MonkeyPatch,
 ):
     began, ended, others = new_record(), new_record(), [new_record() for _ in range(5)]
@@ -80,7 +73,7 @@ async def test_the_id_goes_before_the_claims_of_others_and_a_name_and_an_end_aft
     assert sorted(turns[6:]) == ["POST crew_kickoff", "POST crew_run"]
 
 
-async def test_a_key_has_64_attempts_at_most_which_one_request_reads():
+async def test_a_key_has_64_attempts_at_most():
     key = f"again {uuid.uuid4()}"
     for start in range(1, 65, 8):
         claims = [RECORDS.claim(new_record(key, attempt=attempt)) for attempt in range(start, start + 8)]
@@ -106,11 +99,10 @@ async def test_all_permits_of_a_claim_are_read(monkeypatch: pytest.MonkeyPatch):
     assert (permits[record.ref], permits[other.ref]) == (12, 0)
 
 
-async def test_a_claim_that_was_withdrawn_is_gone_and_no_late_request_reaches_the_next_one():
+async def test_a_late_withdrawal_spares_the_next_claim():
     first = await put(new_record())
     first.phase = NOT_STARTED
     await RECORDS.withdraw(first)
-    assert await RECORDS.attempts(first.idempotency_key) == []
     second = new_record(first.idempotency_key, owner=first.owner)
     assert await RECORDS.claim(second)
     await RECORDS.withdraw(first)
@@ -118,15 +110,7 @@ async def test_a_claim_that_was_withdrawn_is_gone_and_no_late_request_reaches_th
     assert (record.ref, record.phase) == (second.ref, CLAIMED)
 
 
-async def test_a_claim_that_cannot_be_withdrawn_says_that_nothing_was_started(proxy: Proxy):
-    record = await put(new_record())
-    record.phase = NOT_STARTED
-    proxy.refuse = "DELETE /api/variables/"
-    await RECORDS.withdraw(record)
-    assert [one.phase for one in await RECORDS.attempts(record.idempotency_key)] == [NOT_STARTED]
-
-
-async def test_a_claim_is_withdrawn_although_the_server_was_busy(proxy: Proxy):
+async def test_a_withdrawal_outlasts_a_busy_server(proxy: Proxy):
     record = await put(new_record())
     record.phase = NOT_STARTED
     proxy.answer, proxy.refuse = "503", "DELETE /api/variables/"
@@ -137,13 +121,22 @@ async def test_a_claim_is_withdrawn_although_the_server_was_busy(proxy: Proxy):
     assert await RECORDS.attempts(record.idempotency_key) == []
 
 
-async def test_an_earlier_claim_of_the_same_caller_is_not_taken_for_its_own():
+async def test_a_refused_withdrawal_leaves_an_unstarted_claim(proxy: Proxy):
+    record = await put(new_record())
+    record.phase = NOT_STARTED
+    proxy.refuse = "DELETE /api/variables/"
+    await RECORDS.withdraw(record)
+    (claim,) = await RECORDS.attempts(record.idempotency_key)
+    assert claim.phase is NOT_STARTED
+
+
+async def test_an_earlier_claim_of_a_caller_is_not_its_own():
     # The request that deletes the earlier one may arrive at any time.
     first = await put(new_record())
     assert not await RECORDS.claim(new_record(first.idempotency_key, owner=first.owner))
 
 
-async def test_a_claim_is_confirmed_by_the_ids_of_what_it_was_decided_by():
+async def test_a_claim_is_confirmed_by_ids():
     first = await put(new_record())
     second = new_record(first.idempotency_key, attempt=2)
     known = await RECORDS.attempts(first.idempotency_key)
@@ -156,7 +149,7 @@ async def test_a_claim_is_confirmed_by_the_ids_of_what_it_was_decided_by():
     assert not await RECORDS.confirm(second, known), "the number was taken again, by the same caller"
 
 
-async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it():
+async def test_a_foreign_variable_in_its_place_is_named():
     record = new_record()
     name = record_name(record.idempotency_key, 1)
     await create_variable({"name": name, "value": {"somebody": "else"}, "tags": ["prefect-crew"]})
@@ -164,19 +157,11 @@ async def test_a_foreign_variable_in_the_records_place_is_an_error_that_names_it
         await RECORDS.claim(record)
 
 
-async def test_what_is_no_record_is_passed_over():
-    record = new_record(kickoff_id=f"r {uuid.uuid4()}")
-    assert await RECORDS.claim(record)
+async def test_a_record_is_listed_by_its_phase():
+    record = await put(new_record(phase=STARTED, kickoff_id=f"r {uuid.uuid4()}"))
     theirs = {"name": f"ours_{uuid.uuid4().hex}", "value": "of somebody who likes our tag", "tags": ["prefect-crew"]}
     await create_variable(theirs)
     assert await is_among(record)
-
-
-# Finding
-
-
-async def test_a_record_is_listed_by_its_phase():
-    record = await started(f"r {uuid.uuid4()}")
     assert await is_among(record, STARTED)
     assert not await is_among(record, CLAIMED)
     assert await RECORDS.end(record, state=CrewState.COMPLETED)
@@ -184,11 +169,14 @@ async def test_a_record_is_listed_by_its_phase():
     assert not await is_among(record, STARTED)
 
 
+# Finding
+
+
 async def started(kickoff_id: str) -> RunRecord:
     return await put(new_record(phase=STARTED, kickoff_id=kickoff_id))
 
 
-async def test_the_id_of_a_record_that_was_pruned_is_free_and_so_is_a_name_that_was_left():
+async def test_the_id_of_a_deleted_record_is_free():
     kickoff_id = f"r {uuid.uuid4()}"
     await RECORDS.delete(await started(kickoff_id))
     assert await RECORDS.of_kickoff(kickoff_id) is None
@@ -199,21 +187,7 @@ async def test_the_id_of_a_record_that_was_pruned_is_free_and_so_is_a_name_that_
     assert await RECORDS.of_kickoff(kickoff_id) is not None
 
 
-async def test_a_resolution_takes_back_an_id_that_another_record_was_given_at_the_same_moment():
-    kickoff_id = f"r {uuid.uuid4()}"
-    await put(new_record(), permit=LONG_AGO)
-    record = await put(new_record(), permit=LONG_AGO)
-    holder = await started(kickoff_id)
-    assert not await RECORDS.resolve(record, STARTED, kickoff_id=kickoff_id)
-    assert [(one.phase, one.kickoff_id) for one in await RECORDS.attempts(record.idempotency_key)] == [
-        (UNCERTAIN, None)
-    ]
-    found = await RECORDS.of_kickoff(kickoff_id)
-    assert found is not None
-    assert found.ref == holder.ref
-
-
-async def test_no_start_nor_look_reads_by_tag_or_by_like(monkeypatch: pytest.MonkeyPatch):
+async def test_a_start_reads_nothing_but_exact_names(monkeypatch: pytest.MonkeyPatch):
     filters: list[dict[str, Any]] = []
     request = PrefectClient.request
 
@@ -234,7 +208,7 @@ async def test_no_start_nor_look_reads_by_tag_or_by_like(monkeypatch: pytest.Mon
     assert all([*one] == ["name"] and [*one["name"]] == ["any_"] for one in filters), filters
 
 
-async def test_a_late_permit_is_refused_where_more_is_on_record_than_its_caller_knows():
+async def test_a_late_permit_after_a_resolution_is_refused():
     record = await put(new_record())
     (theirs,) = await RECORDS.attempts(record.idempotency_key)
     theirs.entries = 1  # one that was deleted since
@@ -258,23 +232,40 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
 
 
 @pytest.mark.parametrize(
-    ("output", "data"),
+    ("output", "data", "is_kept"),
     [
-        pytest.param("x" * 6000, None, id="long"),
-        pytest.param("語" * 2000, None, id="long in bytes"),
-        pytest.param("", 2**70, id="beyond 64 bits"),
+        pytest.param("語" * 2000, None, True, id="long in bytes"),
+        pytest.param("", 2**70, True, id="beyond 64 bits"),
+        pytest.param("x" * 4_000_000, None, True, id="4 MB"),
+        pytest.param("x" * 6_000_000, None, False, id="6 MB"),
     ],
 )
-async def test_a_result_that_a_variable_cannot_hold_is_an_artifact_that_goes_with_its_record(output: str, data: Any):
+async def test_a_large_result_is_an_artifact(output: str, data: Any, is_kept: bool):
     saved = await closed(result(output, data=data))
     assert saved.result is None
     assert (saved.phase, saved.state) == (ENDED, CrewState.COMPLETED)
-    assert await results.stored_result(saved) == result(output, data=data)
+    assert await results.stored_result(saved) == (result(output, data=data) if is_kept else None)
     await RECORDS.delete(saved)
     assert await results.stored_result(saved) is None
 
 
-async def test_of_two_who_see_an_end_the_second_leaves_no_result():
+@pytest.mark.parametrize("answer", ["403", ""], ids=["refuses it", "is away"])
+async def test_an_end_is_kept_without_its_large_result(proxy: Proxy, caplog: pytest.LogCaptureFixture, answer: str):
+    proxy.refuse, proxy.answer = "POST /api/artifacts/", answer
+    saved = await closed(result("x" * 6000))
+    assert (saved.phase, saved.state, saved.result_id) == (ENDED, CrewState.COMPLETED, None)
+    assert "Later calls read it from the crew's server" in caplog.text
+
+
+async def test_a_refused_end_is_an_error(proxy: Proxy):
+    record = await put(new_record())
+    proxy.refuse, proxy.answer = "POST /api/variables/", "400"
+    with pytest.raises(PrefectHTTPStatusError, match="400"):
+        await RECORDS.end(record, state=CrewState.FAILED, error="no key")
+    assert record.phase is CLAIMED
+
+
+async def test_a_second_end_leaves_no_result():
     record = await put(new_record())
     again = record.model_copy()
     assert await RECORDS.end(record, state=CrewState.COMPLETED, result=result("x" * 6000))
@@ -291,31 +282,7 @@ async def test_of_two_who_see_an_end_the_second_leaves_no_result():
     assert await results.stored_result(record.model_copy(update={"result": None, "result_id": made[0]})) is None
 
 
-@pytest.mark.parametrize("answer", ["403", ""], ids=["refuses it", "is away"])
-async def test_the_end_is_kept_without_a_result_that_prefect(
-    proxy: Proxy, caplog: pytest.LogCaptureFixture, answer: str
-):
-    proxy.refuse, proxy.answer = "POST /api/artifacts/", answer
-    saved = await closed(result("x" * 6000))
-    assert (saved.phase, saved.state, saved.result_id) == (ENDED, CrewState.COMPLETED, None)
-    assert "Later calls read it from the crew's server" in caplog.text
-
-
-async def test_an_end_without_a_result_that_prefect_refuses_is_an_error(proxy: Proxy):
-    record = await put(new_record())
-    proxy.refuse, proxy.answer = "POST /api/variables/", "400"
-    with pytest.raises(PrefectHTTPStatusError, match="400"):
-        await RECORDS.end(record, state=CrewState.FAILED, error="no key")
-    assert record.phase is CLAIMED
-
-
-async def test_a_result_beyond_5_mb_is_left_out_and_one_of_4_mb_is_kept():
-    for size, is_kept in ((4_000_000, True), (6_000_000, False)):
-        stored = await results.stored_result(await closed(result("x" * size)))
-        assert (stored is not None) is is_kept
-
-
-async def test_long_texts_give_way_to_what_the_record_is_for():
+async def test_long_texts_are_cut():
     key = "\N{PARTY POPPER}" * 464 + str(uuid.uuid4())
     record = new_record(key, step="s" * 2000, crew="c" * 300, reason="\N{PARTY POPPER}" * 500)
     assert await RECORDS.claim(record)
@@ -331,7 +298,7 @@ async def test_long_texts_give_way_to_what_the_record_is_for():
 # Owners
 
 
-async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
+async def test_an_owner_ends_with_its_flow_run():
     assert not await RECORDS.owner_ended(new_record())
     assert not await RECORDS.owner_ended(new_record(flow_run_id=await flow_run()))
     for state in (Completed(), Cancelling(), Cancelled()):
@@ -342,19 +309,7 @@ async def test_an_owner_has_ended_when_its_flow_run_has_or_is_gone():
 # A Prefect API that is away
 
 
-async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
-    record = await put(new_record())
-    proxy.cut()
-    record.phase, record.kickoff_id = STARTED, f"r {uuid.uuid4()}"
-    saving = asyncio.ensure_future(RECORDS.save_started(record))
-    done, _ = await asyncio.wait({saving}, timeout=1.0)
-    assert not done
-    proxy.restore()
-    await asyncio.wait_for(saving, 30)
-    assert await RECORDS.of_kickoff(record.kickoff_id) is not None
-
-
-async def test_what_the_api_refuses_is_raised_and_not_taken_for_a_conflict(proxy: Proxy):
+async def test_a_refusal_is_no_conflict(proxy: Proxy):
     proxy.refuse = "POST /api/variables/"
     with pytest.raises(httpx.HTTPStatusError):
         await RECORDS.claim(new_record())
@@ -366,7 +321,7 @@ def review(**fields: Any) -> Review:
     return Review(task_id="draft", round=1, approve=True, by="me", at=utcnow(), **fields)
 
 
-async def test_an_answer_whose_creation_lost_its_reply_is_known_as_ones_own(monkeypatch: pytest.MonkeyPatch):
+async def test_an_answer_whose_reply_was_lost_is_ones_own(monkeypatch: pytest.MonkeyPatch):
     record, replies = await put(new_record()), 0
 
     async def losing(*args: Any, **options: Any) -> Any:
@@ -381,7 +336,7 @@ async def test_an_answer_whose_creation_lost_its_reply_is_known_as_ones_own(monk
     assert (replies, len(await RECORDS.reviews(record))) == (1, 1)
 
 
-async def test_a_repeated_removal_spares_the_answer_of_the_next_person(monkeypatch: pytest.MonkeyPatch):
+async def test_a_repeated_removal_spares_the_next_answer(monkeypatch: pytest.MonkeyPatch):
     record, send, lost = await put(new_record(kickoff_id="removed")), httpx.AsyncClient.send, list[str]()
     adas, bobs = review(nonce="Ada"), review(nonce="Bob")
     assert await RECORDS.add_review(record, 1, adas)
