@@ -161,14 +161,14 @@ async def test_one_record_holds_a_kickoff_id(store: RecordStore, other: RecordSt
 
 async def test_one_caller_closes_a_run(store: RecordStore, other: RecordStore):
     record = await put(row(phase=STARTED, kickoff_id=new_id()), store)
-    seen = [record, *[await stored(other, record) for _ in range(3)]]
+    reads = [record, *[await stored(other, record) for _ in range(3)]]
     ends = (
-        caller.end(one, state=CrewState.FAILED, error=f"end {number}")
-        for number, (caller, one) in enumerate(zip([store, other] * 2, seen, strict=True))
+        caller.end(read, state=CrewState.FAILED, error=f"end {number}")
+        for number, (caller, read) in enumerate(zip([store, other] * 2, reads, strict=True))
     )
     closed = await asyncio.gather(*ends)
     assert closed.count(True) == 1
-    assert {one.error for one in (*seen, await stored(other, record))} == {f"end {closed.index(True)}"}
+    assert {read.error for read in (*reads, await stored(other, record))} == {f"end {closed.index(True)}"}
 
 
 async def test_an_end_replaces_a_lost_run(store: RecordStore, other: RecordStore):

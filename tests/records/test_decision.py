@@ -6,8 +6,6 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from prefect_crew.exceptions import IdempotencyConflictError
 from prefect_crew.records.decision import Caller, Decision, check_same_run, decide, latest_start
@@ -75,26 +73,6 @@ def decided(existing: RunRecord | None, **options: Any) -> Decision:
 )
 def test_the_decision(existing: RunRecord | None, options: dict[str, Any], decision: Decision):
     assert decided(existing, **options) is decision
-
-
-@given(
-    phase=st.sampled_from([CLAIMED, STARTED, UNCERTAIN]),
-    owner_ended=st.booleans(),
-    open_for=st.integers(0, 1000),
-    kickoffs=st.integers(1, 10),
-    count=st.integers(0, 5),
-    asked=st.none() | st.integers(-1000, 1000),
-)
-def test_a_possible_start_is_never_repeated(
-    phase: RecordPhase, owner_ended: bool, open_for: int, kickoffs: int, count: int, asked: int | None
-):
-    decision = decided(
-        record(phase, flow_run_id="flow-1", flow_run_count=count, open_for=open_for),
-        owner_ended=owner_ended,
-        kickoffs=kickoffs,
-        asked_at=None if asked is None else NOON + asked * MINUTE,
-    )
-    assert decision not in (Decision.START, Decision.START_AGAIN)
 
 
 def test_an_unstarted_attempt_hides_no_run():

@@ -19,11 +19,10 @@ from prefect.states import Failed, Paused, Pending, Running, Scheduled, Suspende
 from prefect_crew import arun_crew
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.owners import crash_dead_owner, process_is_gone, this_process
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.records import new_record
+from support.records import attempts, new_record
 from support.scripts import slow
 from support.waiting import until
 
@@ -56,8 +55,9 @@ async def begun(state: Any = None) -> FlowRun:
 @cache
 def gone() -> str:
     """Return the name of a process that was here and is gone."""
-    command = [sys.executable, "-c", "from prefect_crew.records.owners import this_process; print(this_process())"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    return f"{str(this_process()).rpartition(' ')[0]} {process.pid}"
 
 
 def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
@@ -70,29 +70,23 @@ async def test_a_killed_scripts_flow_run_crashes(
     crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
 ):
     server, idempotency_key = crew_server(slow(8)), str(uuid.uuid4())
-    crew = server.crew()
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, script, server.url, crew.token.get_secret_value(), idempotency_key]
+    command = [sys.executable, script, server.url, server.token, idempotency_key]
 
     async def kicked_off() -> bool:
-        return any(one.kickoff_id for one in await PrefectRecords().attempts(idempotency_key))
+        return any(attempt.kickoff_id for attempt in await attempts(idempotency_key))
 
     with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
         await until(kicked_off)
         process.kill()
-    (before,) = await PrefectRecords().attempts(idempotency_key)
+    (before,) = await attempts(idempotency_key)
     assert (await flow_run(before.flow_run_id)).state_name == "Running"
-
-    @flow
-    async def again() -> None:
-        await arun_crew(crew, {"n": 1}, idempotency_key=idempotency_key)
-
-    await again()
-    dead = await flow_run(before.flow_run_id)
-    assert dead.state is not None
-    assert dead.state.is_crashed()
-    assert "Its process ended. Its crew's run continues with flow run" in str(dead.state.message)
+    await arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
+    state = (await flow_run(before.flow_run_id)).state
+    assert state is not None
+    assert state.is_crashed()
+    assert "Its process ended. Its crew's run continues with flow run" in str(state.message)
     assert server.kickoffs == 1
 
 
@@ -125,27 +119,17 @@ async def test_a_dead_flow_run_with_forms_crashes():
         assert (await flow_run(str(owner.id))).state_name == ("Crashed" if is_dead else "Running")
 
 
-async def resumed_after_suspension() -> FlowRun:
-    """Make a flow run that another process goes on with; return it as it was in its first process."""
+async def test_a_resumed_flow_run_is_left_alone():
+    """Another process goes on with it. A later claim of that process does not look at the suspension before."""
     first = await begun()
     async with get_client() as client:
         for state in (Suspended(timeout_seconds=300), Scheduled(name="Resuming"), Pending(), Running()):
             # The server suspends none that has no deployment.
             await client.set_flow_run_state(first.id, state, force=True)
-    return first
-
-
-async def test_a_resumed_flow_run_is_left_alone():
-    first = await resumed_after_suspension()
     now = await flow_run(str(first.id))
-    assert now.state_name == "Running"
     for count in (first.run_count, now.run_count):
         await crash_dead_owner(record_of(first, flow_run_count=count, claimed_at=first.start_time))
         assert (await flow_run(str(first.id))).state_name == "Running", count
-
-
-async def test_a_flow_run_suspended_long_before_crashes():
-    now = await flow_run(str((await resumed_after_suspension()).id))
     await crash_dead_owner(record_of(now, claimed_at=utcnow() + timedelta(hours=1)))
     assert (await flow_run(str(now.id))).state_name == "Crashed"
 
@@ -163,6 +147,6 @@ def test_only_a_known_process_can_be_gone():
     name = this_process()
     assert name is not None
     assert name == this_process()
-    for one in (name, "", "elsewhere/boot/pid:[1] 999999999", "nonsense", "x y z"):
-        assert not process_is_gone(one), one
+    for process in (name, "", "elsewhere/boot/pid:[1] 999999999", "nonsense", "x y z"):
+        assert not process_is_gone(process), process
     assert process_is_gone(gone())

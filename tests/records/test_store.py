@@ -14,8 +14,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling, Completed, Running
 
-from prefect_crew._internal import prefect_api
-from prefect_crew._internal.prefect_api import request_soon
+from prefect_crew._internal.prefect_api import Urgency, request_soon
 from prefect_crew.client.models import Review, TaskResult
 from prefect_crew.exceptions import CrewError, TooManyAttemptsError
 from prefect_crew.records import results, store, variables
@@ -47,30 +46,19 @@ async def is_among(record: RunRecord, phase: RecordPhase | None = None) -> bool:
 # Claims
 
 
-async def test_an_id_is_written_before_the_claims_of_others(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    began, ended, others = new_record(), new_record(), [new_record() for _ in range(5)]
-    for record in (began, ended):
-        assert await RECORDS.claim(record)
-        assert await RECORDS.permit(record, 60.0)
-    began.phase, began.kickoff_id = STARTED, str(uuid.uuid4())
-    turns, made = list[str](), prefect_api._request_once
+async def test_each_write_has_its_urgency(monkeypatch: pytest.MonkeyPatch):
+    """An id goes before the claims of others, who lose time then, and a name and an end after them."""
+    urgencies: list[Urgency] = []
 
-    async def noted(client: Any, method: str, path: str, *, json: Any) -> httpx.Response:
-        turns.append(f"{method} {'_'.join(json.get('name', path).split('_')[:2])}")
-        return await made(client, method, path, json=json)
+    async def noted(*args: Any, urgency: Urgency, **options: Any) -> httpx.Response:
+        urgencies.append(urgency)
+        return await request_soon(*args, urgency=urgency, **options)
 
-    monkeypatch.setattr(prefect_api, "_request_once", noted)
-    here = prefect_api._Loop(requests=prefect_api._Turns(1))
-    monkeypatch.setattr(prefect_api, "_this_loop", lambda: here)
-    monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
-    ending = RECORDS.end(ended, state=CrewState.COMPLETED)
-    await asyncio.gather(RECORDS.save_started(began), ending, *map(RECORDS.claim, others))
-    assert began.strongest is not None
-    assert turns[0] == f"PATCH /variables/{began.strongest.ref}"
-    assert turns[1:6] == ["POST crew_run"] * 5, "those who have not begun lose time meanwhile, and a crew none"
-    assert sorted(turns[6:]) == ["POST crew_kickoff", "POST crew_run"]
+    monkeypatch.setattr(variables, "request_soon", noted)
+    record = await started(f"r {uuid.uuid4()}")
+    assert await RECORDS.end(record, state=CrewState.COMPLETED)
+    claim, permit_and_id, name_and_end = Urgency.BEGIN, Urgency.CONTINUE, Urgency.FINISH
+    assert urgencies == [claim, *[permit_and_id] * 2, *[name_and_end] * 2]
 
 
 async def test_a_key_has_64_attempts_at_most():
