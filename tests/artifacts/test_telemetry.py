@@ -115,7 +115,9 @@ def text_of(spans: Iterable[Any], names: Mapping[str, str]) -> str:
     return re.sub(r"(_ms: |_time: )(?=.*[1-9])[\d.]+", r"\1TIME", text)
 
 
-def test_a_run_and_its_tasks_are_golden_spans(crew_server: CrewServerFactory, spans: Spans):
+def test_a_run_and_its_tasks_are_golden_spans(
+    crew_server: CrewServerFactory, spans: Spans, reader: InMemoryMetricReader
+):
     server, idempotency_key, ids = crew_server(STEPS, response_format="union"), key(), list[str]()
 
     @flow
@@ -142,6 +144,13 @@ def test_a_run_and_its_tasks_are_golden_spans(crew_server: CrewServerFactory, sp
     assert run.start_time <= research.start_time < write.start_time
     assert research.end_time == write.start_time
     assert write.end_time == run.end_time
+    assert points(reader, record.crew) == {
+        "runs completed": 1,
+        "run.duration completed": 1,
+        "tokens input": 1000,
+        "tokens output": 200,
+        "cost": pytest.approx(1.0),
+    }
 
 
 def test_record_and_span_have_the_version_of_the_crew(
@@ -181,15 +190,17 @@ def test_a_failed_run_says_why_and_in_which_tasks(crew_server: CrewServerFactory
     assert [task.name for task in spans.tasks(span)] == ["execute_task look", "execute_task fetch"]
 
 
-WITHOUT_AN_END: dict[str, tuple[list[str], pc.WaitPolicy, type[Exception]]] = {
-    "stopped": ([], pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"), pc.CrewTimeoutError),
-    "unknown": (["status:forgotten@3"], pc.WaitPolicy(), pc.CrewLostError),
-}
-
-
-@pytest.mark.parametrize("state", WITHOUT_AN_END)
-async def test_a_run_without_an_end_has_one_span(crew_server: CrewServerFactory, spans: Spans, state: str):
-    faults, wait, error = WITHOUT_AN_END[state]
+@pytest.mark.parametrize(
+    ("state", "faults", "wait", "error"),
+    [
+        ("stopped", [], pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"), pc.CrewTimeoutError),
+        ("unknown", ["status:forgotten@3"], pc.WaitPolicy(), pc.CrewLostError),
+    ],
+    ids=["stopped", "unknown"],
+)
+async def test_a_run_without_an_end_has_one_span(
+    crew_server: CrewServerFactory, spans: Spans, state: str, faults: list[str], wait: Any, error: type[Exception]
+):
     run = await crew_server(slow(60), faults=faults).crew().atrigger({})
     with pytest.raises(error):
         await run.await_for_completion(wait=wait)
@@ -197,19 +208,14 @@ async def test_a_run_without_an_end_has_one_span(crew_server: CrewServerFactory,
     assert facts(spans.run())["prefect_crew.state"] == state
 
 
-def test_a_later_call_writes_no_second_span(crew_server: CrewServerFactory, spans: Spans):
-    crew, idempotency_key = crew_server("echo", speed=100).crew(), key()
-    ids = {pc.run_crew(crew, {"text": "a"}, idempotency_key=idempotency_key).kickoff_id for _ in range(3)}
-    assert {facts(spans.run())["crewai.execution_uuid"]} == ids
+async def test_a_run_that_several_wait_for_has_one_span(crew_server: CrewServerFactory, spans: Spans):
+    crew, idempotency_key = crew_server(slow(1.5)).crew(), key()
 
+    async def wait() -> str:
+        return (await pc.arun_crew(crew, {}, idempotency_key=idempotency_key)).kickoff_id
 
-async def test_a_run_that_two_wait_for_has_one_span(crew_server: CrewServerFactory, spans: Spans):
-    crew, idempotency_key = crew_server(slow(0.5)).crew(), key()
-    owner = asyncio.ensure_future(pc.arun_crew(crew, {}, idempotency_key=idempotency_key))
-    await asyncio.sleep(0.3)
-    first, second = await asyncio.gather(owner, pc.arun_crew(crew, {}, idempotency_key=idempotency_key))
-    assert first.kickoff_id == second.kickoff_id
-    assert facts(spans.run())["crewai.execution_uuid"] == first.kickoff_id
+    ids = [*await asyncio.gather(wait(), wait()), await wait()]
+    assert {*ids} == {facts(spans.run())["crewai.execution_uuid"]}
 
 
 async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFactory, spans: Spans):
@@ -264,27 +270,20 @@ def _content(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_content")
-def test_content_stands_on_spans_where_it_is_wanted(crew_server: CrewServerFactory, spans: Spans):
-    pc.run_crew(crew_server(STEPS, response_format="union").crew(), {"topic": "tea"})
-    run = spans.run()
-    (asked,), (answered,) = (json.loads(facts(run)[f"gen_ai.{way}.messages"]) for way in ("input", "output"))
-    assert (asked["role"], json.loads(asked["parts"][0]["content"])) == ("user", {"topic": "tea"})
-    assert answered == {
-        "role": "assistant", "parts": [{"type": "text", "content": "a page on tea"}], "finish_reason": "stop",
-    }  # fmt: skip
-    assert [facts(task)["crewai.task.output"] for task in spans.tasks(run)] == ["notes on tea", "a page on tea"]
-
-
-@pytest.mark.usefixtures("_content")
-def test_secrets_stand_on_no_span_with_content_on(crew_server: CrewServerFactory, spans: Spans):
+def test_content_stands_on_spans_without_secrets(crew_server: CrewServerFactory, spans: Spans):
     server = crew_server(SECRETS, response_format="union")
     secrets = {"password": SecretStr("hunter22-secret"), "pin": "4711471"}
     pc.run_crew(server.crew(secret_inputs=["pin"]), {"user": "ada", **secrets})
-    span = spans.run()
-    assert "ada" in facts(span)["gen_ai.input.messages"]
-    assert "********, ******** for ada" in facts(span)["gen_ai.output.messages"]
-    assert [facts(task)["crewai.task.output"] for task in spans.tasks(span)] == ["********, ******** for ada"]
-    assert all(map(spans.hides, ("hunter22", "4711471", server.token)))
+    run = spans.run()
+    (asked,), (answered,) = (json.loads(facts(run)[f"gen_ai.{way}.messages"]) for way in ("input", "output"))
+    assert asked["role"] == "user"
+    assert json.loads(asked["parts"][0]["content"]) == {"user": "ada", "password": "********", "pin": "********"}
+    text = "********, ******** for ada"
+    parts = [{"type": "text", "content": text}]
+    assert answered == {"role": "assistant", "parts": parts, "finish_reason": "stop"}
+    assert [facts(task)["crewai.task.output"] for task in spans.tasks(run)] == [text]
+    for secret in ("hunter22", "4711471", server.token):
+        assert spans.hides(secret)
 
 
 @pytest.mark.usefixtures("_content")
@@ -336,19 +335,6 @@ def points(reader: InMemoryMetricReader, crew: str) -> dict[str, Any]:
                     name = " ".join([metric.name.removeprefix("prefect_crew."), *map(str, labels.values())])
                     values[name] = getattr(point, "value", None) if hasattr(point, "value") else point.count
     return values
-
-
-def test_metrics_count_runs_tokens_and_cost(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
-    server = crew_server(STEPS, response_format="union", speed=50)
-    for _ in range(2):
-        pc.run_crew(server.crew(price=PRICE), {"topic": "tea"})
-    assert points(reader, f"127.0.0.1:{server.port}") == {
-        "runs completed": 2,
-        "run.duration completed": 2,
-        "tokens input": 2000,
-        "tokens output": 400,
-        "cost": pytest.approx(2.0),
-    }
 
 
 def test_an_uncertain_kickoff_is_counted_once(crew_server: CrewServerFactory, reader: InMemoryMetricReader):

@@ -30,6 +30,7 @@ from prefect_crew.records import budgets as counters
 from prefect_crew.records.prune import prune
 from prefect_crew.records.resolve import resolve_never_started
 from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs import kickoff
 from prefect_crew.runs.run import close_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
@@ -85,8 +86,8 @@ async def counted(name: str) -> int:
 
 async def test_a_start_beyond_the_budget_is_refused(budgeted: Budgeted, name: str):
     server, crew = budgeted(max_kickoffs=2)
-    for text in "ab":
-        await pc.arun_crew(crew, {"text": text})
+    for text in "aba":  # a run that is found again does not count again
+        await pc.arun_crew(crew, {"text": text}, idempotency_key=f"{name}-{text}")
     for text in "cd":
         with pytest.raises(pc.BudgetExceededError, match="no room for another run") as raised:
             await pc.arun_crew(crew, {"text": text}, idempotency_key=f"{name}-{text}")
@@ -205,43 +206,60 @@ async def test_resolving_gives_an_unwritten_start_back(budgeted: Budgeted, name:
     assert await counted(name) == 1
 
 
+async def test_a_void_claim_is_given_back_once(budgeted: Budgeted, name: str, monkeypatch: pytest.MonkeyPatch):
+    """Somebody voids a claim whose owner is asleep. When the owner wakes up, it gives back its own estimate alone."""
+    server, crew = budgeted(max_kickoffs=5)
+    monkeypatch.setattr(kickoff, "CLAIM_GOOD_FOR", -60.0)
+    asleep, wake_up, permit = asyncio.Event(), asyncio.Event(), PrefectRecords.permit
+
+    async def sleep(*args: Any, **options: Any) -> bool:
+        if not asleep.is_set():
+            asleep.set()
+            await wake_up.wait()
+        return await permit(*args, **options)
+
+    monkeypatch.setattr(PrefectRecords, "permit", sleep)
+    first = asyncio.ensure_future(crew.atrigger({"text": "a"}, idempotency_key=name))
+    await asleep.wait()
+    assert await counted(name) == 1
+    second = await crew.atrigger({"text": "a"}, idempotency_key=name)
+    wake_up.set()
+    assert (await first).kickoff_id == second.kickoff_id
+    assert server.kickoffs == 1
+    assert await counted(name) == 1
+
+
 # What runs use
 
 
 @pytest.mark.parametrize(
-    ("budget", "price", "tokens", "counts", "refusal"),
+    ("measure", "limit", "estimate", "price", "tokens", "counts", "refusal"),
     [
-        pytest.param(
-            {"max_tokens": 2000, "estimate_tokens": 650},
-            *(None, 700, (650, 700, 1350, 1400), "takes about 650: 1,400 of 2,000 tokens"),
-            id="the difference is added",
-        ),
-        pytest.param(
-            {"max_tokens": 1000, "estimate_tokens": 50},
-            *(None, 900, (50, 900, 950, 1000), "takes about 50: 1,000 of 1,000 tokens"),
-            id="more use than room fills the counter",
-        ),
-        pytest.param({"max_tokens": 1000, "estimate_tokens": 50}, None, None, (50, 50), None, id="no use is reported"),
-        pytest.param(
-            {"max_cost": 1, "estimate_cost": 0.05},
-            *(Price(per_1k_input=0.3, per_1k_output=1), 1010, (500, 3100), None),
-            id="the cost of the tokens",
-        ),
-        pytest.param(
-            {"max_cost": 0.5, "estimate_cost": 0.05},
-            *(0.2, 1010, (2000, 2000, 4000, 4000), r"takes about 0\.2: 0\.4 of 0\.5 cost"),
-            id="the price of a run",
-        ),
-        pytest.param({"max_cost": 1, "estimate_cost": 0.05}, None, 1010, (500, 500), None, id="without a price"),
+        ("tokens", 2000, 650, None, 700, (650, 700, 1350, 1400), "takes about 650: 1,400 of 2,000 tokens"),
+        ("tokens", 1000, 50, None, 900, (50, 900, 950, 1000), "takes about 50: 1,000 of 1,000 tokens"),
+        ("tokens", 1000, 50, None, None, (50, 50), None),
+        ("cost", 1, 0.05, Price(per_1k_input=0.3, per_1k_output=1), 1010, (500, 3100), None),
+        ("cost", 0.5, 0.05, 0.2, 1010, (2000, 2000, 4000, 4000), r"takes about 0\.2: 0\.4 of 0\.5 cost"),
+        ("cost", 1, 0.05, None, 1010, (500, 500), None),
     ],
+    ids=["the difference", "no more than the limit", "unknown use", "price of tokens", "price of a run", "no price"],
 )
 async def test_an_end_corrects_the_estimate(
-    budgeted: Budgeted, name: str, budget: Any, price: Any, tokens: int | None, counts: Any, refusal: str | None
+    budgeted: Budgeted,
+    name: str,
+    measure: str,
+    limit: float,
+    estimate: float,
+    price: Any,
+    tokens: int | None,
+    counts: tuple[int, ...],
+    refusal: str | None,
 ):
-    server, crew = budgeted("echo" if tokens is None else using(tokens), price=price, **budget)
-    inputs = {"text": "a"} if tokens is None else {}
+    """`counts` are the slots of the counter after each start and each end."""
+    program, inputs = ("echo", {"text": "a"}) if tokens is None else (using(tokens), {})
+    server, crew = budgeted(program, price=price, **{f"max_{measure}": limit, f"estimate_{measure}": estimate})
     seen: list[int] = []
-    for _ in range(0, len(counts), 2):
+    while len(seen) < len(counts):
         run = await crew.atrigger(inputs)
         seen.append(await counted(name))
         # The waiter's crew has no budget: the record says what to correct.

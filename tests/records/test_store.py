@@ -297,6 +297,18 @@ async def test_an_owner_ends_with_its_flow_run():
 # A Prefect API that is away
 
 
+async def test_a_save_outlasts_an_api_that_is_away(proxy: Proxy):
+    record = await put(new_record())
+    proxy.cut()
+    record.phase, record.kickoff_id = STARTED, f"r {uuid.uuid4()}"
+    saving = asyncio.ensure_future(RECORDS.save_started(record))
+    done, _ = await asyncio.wait({saving}, timeout=1.0)
+    assert not done
+    proxy.restore()
+    await asyncio.wait_for(saving, 30)
+    assert await RECORDS.of_kickoff(record.kickoff_id) is not None
+
+
 async def test_a_refusal_is_no_conflict(proxy: Proxy):
     proxy.refuse = "POST /api/variables/"
     with pytest.raises(httpx.HTTPStatusError):
