@@ -11,13 +11,13 @@ import pytest
 from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import sessions
-from prefect_crew.records.model import RunRecord
+from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.prune import prune
 from prefect_crew.records.sessions import Turn, has_last_turn, last_turn, latest_turns, passed_turns, take_turn
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import Variable, create_variable, read_exact
 from prefect_crew.states import CrewState
-from support.records import new_record, put
+from support.records import CLAIMED, STARTED, UNCERTAIN, new_record, put
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
 RECORDS, URL = PrefectRecords(), "https://travel.test"
@@ -116,6 +116,17 @@ async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
     assert restored == [None, *[first.state_id] * 4]
     assert uuid.UUID(first.state_id).version == 5
     assert (await taken(session)).restored not in (None, first.state_id)
+
+
+@pytest.mark.parametrize("phase", [CLAIMED, UNCERTAIN, STARTED])
+async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: RecordPhase) -> None:
+    kickoff_id = f"run {session}" if phase is STARTED else None
+    first, second = await taken(session, phase=phase, kickoff_id=kickoff_id), await claimed(session)
+    earlier = await take(second)
+    assert earlier is not None
+    assert (earlier.number, earlier.idempotency_key) == (1, first.idempotency_key)
+    assert second.turn is None
+    assert (await last_turn(URL, session)) == earlier
 
 
 async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
