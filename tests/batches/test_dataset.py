@@ -1,4 +1,4 @@
-"""Data sets of every kind, and what is said of those that cannot be read: the file and the line."""
+"""Data sets of every kind, and the messages about those that cannot be read: with the file and the line."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ import traceback
 import tracemalloc
 import zipfile
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import make_dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
-from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -45,23 +44,23 @@ CSV = 'topic,place\ntea,"Lisbon, ""old"" town"\ncoffee,São Paulo\n'
 ROWS = [{"topic": "tea", "place": 'Lisbon, "old" town'}, {"topic": "coffee", "place": "São Paulo"}]
 
 
-def rows_of(dataset: Dataset) -> Iterator[Row]:
-    for row in dataset.rows():
-        if row.fault is not None:
-            raise DatasetError(f"{row.fault}.", source=dataset.name, line=row.line)
-        yield row
-
-
 def values(dataset: Dataset) -> list[dict[str, Any]]:
-    return [dict(row.values) for row in rows_of(dataset)]
+    return [dict(row.values) for row in dataset.rows()]
 
 
-def zipped(*names: str, content: str = CSV) -> bytes:
+def library(name: str) -> Any:
+    return pytest.importorskip(name, reason=f"needs {name}")
+
+
+def zipped(*names: str) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name in names:
-            archive.writestr(name, "" if name.endswith("/") else content)
+            archive.writestr(name, "" if name.endswith("/") else CSV)
     return file.getvalue()
+
+
+# Files
 
 
 JSONL = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in ROWS)
@@ -79,79 +78,18 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_format_gives_the_same_rows_again_and_again(tmp_path: Path, name: str):
-    path = tmp_path / name
-    path.write_bytes(FORMATS[name])
-    dataset = open_dataset(path)
-    assert values(dataset) == values(dataset) == values(open_dataset(f"file://{path}")) == ROWS
+def test_each_format_gives_the_same_rows_again(tmp_path: Path, name: str):
+    for address in (str(tmp_path / name), f"file://{tmp_path / name}", f"memory://batches/{name}"):
+        with fsspec.open(address, "wb") as file:
+            file.write(FORMATS[name])
+        dataset = open_dataset(address)
+        assert values(dataset) == values(dataset) == ROWS
 
 
-def test_parquet(tmp_path: Path):
-    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+def test_parquet_of_many_parts_gives_all_rows(tmp_path: Path):
     rows = [{"topic": f"topic {number}", "day": date(2026, 1, 1), "count": number} for number in range(12_000)]
-    polars.DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
+    library("polars").DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
     assert values(open_dataset(tmp_path / "rows.parquet")) == rows
-
-
-FRAMES: dict[str, Callable[[Any], Any]] = {
-    "polars": lambda polars: polars.DataFrame(COLUMNS),
-    "polars lazy": lambda polars: polars.DataFrame(COLUMNS).lazy(),
-    "pandas": lambda pandas: pandas.DataFrame({**COLUMNS, "count": [1, float("nan")]}),
-    "pyarrow": lambda pyarrow: pyarrow.table(COLUMNS),
-    "pyarrow batch": lambda pyarrow: pyarrow.table(COLUMNS).to_batches()[0],
-}
-COLUMNS = {"topic": ["tea", None], "count": [1, None]}
-
-
-@pytest.mark.parametrize("kind", FRAMES)
-def test_a_frame_gives_its_rows_again_and_again(kind: str):
-    dataset = open_dataset(FRAMES[kind](library(kind.partition(" ")[0])))
-    assert values(dataset) == values(dataset) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
-
-
-def test_a_column_that_a_frame_has_twice_is_refused():
-    pandas, pyarrow = library("pandas"), library("pyarrow")
-    frame = pandas.DataFrame(COLUMNS)
-    assert values(open_dataset(frame.iloc[:0])) == []
-    doubled = pyarrow.Table.from_arrays([[1], [2]], names=["topic", "topic"])
-    for twice in (pandas.concat([frame, frame], axis="columns"), doubled):
-        with pytest.raises(DatasetError, match="'topic' appear twice"):
-            values(open_dataset(twice))
-
-
-def test_what_pandas_has_in_its_cells_can_be_sent():
-    pandas, numpy = library("pandas"), library("numpy")
-    days = pandas.to_datetime(["2026-01-01", None])
-    columns = {
-        "count": (pandas.array([1, None], dtype="Int64"), "1", None),
-        "day": (days, "2026-01-01T00:00:00", None),
-        "kind": (pandas.Categorical(["a", None]), "a", None),
-        "list": ([numpy.array(["a", "b"], dtype=object), numpy.array([1.5, 2])], '["a","b"]', "[1.5,2.0]"),
-        "nested": ([{"yes": numpy.bool_(True), "number": numpy.int64(1)}, None], '{"yes":true,"number":1}', None),
-        7: ([True, False], "true", "false"),
-    }
-    rows = values(open_dataset(pandas.DataFrame({name: cells for name, (cells, *_) in columns.items()})))
-    for at, row in enumerate(rows, 1):
-        assert encode_inputs(row) == {str(name): sent[at] for name, sent in columns.items() if sent[at] is not None}
-    assert len(rows) == 2
-    with pytest.raises(ConfigurationError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
-        encode_inputs({"days": days})
-
-
-def test_an_iterator_is_kept_for_the_second_reading():
-    rows = [{"price": Decimal("1.10"), "tags": ("a", "b")}, {"price": None}]
-    dataset = open_dataset(iter(rows))
-    assert values(dataset) == values(dataset) == rows
-    # Two readers at once do not disturb each other.
-    one, two = rows_of(dataset), rows_of(dataset)
-    assert [next(one), next(two), next(two), next(one)] == [Row(1, rows[0])] * 2 + [Row(2, rows[1])] * 2
-
-
-def test_lines_are_those_of_the_file(tmp_path: Path):
-    (tmp_path / "rows.csv").write_text('topic,text\ntea,"two\nlines"\n\ncoffee,one\n')
-    assert [row.line for row in rows_of(open_dataset(tmp_path / "rows.csv"))] == [2, 5]
-    (tmp_path / "rows.json").write_text('[\n{"a": 1},\n\n{"a":\n2}, {"a": 3}\n]')
-    assert [row.line for row in rows_of(open_dataset(tmp_path / "rows.json"))] == [1, 2, 3], "the rows' numbers"
 
 
 def test_encodings_are_named_and_a_byte_order_mark_is_no_text(tmp_path: Path):
@@ -161,38 +99,50 @@ def test_encodings_are_named_and_a_byte_order_mark_is_no_text(tmp_path: Path):
     for encoding in ("latin-1", "utf-16", "utf-32-le"):
         path.write_bytes(CSV.encode(encoding))
         assert values(open_dataset(path, encoding=encoding)) == ROWS
+    with pytest.raises(DatasetError, match="there is no encoding 'klingon'"):
+        values(open_dataset(path, encoding="klingon"))
 
 
-def test_fields_may_be_huge(tmp_path: Path):
-    document = "word " * 600_000
-    (tmp_path / "rows.csv").write_text(f'topic,text\ntea,"{document}"\n')
-    assert values(open_dataset(tmp_path / "rows.csv"))[0]["text"] == document
-    (tmp_path / "rows.json").write_text(json.dumps([{"text": document}, {"text": "short"}]))
-    assert [row["text"] for row in values(open_dataset(tmp_path / "rows.json"))] == [document, "short"]
+def test_huge_fields_leave_other_readers_their_limit(tmp_path: Path):
+    path, limit, document = tmp_path / "x.csv", csv.field_size_limit(), "word " * 600_000
+    path.write_text(f"a\n{document}\ny\n")
+    for row, text in zip(open_dataset(path).rows(), (document, "y"), strict=True):
+        assert row.values["a"] == text
+        assert csv.field_size_limit() == limit
 
 
-def test_files_are_read_in_bounded_memory(tmp_path: Path):
-    row = {"topic": "tea", "text": "x" * 1000}
-    (tmp_path / "rows.jsonl").write_text("\n".join([json.dumps(row)] * 10_000))
-    (tmp_path / "rows.csv").write_text("topic,text\n" + f"tea,{'x' * 1000}\n" * 10_000)
-    for name in ("rows.jsonl", "rows.csv"):
-        tracemalloc.start()
-        assert sum(1 for _ in rows_of(open_dataset(tmp_path / name))) == 10_000
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 4e6, name
+@pytest.mark.parametrize(("kind", "limit"), [("x.jsonl", 4e6), ("x.csv", 4e6), ("cursor", 12e6)])
+def test_rows_are_read_in_bounded_memory(tmp_path: Path, kind: str, limit: float):
+    source: Any = tmp_path / kind
+    if kind == "cursor":
+        numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000)"
+        source = sqlite3.connect("").execute(f"{numbers} SELECT i, ? AS text FROM n", ("x" * 500,))
+    elif kind == "x.csv":
+        source.write_text("topic,text\n" + f"tea,{'x' * 1000}\n" * 10_000)
+    else:
+        source.write_text(f"{json.dumps({'topic': 'tea', 'text': 'x' * 1000})}\n" * 10_000)
+    tracemalloc.start()
+    count = sum(1 for _ in open_dataset(source).rows())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == (30_000 if kind == "cursor" else 10_000)
+    assert peak < limit
 
 
-def test_any_fsspec_address(tmp_path: Path):
-    with fsspec.open("memory://batches/rows.csv.gz", "wb", compression="gzip") as file:
-        file.write(CSV.encode())
-    assert values(open_dataset("memory://batches/rows.csv.gz")) == ROWS
-    (tmp_path / "many.zip").write_bytes(zipped("inner/rows.jsonl", content=JSONL))
-    assert values(open_dataset(f"zip://inner/rows.jsonl::{tmp_path / 'many.zip'}")) == ROWS
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_file_that_changes_between_or_within_readings_is_refused(tmp_path: Path, count: int):
+    path = tmp_path / "rows.csv"
+    path.write_text(CSV)
+    dataset = open_dataset(path)
+    rows = dataset.rows()
+    assert len(list(islice(rows, count)) if count else values(dataset)) == (count or len(ROWS))
+    path.write_text(CSV + "late,row\n")
+    with pytest.raises(DatasetError, match="changed during the read"):
+        list(rows)
 
 
 @pytest.mark.parametrize("address", ["{folder}/rows.csv.zip", "{server}/rows.csv.zip", "memory://zip/rows.csv.zip"])
-def test_an_archive_of_one_file_is_its_rows_and_of_more_is_refused(tmp_path: Path, httpserver: Any, address: str):
+def test_archive_of_one_file_is_its_rows_and_of_more_is_refused(tmp_path: Path, httpserver: Any, address: str):
     def place(content: bytes) -> Dataset:
         (tmp_path / "rows.csv.zip").write_bytes(content)
         with fsspec.open("memory://zip/rows.csv.zip", "wb") as file:
@@ -203,29 +153,25 @@ def test_an_archive_of_one_file_is_its_rows_and_of_more_is_refused(tmp_path: Pat
     for names in ((), ("a.csv", "b.csv")):
         with pytest.raises(DatasetError, match=rf"archive of {len(names)} files.*Give zip://FILE::ARCHIVE"):
             values(place(zipped(*names)))
+    assert values(open_dataset(f"zip://b.csv::{tmp_path / 'rows.csv.zip'}")) == ROWS
 
 
-def test_what_lies_elsewhere_is_fetched_once(httpserver: Any):
+def test_remote_file_is_fetched_once_and_no_log_has_its_secrets(httpserver: Any, caplog: pytest.LogCaptureFixture):
     url = httpserver({"/rows.csv.gz": gzip.compress(CSV.encode())})
-    dataset = open_dataset(f"{url}/rows.csv.gz?signature=secret")
-    assert values(dataset) == values(dataset) == ROWS
-    assert httpserver.requests == ["/rows.csv.gz?signature=secret"]
-    assert "secret" not in dataset.name
+    dataset = open_dataset(f"{url.replace('://', '://user:hunter2@')}/rows.csv.gz?signature=hunter3")
+    with caplog.at_level("INFO", logger="httpx"):
+        assert values(dataset) == values(dataset) == ROWS
+        httpx.get(f"{url}/rows.csv?page=2")
+    assert httpserver.requests == ["/rows.csv.gz?signature=hunter3", "/rows.csv?page=2"]
+    assert dataset.name == f"{url}/rows.csv.gz"
+    own, other = (record.getMessage() for record in caplog.records if record.name == "httpx")
+    assert f'GET {url}/rows.csv.gz "HTTP' in own
+    assert "rows.csv?page=2" in other
     with pytest.raises(DatasetError, match=r"none\.csv: cannot be fetched: HTTP 404"):
         values(open_dataset(f"{url}/none.csv"))
 
 
-def test_no_log_of_a_fetch_shows_what_is_secret_in_the_address(httpserver: Any, caplog: pytest.LogCaptureFixture):
-    url = httpserver({"/rows.csv": CSV.encode()})
-    with caplog.at_level("INFO", logger="httpx"):
-        assert values(open_dataset(f"{url.replace('://', '://user:hunter2@')}/rows.csv?sig=hunter3")) == ROWS
-        httpx.get(f"{url}/rows.csv?page=2")
-    first, second = (record.getMessage() for record in caplog.records if record.name == "httpx")
-    assert f'GET {url}/rows.csv "HTTP' in first
-    assert "rows.csv?page=2" in second
-
-
-@pytest.mark.parametrize("kind", [FileNotFoundError, ValueError, Exception])
+@pytest.mark.parametrize("kind", [FileNotFoundError, ValueError])
 def test_no_error_of_a_library_shows_a_secret(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]):
     def refuse(address: str, *_: Any, **__: Any) -> Any:
         raise kind(404, f"404, url={address}")
@@ -239,22 +185,34 @@ def test_no_error_of_a_library_shows_a_secret(monkeypatch: pytest.MonkeyPatch, k
         values(open_dataset("memory://x/none.csv"))
 
 
-WRONG: dict[str, tuple[str, bytes, str]] = {
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://u:pw@h.test/x.csv?sig=pw#pw", "https://h.test/x.csv"),
+        ("simplecache::https://u:pw@h.test/x.csv", "simplecache::https://h.test/x.csv"),
+        ("zip://x.csv::s3://k:pw@bucket/a.zip?pw", "zip://x.csv::s3://bucket/a.zip"),
+        ("filecache::sftp://u:pw@h.test/x.csv", "filecache::sftp://h.test/x.csv"),
+        ("/data/x.csv", "/data/x.csv"),
+    ],
+)
+def test_address_is_shown_without_its_secrets(address: str, shown: str):
+    assert shown_address(address) == shown
+
+
+UNREADABLE: dict[str, tuple[str, bytes | None, str]] = {
+    "no file": ("none/rows.csv", None, "cannot be opened: No such file"),
+    "no parquet": ("none/rows.parquet", None, "cannot be opened: No such file"),
+    "folder": ("folder.csv", None, "cannot be opened"),
+    "no protocol": ("nonsense://x/rows.csv", None, "cannot be read: ValueError: Protocol not known"),
+    "no server": ("http://127.0.0.1:9/rows.csv", None, "cannot be fetched"),
     "empty csv": ("x.csv", b"", "is empty: it has no header"),
     "only blank lines": ("x.csv", b"\n", "is empty"),
     "doubled column": ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: the columns 'a' appear twice"),
-    "too few fields": ("x.csv", b"a,b\n1,2\n3\n", r"line 3: has 1 fields, the header has 2"),
-    "too many fields": ("x.csv", b"a,b\n1,2,3\n", r"line 2: has 3 fields"),
-    "ragged after a long row": ("x.csv", b'a,b\n1,"x\ny"\n3\n', r"line 4: has 1 fields"),
     "open quote": ("x.csv", b'a,b\n1,2\n3,"x\n4,5\n', r"line 3: is not CSV: a quote that opens in this row"),
-    "text after a quote": ("x.csv", b'a,b\n1,"x"y\n', r"line 2: is not CSV"),
     "other encoding": ("x.csv", "a,b\n1,2\nü,3\n".encode("latin-1"), r"line 3: the bytes fc are not utf-8"),
     "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not utf-8"),
-    "no json": ("x.jsonl", b'{"a": 1}\n{"a": \n', r"line 2: is not JSON"),
-    "no object": ("x.jsonl", b'{"a": 1}\n[1]\n', r"line 2: is of type list, not a mapping"),
     "empty json": ("x.json", b" \n ", r"line 2: is not JSON: Expecting value"),
     "a number": ("x.json", b"7", "is not a JSON array of objects"),
-    "array of numbers": ("x.json", b"[\n{},\n1]", r"line 2: is of type int, not a mapping"),
     "cut off": ("x.json", b'[{"a": 1},\n{"a": "x', r"line 2: is not JSON: Unterminated string"),
     "json lines": ("x.json", b'{"a": 1}\n{"a": 2}', r"line 2: .*Is it JSON Lines\?"),
     "no gzip": ("x.csv.gz", b"a,b\n1,2\n", "cannot be read: BadGzipFile"),
@@ -266,18 +224,22 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_what_is_wrong_is_said_with_file_and_line(tmp_path: Path, what: str):
-    name, content, message = WRONG[what]
-    path = tmp_path / name
-    path.write_bytes(content)
+@pytest.mark.parametrize("problem", UNREADABLE)
+def test_unreadable_file_is_reported_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str):
+    address, content, message = UNREADABLE[problem]
+    if address.endswith("parquet"):
+        library("polars")
+    monkeypatch.chdir(tmp_path)
+    Path("folder.csv").mkdir()
+    if content is not None:
+        Path(address).write_bytes(content)
     with pytest.raises(DatasetError, match=message) as caught:
-        values(open_dataset(path))
-    assert str(caught.value).startswith(str(path))
+        values(open_dataset(address))
+    assert str(caught.value).startswith(address)
     assert str(caught.value).endswith("Nothing of this data set was started.")
 
 
-def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_row_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dataset_module, "ROW_LIMIT", 10_000)
     (tmp_path / "x.csv").write_text('a,b\n1,2\n3,"' + "x\n" * 20_000)
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 40_000)
@@ -287,87 +249,8 @@ def test_one_row_that_has_no_end_does_not_fill_the_memory(tmp_path: Path, monkey
         assert caught.value.line == line
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("rows.xlsx", "the format is not known from the file ending '.xlsx'"),
-        ("rows", "the format is not known from the file ending ''"),
-        ({"a": 1}, "is of type dict, which is not a data set: give a path"),
-        (7, "is of type int, which is not a data set"),
-        (b"a,b", "is of type bytes, which is not a data set"),
-    ],
-)
-def test_what_is_no_data_set_is_refused_at_once(source: Any, message: str):
-    with pytest.raises(DatasetError, match=message):
-        open_dataset(source)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("none/rows.csv", "cannot be opened: No such file"),
-        pytest.param(
-            *("none/rows.parquet", "cannot be opened: No such file"),
-            marks=pytest.mark.skipif(find_spec("polars") is None, reason="needs the extra `data`"),
-        ),
-        ("nonsense://x/rows.csv", "cannot be read: ValueError: Protocol not known"),
-        ("http://127.0.0.1:9/rows.csv", "cannot be fetched"),
-        (["a", "b"], "line 1: is of type str, not a mapping"),
-        ("folder.csv", "cannot be opened"),
-        ("x.csv", "there is no encoding 'klingon'"),
-    ],
-)
-def test_what_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Any, message: str):
-    monkeypatch.chdir(tmp_path)
-    Path("folder.csv").mkdir()
-    Path("x.csv").write_text(CSV)
-    with pytest.raises(DatasetError, match=message):
-        values(open_dataset(source, encoding="klingon" if source == "x.csv" else "utf-8"))
-
-
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_a_file_that_changes_between_two_readings_or_within_one_is_refused(tmp_path: Path, count: int):
-    path = tmp_path / "rows.csv"
-    path.write_text(CSV)
-    dataset = open_dataset(path)
-    rows = dataset.rows()
-    assert len(list(islice(rows, count)) if count else values(dataset)) == (count or len(ROWS))
-    path.write_text(CSV + "late,row\n")
-    with pytest.raises(DatasetError, match="changed during the read"):
-        list(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "faults"),
-    [
-        ("x.csv", "a,b\n1,2\n3\n8,9\n", [None, "has 1 fields, the header has 2", None]),
-        ("x.csv", 'a,b\n1,2\n7,"x"y\n8,9\n', [None, "is not CSV: ',' expected after '\"'", None]),
-        ("x.jsonl", '{"a": 1}\n[1]\n{"a": 2}\n', [None, "is of type list, not a mapping", None]),
-        ("x.jsonl", '{"a": ', ["is not JSON: Expecting value: line 1 column 6 (char 5)"]),
-        ("x.json", '[{"a": 1}, 7, {"a": 2}]', [None, "is of type int, not a mapping", None]),
-    ],
-)
-def test_a_line_that_is_no_row_is_a_fault_of_its_own(tmp_path: Path, name: str, content: str, faults: list[str | None]):
-    (tmp_path / name).write_text(content)
-    assert [row.fault for row in open_dataset(tmp_path / name).rows()] == faults
-
-
-@pytest.mark.parametrize(
-    ("address", "shown"),
-    [
-        ("https://u:pw@h.test/x.csv?sig=pw#pw", "https://h.test/x.csv"),
-        ("simplecache::https://u:pw@h.test/x.csv", "simplecache::https://h.test/x.csv"),
-        ("zip://x.csv::s3://k:pw@bucket/a.zip?pw", "zip://x.csv::s3://bucket/a.zip"),
-        ("filecache::sftp://u:pw@h.test/x.csv", "filecache::sftp://h.test/x.csv"),
-        ("/data/x.csv", "/data/x.csv"),
-    ],
-)
-def test_an_address_is_shown_without_what_is_secret(address: str, shown: str):
-    assert shown_address(address) == shown
-
-
 @pytest.mark.parametrize(("name", "sign"), [("x.csv", ";"), ("x.csv", "\t"), ("x.tsv", ",")])
-def test_another_delimiter_is_seen_and_said(tmp_path: Path, name: str, sign: str):
+def test_another_delimiter_is_seen_and_named(tmp_path: Path, name: str, sign: str):
     path, column = tmp_path / name, f"id{sign}text"
     path.write_text(f"{column}\n1{sign}tea\n")
     with pytest.raises(DatasetError) as caught:
@@ -375,46 +258,62 @@ def test_another_delimiter_is_seen_and_said(tmp_path: Path, name: str, sign: str
     remedy = f"If its fields are separated by {sign!r}, give delimiter={sign!r}"
     assert f"has one column, {column!r}. {remedy}" in str(caught.value)
     assert values(open_dataset(path, delimiter=sign))[0] == {"id": "1", "text": "tea"}
-    assert list(values(open_dataset(path, delimiter="#"))[0]) == [column], "who says so means one column"
+    assert list(values(open_dataset(path, delimiter="#"))[0]) == [column], "a file of one column"
 
 
 @pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n"])
-def test_a_delimiter_is_one_character(tmp_path: Path, delimiter: str):
+def test_delimiter_is_one_character(tmp_path: Path, delimiter: str):
     with pytest.raises(DatasetError, match="cannot have the delimiter"):
         open_dataset(tmp_path / "x.csv", delimiter=delimiter)
 
 
-def test_the_limit_of_other_readers_of_csv_stays_as_it_is(tmp_path: Path):
-    path, before = tmp_path / "x.csv", csv.field_size_limit()
-    path.write_text(f"a\n{'x' * (before + 1)}\ny\n")
-    for _ in open_dataset(path).rows():
-        assert csv.field_size_limit() == before
+# Lines that hold no row
 
 
 @pytest.mark.parametrize(
-    ("row", "remedy"),
+    ("name", "content", "faults"),
     [
-        (create_model("Model")(), "is of type Model, not a mapping: give its model_dump()"),
-        (make_dataclass("Data", [])(), "is of type Data, not a mapping: give its dataclasses.asdict()"),
-        (namedtuple("Named", "text")("tea"), "is of type Named, not a mapping: give its _asdict()"),
-        (("tea",), "is of type tuple, not a mapping"),
+        ("x.csv", 'a,b\ntea,"two\nlines"\n\nrye,one\n', [(2, None), (5, None)]),
+        ("x.csv", "a,b\n1,2\n3\n8,9\n", [(2, None), (3, "has 1 fields, the header has 2"), (4, None)]),
+        ("x.csv", 'a,b\n1,"x\ny"\n3,4,5\n', [(2, None), (4, "has 3 fields, the header has 2")]),
+        ("x.csv", 'a,b\n1,2\n7,"x"y\n8,9\n', [(2, None), (3, "is not CSV: ',' expected after '\"'"), (4, None)]),
+        ("x.jsonl", '{"a": 1}\n[1]\n{"a": 2}\n', [(1, None), (2, "is of type list, not a mapping"), (3, None)]),
+        ("x.jsonl", '\n{"a": ', [(2, "is not JSON: Expecting value: line 1 column 6 (char 5)")]),
+        # An array has no lines: these are the numbers of its rows.
+        ("x.json", '[\n{"a": 1},\n\n{"a":\n2}, 7]', [(1, None), (2, None), (3, "is of type int, not a mapping")]),
     ],
-    ids=["pydantic", "dataclass", "namedtuple", "tuple"],
 )
-def test_a_row_that_is_no_mapping_is_said_with_what_to_give(row: Any, remedy: str):
-    assert [found.fault for found in open_dataset([row]).rows()] == [remedy]
+def test_line_without_a_row_has_a_fault(tmp_path: Path, name: str, content: str, faults: list[tuple[int, str | None]]):
+    (tmp_path / name).write_text(content)
+    assert [(row.line, row.fault) for row in open_dataset(tmp_path / name).rows()] == faults
 
 
-def test_parts_of_many_rows_are_no_rows():
-    pandas = pytest.importorskip("pandas", reason="needs the extra `data`")
-    with pytest.raises(DatasetError, match=r"is of type TextFileReader.*read_csv without chunksize"):
-        open_dataset(pandas.read_csv(io.StringIO("a\n1\n"), chunksize=1))
-    (row,) = open_dataset([pandas.DataFrame({"a": [1, 2]})]).rows()
-    assert row.fault is not None
-    assert row.fault.startswith("is of type DataFrame, not a mapping: it is a part of many rows, so give the parts")
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        (lambda: create_model("Model")(), "is of type Model, not a mapping: give its model_dump()"),
+        (lambda: make_dataclass("Data", [])(), "is of type Data, not a mapping: give its dataclasses.asdict()"),
+        (lambda: namedtuple("Named", "text")("tea"), "is of type Named, not a mapping: give its _asdict()"),
+        (lambda: ("tea",), "is of type tuple, not a mapping"),
+        (
+            lambda: library("pandas").DataFrame({"a": [1, 2]}),
+            "is of type DataFrame, not a mapping: it is a part of many rows, so give the parts as one data frame or "
+            "table",
+        ),
+        (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a").one(), "has the columns 'a' twice"),
+    ],
+    ids=["pydantic", "dataclass", "namedtuple", "tuple", "data frame", "doubled column"],
+)
+def test_row_that_is_no_mapping_has_a_remedy(row: Callable[[], Any], fault: str):
+    assert [bad.fault for bad in open_dataset([row()]).rows()] == [fault]
 
 
-TEA = "SELECT 'tea' AS topic, NULL AS count"
+# Rows of Python
+
+
+TEA = "SELECT 'tea' AS topic, 1 AS count UNION ALL SELECT NULL, NULL"
+TEA_ROWS = [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+COLUMNS = {"topic": ["tea", None], "count": [1, None]}
 
 
 def sqlite_cursor(query: str = TEA) -> Any:
@@ -427,17 +326,20 @@ def sqlalchemy_result(query: str = TEA) -> Any:
     return create_engine("sqlite://").connect().execute(text_of(query))
 
 
-def library(name: str) -> Any:
-    return pytest.importorskip(name, reason=f"needs {name}")
-
-
 def mapping_cursor() -> Any:
     cursor = sqlite_cursor()
     cursor.row_factory = lambda cursor, row: {"count": row[1], "topic": row[0]}
     return cursor
 
 
-ONCE: dict[str, Callable[[], Any]] = {
+SOURCES: dict[str, Callable[[], Any]] = {
+    "iterator": lambda: iter(TEA_ROWS),
+    "polars": lambda: library("polars").DataFrame(COLUMNS),
+    "polars, lazy": lambda: library("polars").DataFrame(COLUMNS).lazy(),
+    "pandas": lambda: library("pandas").DataFrame({**COLUMNS, "count": [1, float("nan")]}),
+    "pyarrow": lambda: library("pyarrow").table(COLUMNS),
+    "pyarrow, batch": lambda: library("pyarrow").table(COLUMNS).to_batches()[0],
+    "pyarrow, reader": lambda: library("pyarrow").table(COLUMNS).to_reader(),
     "DB-API": sqlite_cursor,
     "DB-API, mappings": mapping_cursor,
     "SQLAlchemy": sqlalchemy_result,
@@ -446,27 +348,78 @@ ONCE: dict[str, Callable[[], Any]] = {
     "rows of SQLAlchemy": lambda: sqlalchemy_result().all(),
     "DuckDB relation": lambda: library("duckdb").sql(TEA),
     "DuckDB cursor": lambda: library("duckdb").connect().execute(TEA),
-    "Arrow reader": lambda: library("pyarrow").table({"topic": ["tea"], "count": [None]}).to_reader(),
 }
 
 
-@pytest.mark.parametrize("kind", ONCE)
-async def test_source_that_is_read_once_gives_its_rows_again(kind: str):
-    for dataset in (open_dataset(ONCE[kind]()), await aopen_dataset(ONCE[kind]())):
-        assert values(dataset) == values(dataset) == [{"topic": "tea", "count": None}]
-        one, two = rows_of(dataset), rows_of(dataset)
-        assert next(one) == next(two)
+@pytest.mark.parametrize("kind", SOURCES)
+async def test_source_gives_its_rows_again(kind: str):
+    rows = [Row(1, TEA_ROWS[0]), Row(2, TEA_ROWS[1])]
+    for dataset in (open_dataset(SOURCES[kind]()), await aopen_dataset(SOURCES[kind]())):
+        for _ in range(2):
+            two_readers_at_once = zip(dataset.rows(), dataset.rows(), strict=True)
+            assert list(two_readers_at_once) == [(row, row) for row in rows]
+
+
+def test_cells_of_pandas_can_be_sent():
+    pandas, numpy = library("pandas"), library("numpy")
+    days = pandas.to_datetime(["2026-01-01", None])
+    columns = {
+        "count": (pandas.array([1, None], dtype="Int64"), "1", None),
+        "day": (days, "2026-01-01T00:00:00", None),
+        "kind": (pandas.Categorical(["a", None]), "a", None),
+        "list": ([numpy.array(["a", "b"], dtype=object), numpy.array([1.5, 2])], '["a","b"]', "[1.5,2.0]"),
+        "nested": ([{"yes": numpy.bool_(True), "number": numpy.int64(1)}, None], '{"yes":true,"number":1}', None),
+        7: ([True, False], "true", "false"),
+    }
+    frame = pandas.DataFrame({name: cells for name, (cells, *_) in columns.items()})
+    rows = values(open_dataset(frame))
+    for at, row in enumerate(rows, 1):
+        assert encode_inputs(row) == {str(name): sent[at] for name, sent in columns.items() if sent[at] is not None}
+    assert len(rows) == 2
+    assert values(open_dataset(frame.iloc[:0])) == []
+    with pytest.raises(ConfigurationError, match=r"'days' holds a value of type DatetimeIndex, which cannot be sent"):
+        encode_inputs({"days": days})
+
+
+def doubled_frame() -> Any:
+    frame = library("pandas").DataFrame(COLUMNS)
+    return library("pandas").concat([frame, frame], axis="columns")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (lambda: "rows.xlsx", "the format is not known from the file ending '.xlsx'"),
+        (lambda: "rows", "the format is not known from the file ending ''"),
+        (lambda: {"a": 1}, "is of type dict, which is not a data set: give a path"),
+        (lambda: 7, "is of type int, which is not a data set"),
+        (lambda: b"a,b", "is of type bytes, which is not a data set"),
+        (lambda: text_of("SELECT 1"), "is of type TextClause.*names no database.*sql://BLOCK"),
+        (lambda: select(text_of("1")), "is of type Select.*names no database"),
+        (lambda: library("pandas").read_csv(io.StringIO("a\n1\n"), chunksize=1), "TextFileReader.*without chunksize"),
+        (doubled_frame, "the columns 'count', 'topic' appear twice"),
+        (lambda: library("pyarrow").Table.from_arrays([[1], [2]], names=["a", "a"]), "the columns 'a' appear twice"),
+        (lambda: library("pyarrow").chunked_array([[1]]), "cannot be read: ArrowInvalid"),
+        (lambda: sqlite_cursor("CREATE TABLE t (a)"), "sqlite3 Cursor: has no result: execute a query that"),
+        (lambda: sqlite_cursor("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
+        (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
+        (lambda: sqlalchemy_result("CREATE TABLE t (a)"), "cannot be read: ResourceClosedError"),
+    ],
+)
+def test_source_without_rows_is_refused(source: Callable[[], Any], problem: str):
+    with pytest.raises(DatasetError, match=problem):
+        values(open_dataset(source()))
 
 
 def test_arrow_stream_is_read_by_polars_without_pyarrow(monkeypatch: pytest.MonkeyPatch):
-    polars = pytest.importorskip("polars", reason="needs the extra `data`")
+    polars = library("polars")
 
     class Stream:
         __arrow_c_stream__ = staticmethod(polars.DataFrame(COLUMNS).__arrow_c_stream__)
 
     with monkeypatch.context() as patch:
         patch.setattr(dataset_module, "import_module", Mock(side_effect=ImportError))
-        assert values(open_dataset(Stream())) == [{"topic": "tea", "count": 1}, {"topic": None, "count": None}]
+        assert values(open_dataset(Stream())) == TEA_ROWS
         patch.setitem(sys.modules, "polars", None)
         with pytest.raises(DatasetError, match=r"Stream: needs polars: pip install 'prefect-crew\[data\]'"):
             open_dataset(Stream())
@@ -516,35 +469,6 @@ def test_values_of_a_cursor_keep_their_types():
     spool.fill([*day, "id"], [[(*day.values(), UUID(int=7))]])
     (row,) = spool.rows()
     assert row.values == {**day, "raw": b"\0\xff", "id": UUID(int=7)}
-
-
-def test_spooled_rows_stay_out_of_memory_and_go_at_the_end():
-    query = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) SELECT i, ? AS text FROM n"
-    cursor = sqlite3.connect("").execute(query, ("x" * 500,))
-    tracemalloc.start()
-    rows = sum(1 for _ in open_dataset(cursor).rows())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert rows == 30_000
-    assert peak < 12_000_000
-
-
-@pytest.mark.parametrize(
-    ("source", "problem"),
-    [
-        (lambda: sqlite_cursor("CREATE TABLE t (a)"), "sqlite3 Cursor: has no result: execute a query that"),
-        (lambda: sqlite_cursor("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
-        (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a"), "the columns 'a' appear twice"),
-        (lambda: sqlalchemy_result("SELECT 1 AS a, 2 AS a").all(), "line 1: has the columns 'a' twice"),
-        (lambda: sqlalchemy_result("CREATE TABLE t (a)"), "cannot be read: ResourceClosedError"),
-        (lambda: text_of("SELECT 1"), "is of type TextClause.*names no database.*sql://BLOCK"),
-        (lambda: select(text_of("1")), "is of type Select.*names no database"),
-        (lambda: pytest.importorskip("pyarrow").chunked_array([[1]]), "cannot be read: ArrowInvalid"),
-    ],
-)
-def test_source_without_rows_is_refused(source: Callable[[], Any], problem: str):
-    with pytest.raises(DatasetError, match=problem):
-        values(open_dataset(source()))
 
 
 def test_cursor_that_fails_on_the_way_names_no_value():

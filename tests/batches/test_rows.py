@@ -1,4 +1,4 @@
-"""Rows as runs: their inputs, their keys, and all that is wrong with them, before anything is started."""
+"""Rows as runs: their inputs, their keys, and the reasons why rows cannot be run, before anything is started."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from prefect_crew.exceptions import BadRowsError, ConfigurationError, DatasetErr
 from support.batches import CREW, row_plan
 
 ANY_INPUT = replace(CREW, allow_extra_inputs=True)
+AS_JSON = replace(ANY_INPUT, inputs_as_json=True)
 TOPIC = [CrewInput(name="topic"), CrewInput(name="tone", required=False)]
 
 
@@ -48,98 +49,97 @@ def refusing(text: str) -> Callable[[Mapping[str, Any]], str]:
     return refuse
 
 
-def test_columns_of_the_crews_names_become_inputs_and_empty_ones_are_missing():
-    rows = [{"topic": "tea", "tone": "", "id": 1}, {"topic": "coffee", "tone": "dry"}, {"topic": "milk", "tone": None}]
-    assert inputs(rows) == [{"topic": "tea"}, {"topic": "coffee", "tone": "dry"}, {"topic": "milk"}]
+TITLE = {"title": "tea", "mood": "dry", "how much": None}
+MAPPING = {
+    "topic": "title",
+    "tone": "{{ mood }}, {{ row['how much'] }}",
+    "count": lambda values: len(values["title"]),
+    "language": lambda _: "English",
+    "limit": 5,
+}
+MAPPED = {"topic": "tea", "tone": "dry, ", "count": "3", "language": "English", "limit": "5"}
+UNKNOWN = {"topic": "title", "tones": lambda _: "dry"}
+ID_ALONE = [CrewInput(name="id")]
+WITH_ID = [CrewInput(name="topic"), CrewInput(name="id", required=False)]
+TEA_1 = {"topic": "tea", "id": 1}
+INPUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "empty column": ({**TEA_1, "tone": ""}, {}, {"topic": "tea"}),
+    "null column": ({**TEA_1, "tone": None}, {}, {"topic": "tea"}),
+    "both inputs": ({**TEA_1, "tone": "dry"}, {}, {"topic": "tea", "tone": "dry"}),
+    "crew that names no inputs": ({"a": 1, "b": "x", "c": None}, {"expected": []}, {"a": "1", "b": "x"}),
+    "mapping": (TITLE, {"inputs": MAPPING, "crew": ANY_INPUT}, MAPPED),
+    "mapping as JSON": (TITLE, {"inputs": MAPPING, "crew": AS_JSON}, {**MAPPED, "count": 3, "limit": 5}),
+    "extra input": (TITLE, {"inputs": UNKNOWN, "crew": ANY_INPUT}, {"topic": "tea", "tones": "dry"}),
+    "any input": (TITLE, {"inputs": UNKNOWN, "expected": []}, {"topic": "tea", "tones": "dry"}),
+    # The input `id` comes from no column of its name alone.
+    "id": (TEA_1, {"expected": []}, {"topic": "tea"}),
+    "optional id": (TEA_1, {"expected": WITH_ID}, {"topic": "tea"}),
+    "mapped id": (TEA_1, {"expected": WITH_ID, "inputs": {"topic": "topic", "id": "id"}}, {"topic": "tea", "id": "1"}),
+}
 
 
-def test_all_columns_become_inputs_of_a_crew_that_names_none():
-    assert inputs([{"a": 1, "b": "x", "c": None}], expected=[]) == [{"a": "1", "b": "x"}]
-
-
-def test_inputs_by_mapping():
-    given = {
-        "topic": "title",
-        "tone": "{{ mood }}, {{ row['how much'] }}",
-        "count": lambda values: len(values["title"]),
-        "language": lambda _: "English",
-        "limit": 5,
-    }
-    row = {"title": "tea", "mood": "dry", "how much": None}
-    assert inputs([row], inputs=given, crew=ANY_INPUT) == [
-        {"topic": "tea", "tone": "dry, ", "count": "3", "language": "English", "limit": "5"}
-    ]
-    assert inputs([row], inputs=given, crew=replace(ANY_INPUT, inputs_as_json=True))[0]["limit"] == 5
-
-
-def test_the_input_id_comes_from_no_column_of_its_name_alone():
-    topic, row = CrewInput(name="topic"), {"topic": "tea", "id": 1}
-    for expected in ([], [topic, CrewInput(name="id", required=False)]):
-        assert inputs([row], expected=expected) == [{"topic": "tea"}]
-        mapped = inputs([row], expected=expected, inputs={"topic": "topic", "id": "id"})
-        assert mapped == [{"topic": "tea", "id": "1"}]
-    for required in ([topic, CrewInput(name="id")], [CrewInput(name="id")]):
-        [(_, reason)] = reasons([row], expected=required)
-        assert reason.startswith("has no value for id;")
-        assert "never comes from a column by its name" in reason
-
-
-def test_an_unknown_input_of_a_mapping_is_reported_once_unless_extra_ones_are_allowed():
-    given = {"topic": "title", "tones": lambda _: "dry"}
-    with pytest.raises(ConfigurationError, match=r"tones \(did you mean tone\?\).*the crew takes topic, tone"):
-        plan([{"title": "tea"}], inputs=given)
-    assert inputs([{"title": "tea"}], inputs=given, crew=ANY_INPUT) == [{"topic": "tea", "tones": "dry"}]
-    assert inputs([{"title": "tea"}], inputs=given, expected=[]) == [{"topic": "tea", "tones": "dry"}]
-
-
-def test_an_unknown_input_of_a_function_is_reported_with_its_row():
-    def of(values: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"topic": "tea", values["name"]: 1}
-
-    rows = [{"name": "tone"}, {"name": "colour"}, {"name": "crewai_trigger_payload"}]
-    [(line, reason)] = reasons(rows, inputs=of)
-    assert (line, reason) == (2, "gives the unknown inputs colour; the crew takes topic, tone")
+@pytest.mark.parametrize("case", INPUTS)
+def test_row_becomes_inputs(case: str):
+    row, options, encoded = INPUTS[case]
+    assert inputs([row], **options) == [encoded]
 
 
 @pytest.mark.parametrize(
-    ("row", "options", "reason"),
+    ("options", "problem"),
     [
-        pytest.param({"topic": "", "tone": "x"}, {}, "has no value for topic", id="required and empty"),
-        pytest.param({"topic": None}, {}, "has no value for topic", id="required and null"),
-        pytest.param({"tone": "dry"}, {}, "has no value for topic", id="required and not there"),
-        pytest.param({"titel": "tea"}, {}, "has the name of an input of the crew (tone, topic)", id="no input at all"),
-        pytest.param({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite", id="NaN"),
-        pytest.param({"topic": "\ud800"}, {}, "lone surrogate", id="half a character"),
-        pytest.param({"topic": b"x"}, {}, "bytes, which cannot be sent", id="bytes"),
-        pytest.param(
-            {"a": "x"}, {"inputs": {"topic": "b"}}, "needs column b, which the row does not have", id="column"
-        ),
-        pytest.param(
-            {"note": "x"}, {"inputs": {"topic": "noet"}}, "column noet (did you mean note?), which", id="near"
-        ),
-        pytest.param({"a": ""}, {"inputs": {"topic": "a"}}, "has no value for topic", id="empty column"),
-        pytest.param({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b: the row has no such column", id="template"),
-        pytest.param({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "has no value for topic", id="empty template"),
-        pytest.param({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled", id="attribute"),
-        pytest.param({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError", id="function"),
-        pytest.param({"a": 0}, {"inputs": {"topic": lambda row: 1 / row["a"]}}, "ZeroDivisionError", id="raising"),
-        pytest.param({"topic": "x"}, {"key": "id"}, "there is no column 'id', which is the key", id="no key column"),
-        pytest.param({"topic": "x", "id": " "}, {"key": "id"}, "its key is empty", id="empty key"),
-        pytest.param({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200", id="long key"),
-        pytest.param({"topic": "x", "id": "a\0b"}, {"key": "id"}, "that no ledger can keep", id="NUL in the key"),
-        pytest.param({"topic": "x", "id": "\ud800"}, {"key": "id"}, "that no ledger can keep", id="half a key"),
-        pytest.param({"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which is not ex", id="rounded"),
-        pytest.param({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'", id="key function"),
+        ({"inputs": UNKNOWN}, r"tones \(did you mean tone\?\).*the crew takes topic, tone"),
+        ({"inputs": {"topic": "{{ a"}}, "is not a template"),
+        ({"key": "topic", "crew": replace(CREW, secret_inputs=("topic",))}, "'topic' is a secret input"),
     ],
+    ids=["unknown input", "no template", "secret key"],
 )
-def test_a_row_that_cannot_be_run_says_why(row: dict[str, Any], options: dict[str, Any], reason: str):
-    [(line, found)] = reasons([row], **options)
-    assert not found.endswith("."), "it becomes a part of a sentence"
+def test_mistake_of_the_options_is_no_fault_of_the_rows(options: dict[str, Any], problem: str):
+    with pytest.raises(ConfigurationError, match=problem):
+        plan([{"title": "tea"}], **options)
+
+
+REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "required and empty": ({"topic": "", "tone": "x"}, {}, "has no value for topic"),
+    "required and null": ({"topic": None}, {}, "has no value for topic"),
+    "required and not there": ({"tone": "dry"}, {}, "has no value for topic"),
+    "required id": (TEA_1, {"expected": ID_ALONE}, "has no value for id; id never comes from a column by its name"),
+    "no input at all": ({"titel": "tea"}, {}, "has the name of an input of the crew (tone, topic)"),
+    "unknown input": (
+        {"a": 1},
+        {"inputs": lambda row: {"topic": 1, **row}},
+        "unknown inputs a; the crew takes topic, t",
+    ),
+    "NaN": ({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite"),
+    "half a character": ({"topic": "\ud800"}, {}, "lone surrogate"),
+    "bytes": ({"topic": b"x"}, {}, "bytes, which cannot be sent"),
+    "column": ({"a": "x"}, {"inputs": {"topic": "b"}}, "needs column b, which the row does not have"),
+    "near": ({"note": "x"}, {"inputs": {"topic": "noet"}}, "column noet (did you mean note?), which"),
+    "empty column": ({"a": ""}, {"inputs": {"topic": "a"}}, "has no value for topic"),
+    "template": ({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b: the row has no such column"),
+    "empty template": ({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "has no value for topic"),
+    "attribute": ({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled"),
+    "function": ({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError"),
+    "raising": ({"a": 0}, {"inputs": {"topic": lambda row: 1 / row["a"]}}, "ZeroDivisionError"),
+    "no key column": ({"topic": "x"}, {"key": "id"}, "there is no column 'id', which is the key"),
+    "empty key": ({"topic": "x", "id": " "}, {"key": "id"}, "its key is empty"),
+    "long key": ({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200"),
+    "NUL in the key": ({"topic": "x", "id": "a\0b"}, {"key": "id"}, "that no ledger can keep"),
+    "half a key": ({"topic": "x", "id": "\ud800"}, {"key": "id"}, "that no ledger can keep"),
+    "rounded": ({"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which is not exact"),
+    "key function": ({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_bad_row_has_a_reason(case: str):
+    row, options, reason = REASONS[case]
+    [(line, text)] = reasons([row], **options)
     assert line == 1
-    assert reason in found
+    assert reason in text
+    assert not text.endswith("."), "it becomes a part of a sentence"
 
 
-def test_all_bad_rows_are_reported_at_once_and_the_message_has_an_end():
+def test_message_about_many_bad_rows_has_an_end():
     rows = [{"topic": "" if number % 2 else "tea"} for number in range(100)]
     checked = plan(rows).check()
     assert (checked.total, checked.bad_count, len(checked.bad)) == (50, 50, 50)
@@ -151,11 +151,6 @@ def test_all_bad_rows_are_reported_at_once_and_the_message_has_an_end():
     )
     many = [BadRow(number, f"reason {number}") for number in range(1000)]
     assert "line 19: reason 19; and 4,980 more rows. Correct" in str(BadRowsError(many, 5000, source="leads.csv"))
-
-
-def test_a_template_that_is_none_is_no_fault_of_the_rows():
-    with pytest.raises(ConfigurationError, match="is not a template"):
-        plan([{"a": 1}], inputs={"topic": "{{ a"})
 
 
 def test_equal_rows_differ_by_their_number_of_occurrence():
@@ -182,22 +177,17 @@ def test_the_fingerprint_is_that_of_the_rows_whatever_their_order():
 
 @pytest.mark.parametrize(
     ("rows", "keys"),
-    [
-        pytest.param("0:2", ["a", "b"], id="the first"),
-        pytest.param("2:4", ["d"], id="one of them cannot be run"),
-        pytest.param("3:", ["d", "e"], id="to the end"),
-        pytest.param(":1", ["a"], id="from the beginning"),
-        pytest.param("4:99", ["e"], id="beyond the end"),
-    ],
+    [("0:2", ["a", "b"]), ("2:4", ["d"]), ("3:", ["d", "e"]), (":1", ["a"]), ("4:99", ["e"])],
 )
-def test_a_range_of_rows_is_checked_and_run_alone(rows: str, keys: list[str]):
+def test_range_of_rows_is_checked_and_run_alone(rows: str, keys: list[str]):
     data = [{"id": key, "topic": "" if key == "c" else "tea"} for key in "abcde"]
-    made = plan(data, key="id", rows=rows)
-    assert [job.key for job in made.jobs()] == keys
-    assert (made.check().total, made.check().bad_count) == (len(keys), int(rows == "2:4"))
+    part = plan(data, key="id", rows=rows)
+    assert [job.key for job in part.jobs()] == keys
+    assert part.check().total == len(keys)
+    assert part.check().bad_count == int(rows == "2:4")
 
 
-def test_a_range_without_rows_is_an_error():
+def test_range_without_rows_is_an_error():
     with pytest.raises(DatasetError, match="has no rows from row 3 on"):
         plan([{"topic": "tea"}], rows="3:").check()
 
@@ -214,8 +204,8 @@ def test_no_reason_of_a_bad_row_has_a_secret_input():
     # Among them the secret column of a template, refused where another input is made.
     ways = [{"topic": "topic", "pin": refuse}, {"pin": "{{ code }}", "topic": refuse}, refuse]
     for inputs in ways:
-        found = reasons([{"topic": "tea", "code": "hunter22"}], inputs=inputs, crew=HIDES)
-        assert found == [(1, f"who has {MASK}?")]
+        bad = reasons([{"topic": "tea", "code": "hunter22"}], inputs=inputs, crew=HIDES)
+        assert bad == [(1, f"who has {MASK}?")]
     assert reasons([{"code": SecretStr("hunter22")}], inputs=revealed, crew=HIDES) == [(1, f"who has {MASK}?")]
 
 
@@ -226,32 +216,22 @@ def test_a_bad_row_has_no_secret_input_also_where_another_column_repeats_it():
     assert json.loads(file.getvalue())["row"] == {"topic": 7, "code": MASK, "note": f"of {MASK}"}
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(b"\xff\xd8", {"photo": "_9g="}), ("half \ud83d", None)],
-    ids=["bytes", "half a character"],
-)
-def test_a_bad_row_that_is_no_json_is_written_with_its_reason(value: Any, shown: Any):
-    def refuse(row: Mapping[str, Any]) -> str:
-        raise ValueError(f"no topic in {str(row['photo'])[:6]}")
-
-    file = io.BytesIO()
-    checked = plan([{"photo": value}, {"photo": "x"}], inputs={"topic": refuse}).check(file)
-    lines = [json.loads(line) for line in file.getvalue().splitlines()]
-    assert [line["row"] for line in lines] == [shown, {"photo": "x"}]
-    assert [(line["line"], line["reason"]) for line in lines] == [(bad.line, bad.reason) for bad in checked.bad]
-
-
 DEEP = reduce(lambda inner, _: [inner], range(3_000), list[Any]())
 
 
-@pytest.mark.parametrize("value", [DEEP, {("a", 1): 2}], ids=["nested deeply", "keys that are tuples"])
-def test_a_bad_row_of_strange_values_ends_nothing(value: Any):
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(b"\xff\xd8", "_9g="), ("half \ud83d", None), (DEEP, None), ({("a", 1): 2}, None)],
+    ids=["bytes", "half a character", "nested deeply", "keys that are tuples"],
+)
+def test_bad_row_that_is_no_json_is_written_with_its_reason(value: Any, shown: Any):
     file = io.BytesIO()
-    checked = plan([{"topic": topic, "other": value} for topic in ("tea", "")]).check(file)
-    [line] = map(json.loads, file.getvalue().splitlines())
-    assert (checked.total, checked.bad_count, line["line"], line["row"]) == (1, 1, 2, None)
-    assert line["reason"] == checked.bad[0].reason
+    checked = plan([{"topic": topic, "other": value} for topic in ("tea", "")] + [{"topic": ""}]).check(file)
+    lines = [json.loads(line) for line in file.getvalue().splitlines()]
+    assert checked.total == 1
+    assert [line.pop("row") for line in lines] == [shown and {"topic": "", "other": shown}, {"topic": ""}]
+    assert [BadRow(**line) for line in lines] == checked.bad
+    assert [bad.line for bad in checked.bad] == [2, 3]
 
 
 def test_a_reason_with_half_a_character_can_be_stored():
@@ -297,5 +277,3 @@ def test_a_key_that_holds_a_secret_input_is_refused():
     [(_, reason)] = reasons(rows, inputs=given, key=lambda row: f"of {row['code']}", crew=HIDES)
     assert reason == "its key holds a secret input, but logs, artifacts and the ledger show keys"
     assert keys(rows, inputs={"topic": "topic", "tone": lambda row: SecretStr(row["code"])}, key="code") == []
-    with pytest.raises(ConfigurationError, match="'topic' is a secret input"):
-        plan([{"topic": "tea"}], key="topic", crew=replace(CREW, secret_inputs=("topic",)))
