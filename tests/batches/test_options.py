@@ -13,7 +13,8 @@ import prefect_crew as pc
 from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.options import BatchOptions, plain_call
 from prefect_crew.batches.outcomes import RowState, state_of
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
+from prefect_crew.records.model import RecordPhase
+from support.records import new_record
 
 WRONG: dict[str, list[Any]] = {
     "max_in_flight": [0, 1.5, True],
@@ -77,12 +78,9 @@ def test_a_call_that_holds_a_secret_is_not_stored(given: dict[str, Any]):
     assert "4711" not in str(call(**given))
 
 
-def test_a_call_that_takes_secrets_from_columns_is_stored():
-    assert call(inputs={"pin": "code"})["options"]["inputs"] == {"pin": "code"}
-
-
 def test_a_stored_call_gives_the_same_options_again():
-    given = {"key": "id", "inputs": {"topic": "{{ name }}", "limit": 5}, "max_in_flight": 7, "on_failure": 0.5}
+    inputs = {"topic": "{{ name }}", "limit": 5, "pin": "code"}  # a secret from a column
+    given: dict[str, Any] = {"key": "id", "inputs": inputs, "max_in_flight": 7, "on_failure": 0.5}
     given |= {"wait": pc.WaitPolicy(timeout=60), "output_type": pc.TokenUsage, "retries": 2}
     chosen = BatchOptions(**given, retry_failed=True)
     stored = call(**given, retry_failed=True)["options"]
@@ -104,12 +102,6 @@ def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():
         assert why in call(**options)["why_not"]
 
 
-def record(**facts: Any) -> RunRecord:
-    given: dict[str, Any] = {"idempotency_key": "batch/b/k", "attempt": 1, "crew": "c", "crew_url": "u"}
-    given |= {"inputs_digest": "d", "owner": "o", "claimed_at": utcnow()}
-    return RunRecord(**given | facts)
-
-
 @pytest.mark.parametrize(
     ("phase", "facts", "state"),
     [
@@ -129,10 +121,10 @@ def record(**facts: Any) -> RunRecord:
     ],
 )
 def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state: str):
-    found = state_of(record(phase=RecordPhase(phase), **facts))
-    assert found == state
-    assert found.is_final == (state in ("completed", "failed", "invalid-output"))
-    assert found.is_failed == (state not in ("pending", "claimed", "started", "uncertain", "completed"))
+    row_state = state_of(new_record(phase=RecordPhase(phase), **facts))
+    assert row_state == state
+    assert row_state.is_final == (state in ("completed", "failed", "invalid-output"))
+    assert row_state.is_failed == (state not in ("pending", "claimed", "started", "uncertain", "completed"))
 
 
 @pytest.mark.parametrize(
