@@ -17,20 +17,8 @@ from prefect_crew.states import CrewState
 from support.batches import CREW
 
 
-def result(output: str) -> CrewResult:
-    return CrewResult(kickoff_id=output, state=CrewState.COMPLETED, output=output)
-
-
 def graph(*steps: CrewStep, **inputs: Any) -> Pipeline:
     return Pipeline(steps, inputs)
-
-
-def filled(step: CrewStep, results: Mapping[str, str], **inputs: Any) -> Mapping[str, Any]:
-    """Return a step's inputs after others of these names, without an order of their own, have given these outputs."""
-    steps = [*(CrewStep(name, "crew", {}) for name in results), step]
-    made = Pipeline(steps, inputs)
-    assert made.problems == []
-    return made.inputs_of(step, {name: result(output) for name, output in results.items()})
 
 
 @pytest.mark.parametrize(
@@ -38,7 +26,6 @@ def filled(step: CrewStep, results: Mapping[str, str], **inputs: Any) -> Mapping
     [
         pytest.param(CrewStep("c", "crew", {"x": "{{ a.output }} {{ steps['b b'].output }}"}), {"a", "b b"}, id="text"),
         pytest.param(CrewStep("c", "crew", {"x": ["{{ a.output }}", {"y": "{{ t }}"}]}), {"a"}, id="nested"),
-        pytest.param(CrewStep("c", "crew", {"x": 1, "y": None}, after=["a"]), {"a"}, id="after"),
         pytest.param(CrewStep("c", "crew", {}, after="b b"), {"b b"}, id="after-a-single-name"),
         pytest.param(CrewStep("c", "crew", {"x": lambda _: 1}, after=["a", "b b"]), {"a", "b b"}, id="function"),
         pytest.param(CrewStep("c", "crew"), set[str](), id="nothing"),
@@ -105,16 +92,41 @@ def test_unknown_and_missing_inputs_of_each_step():
     ]
 
 
-def test_templates_see_inputs_and_steps():
-    step = CrewStep("c", "crew", {"x": "{{ t }} {{ inputs.t }} {{ a.output }}", "n": 7, "l": ["{{ a.output }}", 1]})
-    assert filled(step, {"a": "A"}, t="tea") == {"x": "tea tea A", "n": 7, "l": ["A", 1]}
+def filled(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the inputs of a step after "a", in a pipeline with the input t="tea" and the results "A" and "B"."""
+    step = CrewStep("c", "crew", inputs, after=["a"])
+    pipeline = graph(CrewStep("a", "crew", {}), CrewStep("b", "crew", {}), step, t="tea")
+    assert pipeline.problems == []
+    results = {name: CrewResult(kickoff_id=name, state=CrewState.COMPLETED, output=name.upper()) for name in "ab"}
+    return pipeline.inputs_of(step, results)
 
 
-def test_a_function_of_the_context():
-    one = CrewStep("c", "crew", {"x": lambda context: context["a"].output.lower() + context.inputs["t"]}, after=["a"])
-    assert filled(one, {"a": "A"}, t="tea") == {"x": "atea"}
-    seen = CrewStep("c", "crew", {"x": lambda context: list(context.results)}, after=["a"])
-    assert filled(seen, {"a": "A", "b": "B"}) == {"x": ["a"]}
+def test_templates_and_functions_see_inputs_and_earlier_steps():
+    template = "{{ t }} {{ inputs.t }} {{ a.output }}"
+    assert filled({"x": template, "n": 7, "l": ["{{ a.output }}", 1]}) == {"x": "tea tea A", "n": 7, "l": ["A", 1]}
+    assert filled({"x": lambda context: context["a"].output.lower() + context.inputs["t"]}) == {"x": "atea"}
+    assert filled({"x": lambda context: list(context.results)}) == {"x": ["a"]}
+
+
+def shorten(context: Any) -> Any:
+    return context["a"].output[99]
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        (shorten, r"shorten\(\) gave no input: IndexError: .*\. Nothing was started"),
+        (lambda context: context["b"], r"Step 'b' is not known here\. Name the step in `after`"),
+        ("{% set n = 'b' %}{{ steps[n].output }}", "cannot be filled: 'dict object' has no attribute 'b'"),
+    ],
+    ids=["function that raises", "function of a later step", "template of a later step"],
+)
+def test_input_that_cannot_be_filled_is_named(source: Any, problem: str):
+    with pytest.raises(ConfigurationError, match=problem):
+        filled({"x": source})
+
+
+def test_inputs_that_are_no_mapping_are_refused():
     with pytest.raises(ConfigurationError, match=r"Step 'c' needs its inputs by name, as a mapping\. Nothing was"):
         CrewStep("c", "crew", lambda _: {"x": "y"})  # pyright: ignore[reportArgumentType]
 
@@ -124,22 +136,6 @@ def test_inputs_default_to_those_the_crew_knows():
     assert made.inputs_of(made.steps[0], {}) == {"topic": "tea", "other": 1}
     made.crews = {"a": replace(CREW, expected_inputs=(CrewInput(name="topic"),))}
     assert made.inputs_of(made.steps[0], {}) == {"topic": "tea"}
-
-
-def test_a_failing_function_is_named_with_its_error():
-    def shorten(context: Any) -> Any:
-        return context["a"].output[99]
-
-    with pytest.raises(ConfigurationError, match=r"shorten\(\) gave no input: IndexError: .*\. Nothing was started"):
-        filled(CrewStep("c", "crew", {"x": shorten}, after=["a"]), {"a": "A"})
-    with pytest.raises(ConfigurationError, match=r"Step 'b' is not known here\. Name the step in `after`"):
-        filled(CrewStep("c", "crew", {"x": lambda context: context["b"]}, after=["a"]), {"a": "A", "b": "B"})
-
-
-def test_a_template_sees_only_what_comes_before_it():
-    step = CrewStep("c", "crew", {"x": "{% set n = 'b' %}{{ steps[n].output }}"}, after=["a"])
-    with pytest.raises(ConfigurationError, match="cannot be filled: 'dict object' has no attribute 'b'"):
-        filled(step, {"a": "A", "b": "B"})
 
 
 NAMES = [f"s{number}" for number in range(9)]
@@ -154,21 +150,19 @@ def dags(draw: st.DrawFn) -> dict[str, set[str]]:
     return {name: needs[name] for name in draw(st.permutations(order))}
 
 
-def made_of(needs: Mapping[str, set[str]]) -> Pipeline:
-    # Half of them by templates, half by `after`.
-    return graph(
-        *(
-            CrewStep(name, "crew", {"x": " ".join(f"{{{{ {need}.output }}}}" for need in before)})
-            if at % 2
-            else CrewStep(name, "crew", {}, after=sorted(before))
-            for at, (name, before) in enumerate(needs.items())
-        )
-    )
+def pipeline_of(needs: Mapping[str, set[str]]) -> Pipeline:
+    """Return a pipeline whose steps need each other by templates, or by `after`, in turns."""
+    steps: list[CrewStep] = []
+    for name, before in needs.items():
+        template = " ".join(f"{{{{ {need}.output }}}}" for need in before)
+        by_template = CrewStep(name, "crew", {"x": template})
+        steps.append(by_template if len(steps) % 2 else CrewStep(name, "crew", {}, after=sorted(before)))
+    return graph(*steps)
 
 
 @given(dags())
 def test_any_graph_without_a_circle_has_an_order(needs: dict[str, set[str]]):
-    made = made_of(needs)
+    made = pipeline_of(needs)
     assert made.problems == []
     assert made.needs == needs
     assert sorted(made.order) == sorted(needs)
@@ -181,7 +175,7 @@ def test_any_circle_is_refused(needs: dict[str, set[str]], data: st.DataObject):
     circle = data.draw(st.lists(st.sampled_from(sorted(needs)), unique=True, min_size=1))
     for name, need in zip(circle, [*circle[1:], circle[0]], strict=True):
         needs[name].add(need)
-    made = made_of(needs)
+    made = pipeline_of(needs)
     assert made.order == []
     (problem,) = made.problems
     assert "the steps depend on each other in a circle" in problem
