@@ -258,6 +258,7 @@ def test_rows_that_only_a_secret_input_tells_apart_need_a_key():
     with pytest.raises(DatasetError, match=r"line 2: equals an earlier row but for its secret inputs\. Give the rows"):
         plan(rows, **options).check()
     assert keys(rows, key="id", **options) == ["0", "1"]
+    assert plan(rows, key="id", **options).check().total == 2
     with pytest.raises(DatasetError, match="line 2: equals"):
         plan([rows[0], {"topic": "tea", "code": None}], **options).check()
     assert reasons([row | {"code": "one"} for row in rows], **options) == []

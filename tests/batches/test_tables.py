@@ -6,10 +6,10 @@ import asyncio
 import json
 import re
 import sys
-import threading
 import tracemalloc
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,29 @@ async def read(dataset: Dataset) -> list[dict[str, Any]]:
 
 def ledger_of(batch: Batches) -> str:
     return str(batch.folder / "ledger.db")
+
+
+async def opened(database: StoredDatabase, output_type: type[BaseModel] | None = None) -> TableOutput:
+    """Return the table `results` as an output."""
+    output = open_output(database.table("results"), output_type=output_type)
+    assert isinstance(output, TableOutput)
+    await output.open()
+    return output
+
+
+def lines(target: TableOutput, *keys: str, **more: Any) -> Iterator[list[dict[str, Any]]]:
+    """Yield pages of one line each, without a result but for `more`."""
+    for key in keys:
+        yield [target._flat(dict.fromkeys(COLUMNS) | {"key": key, "tasks": [], **more})]
+
+
+async def fill(target: TableOutput, batch: str, *keys: str, **more: Any) -> None:
+    """Write lines of a batch into the table, with their data as a ledger gives them."""
+    encoded = [json.dumps(line).encode() + b"\n" for page in lines(target, *keys, **more) for line in page]
+    await asyncio.to_thread(target._replace, target._results(), batch, target._pages(encoded))  # type: ignore[arg-type]
+
+
+# Queries
 
 
 async def test_second_read_equals_the_first(database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -191,6 +214,9 @@ async def test_rows_of_a_query_are_read_in_bounded_memory(database: StoredDataba
     assert await asyncio.to_thread(count) < 16_000_000, "20 MB of text, and more as objects"
 
 
+# Exports
+
+
 async def test_from_table_into_table(batch: Batches, database: StoredDatabase, echo: CrewServer):
     await echo.crew().asave("writer", overwrite=True)  # type: ignore[misc]
     await fill(await opened(database), "other", "1")  # another batch shares the table
@@ -291,24 +317,6 @@ class Trip(BaseModel):
     places: list[str]
 
 
-async def opened(database: StoredDatabase, output_type: type[BaseModel] | None = None) -> TableOutput:
-    output = open_output(database.table("results"), output_type=output_type)
-    assert isinstance(output, TableOutput)
-    await output.open()
-    return output
-
-
-def lines(target: TableOutput, *keys: str, **more: Any) -> Iterator[list[dict[str, Any]]]:
-    for key in keys:
-        yield [target._flat(dict.fromkeys(COLUMNS) | {"key": key, "tasks": [], **more})]
-
-
-async def fill(output: TableOutput, batch: str, *keys: str, **more: Any) -> None:
-    """Write lines of a batch into the table, with their data as a ledger gives them."""
-    encoded = [json.dumps(line).encode() + b"\n" for page in lines(output, *keys, **more) for line in page]
-    await asyncio.to_thread(output._replace, output._results(), batch, output._pages(encoded))  # type: ignore[arg-type]
-
-
 async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: StoredDatabase):
     data = {"nights": 2**62, "price": 1.5, "begins": "2026-01-02", "booked": "2026-01-01T00:30:00+02:00", "late": True}
     await fill(await opened(database, Trip), "b", "a", data={**data, "places": ["Rome\0"]}, output="x\0")
@@ -348,8 +356,9 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
 async def test_cancelled_export_leaves_the_table(
     database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    output, begun = await opened(database), asyncio.Event()
+    output, begun, threads = await opened(database), asyncio.Event(), ThreadPoolExecutor()
     loop, pages_of = asyncio.get_running_loop(), TableOutput._pages
+    loop.set_default_executor(threads)
 
     def pages(self: TableOutput, file: Any) -> Iterator[list[dict[str, Any]]]:
         for page in pages_of(self, file):
@@ -358,16 +367,7 @@ async def test_cancelled_export_leaves_the_table(
             while not file.closed:
                 pass
 
-    ended, replace = threading.Event(), TableOutput._replace
-
-    def replace_noting_the_end(*arguments: Any) -> None:
-        try:
-            replace(*arguments)
-        finally:
-            ended.set()
-
     monkeypatch.setattr(TableOutput, "_pages", pages)
-    monkeypatch.setattr(TableOutput, "_replace", replace_noting_the_end)
     async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
         keys = [f"k{number}" for number in range(500)]
         await enter(ledger, *keys)
@@ -378,7 +378,8 @@ async def test_cancelled_export_leaves_the_table(
         writing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await writing
-        assert await asyncio.to_thread(ended.wait, 10)
+        threads.shutdown()  # once the transaction has ended
+        loop.set_default_executor(ThreadPoolExecutor())
         assert not await asyncio.to_thread(output.exists), "it made the table in the same transaction"
         monkeypatch.undo()
         assert await output.write(ledger) == 500

@@ -346,43 +346,56 @@ async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory,
     assert (echo.kickoffs, dropping.kickoffs) == (2, 1)
 
 
-async def test_a_cancelled_pipeline_goes_on_with_its_key(
-    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_suspended", [False, True], ids=["cancelled", "suspended"])
+async def test_an_interrupted_pipeline_goes_on_with_its_key(
+    crew_server: CrewServerFactory, echo: CrewServer, seen: Seen, monkeypatch: pytest.MonkeyPatch, is_suspended: bool
 ):
     monkeypatch.setattr(wait, "SHOW_EVERY", 0.3)
     monkeypatch.setattr(pages, "SHOW_AFTER", 0.1)
     monkeypatch.setattr(pages, "SHOW_EVERY", 0.1)
     held, idempotency_key = Held(), key()
-    held.output = "b"
-    long = crew_server(held)
+    long, calls = crew_server(held), list[asyncio.Task[Any]]()
     steps = [
         pc.CrewStep("a", echo.crew(), {"text": "a"}),
         pc.CrewStep("b", long.crew(), {}, after=["a"]),
         pc.CrewStep("c", echo.crew(), {"text": "{{ b.output }}c"}),
     ]
-    calls: list[asyncio.Task[Any]] = []
 
     @flow
-    async def trip() -> None:
+    async def trip() -> Any:
         calls.append(asyncio.ensure_future(pc.arun_pipeline(steps, name="cut", idempotency_key=idempotency_key)))
         with contextlib.suppress(asyncio.CancelledError):
-            await calls[0]
+            return (await calls[-1])["c"].output
 
     async def is_linked() -> bool:
         pages = await asyncio.to_thread(seen.artifacts, "pipeline-cut")
         return any(idempotency_key in page["description"] and page["data"].count("../artifact/") == 2 for page in pages)
 
-    running = asyncio.ensure_future(trip())
-    await until(is_linked, "the page links to the second step, which runs")
-    calls[0].cancel()
-    await running
-    assert str(long.runs[0].state) == "running"
-    shown = await asyncio.to_thread(artifact, seen, "cut", idempotency_key)
-    assert [mark for mark in ("✓ completed", "■ interrupted", "– not run") if mark not in shown] == []
-    held.release()
-    result = await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
-    assert result["c"].output == "bc"
-    assert (echo.kickoffs, long.kickoffs) == (2, 1)
+    async with get_client() as client:
+        deployment = await client.create_deployment(await client.create_flow(trip), key())
+        planned = await client.create_flow_run_from_deployment(deployment)
+        running = asyncio.ensure_future(run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)))
+        await until(is_linked, "the page links to the second step, which runs")
+        if is_suspended:
+            await asuspend_flow_run(flow_run_id=planned.id)
+            held.release()
+            with pytest.raises(Pause):
+                await running
+        else:
+            calls[0].cancel()
+            assert await running is None
+            assert str(long.runs[0].state) == "running"
+            held.release()
+        shown = await asyncio.to_thread(artifact, seen, "cut", idempotency_key)
+        states = [row.split(" | ")[2] for row in shown.splitlines() if row.startswith("| **")]
+        assert states == ["✓ completed", "■ interrupted", "– not run"]
+        if is_suspended:
+            await client.resume_flow_run(planned.id)
+            assert await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)) == "donec"
+        else:
+            assert (await pc.arun_pipeline(steps, idempotency_key=idempotency_key))["c"].output == "donec"
+    assert echo.kickoffs == 2
+    assert long.kickoffs == 1
 
 
 def test_a_step_makes_two_tasks_that_show_its_needs(echo: CrewServer, seen: Seen):
@@ -411,41 +424,6 @@ async def test_an_input_that_cannot_be_sent_is_refused(echo: CrewServer, inside:
     with pytest.raises(pc.ConfigurationError, match="Input 'o' holds a value of type object, which cannot be sent"):
         await (flow(trip)() if inside else trip())
     assert echo.kickoffs == 0
-
-
-async def test_a_suspended_flow_run_goes_on(crew_server: CrewServerFactory, echo: CrewServer, seen: Seen):
-    held, idempotency_key = Held(), key()
-    server = crew_server(held)
-    steps = [
-        pc.CrewStep("held", server.crew(), {}),
-        pc.CrewStep("next", echo.crew(), {"text": "{{ held.output }}"}),
-        pc.CrewStep("last", echo.crew(), {"text": "{{ next.output }}"}),
-    ]
-
-    @flow
-    async def trip() -> str:
-        return (await pc.arun_pipeline(steps, name="suspended", idempotency_key=idempotency_key))["last"].output
-
-    async with get_client() as client:
-        deployment = await client.create_deployment(await client.create_flow(trip), f"suspended-{uuid.uuid4()}")
-        planned = await client.create_flow_run_from_deployment(deployment)
-
-        async def suspend() -> None:
-            await until(lambda: server.requests["status"], "the first step is waited for")
-            await asuspend_flow_run(flow_run_id=planned.id)
-            held.release()
-
-        suspending = asyncio.create_task(suspend())
-        with pytest.raises(Pause):
-            await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id))
-        await suspending
-        shown = await asyncio.to_thread(artifact, seen, "suspended", idempotency_key)
-        assert [row.split(" | ")[2] for row in shown.splitlines() if row.startswith("| **")] == [
-            *("■ interrupted", "– not run", "– not run")
-        ]
-        await client.resume_flow_run(planned.id)
-        assert await run_flow_async(trip, flow_run=await client.read_flow_run(planned.id)) == "done"
-    assert [echo.kickoffs, server.kickoffs] == [2, 1]
 
 
 # Secrets reach the crews that need them, and are stored and shown nowhere
