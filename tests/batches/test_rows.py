@@ -108,7 +108,7 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "required and not there": ({"tone": "dry"}, {}, "has no value for topic"),
     "required id": (TEA_1, {"expected": ID_ALONE}, "has no value for id; id never comes from a column by its name"),
     "no input at all": ({"titel": "tea"}, {}, "has the name of an input of the crew (tone, topic)"),
-    "unknown input": ({"name": "hue"}, {"inputs": named}, "gives the unknown inputs hue; the crew takes topic, tone"),
+    "unknown input": ({"name": "colour"}, {"inputs": named}, "unknown inputs colour; the crew takes topic, tone"),
     "NaN": ({"topic": float("nan")}, {}, "Input 'topic' holds a number that is not finite"),
     "half a character": ({"topic": "\ud800"}, {}, "lone surrogate"),
     "bytes": ({"topic": b"x"}, {}, "bytes, which cannot be sent"),
