@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import sys
 import uuid
@@ -27,6 +26,7 @@ from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
+from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records import variables
 from prefect_crew.records.model import RecordPhase, utcnow
@@ -59,39 +59,30 @@ def server(crew_server: CrewServerFactory) -> CrewServer:
 def cancelled(
     server: CrewServer,
     seen: Seen,
-    call: Callable[[], Any],
+    call: Callable[[], Awaitable[Any]],
     *,
     when: Callable[[], Any] | None = None,
     state: str | None = "CANCELLING",
-    meanwhile: Callable[[Any], Awaitable[None]] | None = None,
-    is_sync: bool = False,
     by_signal: bool = False,
 ) -> tuple[Any, str]:
     """Call something in a flow run, and put that into a state once it is time (the run is polled). `by_signal`: cancel
-    the task as well, as a runner does. `meanwhile` is called with the task once the crew is asked to stop. Return the
+    the task as well, as a runner does, and once more when the crew is asked to stop, as a crew worker does. Return the
     end of the flow run, its result or error, and its id."""
     ids: list[str] = []
 
-    @flow
     async def trip() -> None:
         ids.append(str(flow_run.id))
         await call()
 
-    @flow
-    def sync_trip() -> None:
-        ids.append(str(flow_run.id))
-        call()
-
     async def cancel() -> Any:
-        running = asyncio.ensure_future(asyncio.to_thread(sync_trip) if is_sync else trip())
+        running = asyncio.ensure_future(acall_in_flow(trip))
         await until(when or (lambda: server.requests["status"]), "it is time", seconds=60)
         if state:
             await asyncio.to_thread(seen.set_state, ids[0], state)
         if by_signal:
             running.cancel()
-        if meanwhile:
-            await until(lambda: server.requests["stop"], "the crew is asked to stop")
-            await meanwhile(running)
+            await until(lambda: server.requests["stop"] or running.done(), "the crew is asked to stop")
+            running.cancel()
         return (await asyncio.wait_for(asyncio.gather(running, return_exceptions=True), 90))[0]
 
     return asyncio.run(cancel()), ids[0]
@@ -100,50 +91,37 @@ def cancelled(
 # A local run, which nobody tells that it was cancelled
 
 
-@pytest.mark.parametrize("way", ["async", "sync", "subflow"])
-def test_a_local_run_notices_its_cancellation(server: CrewServer, seen: Seen, key: str, way: str):
-    call = partial(pc.run_crew if way == "sync" else pc.arun_crew, server.crew(), idempotency_key=key)
+def test_two_local_waits_stop_their_run_once(server: CrewServer, seen: Seen, key: str):
+    server.faults.add("stop:latency=0.5")
+    ends: list[Any] = []
 
     @flow
-    async def city() -> None:
-        await call()
+    def city() -> None:
+        pc.run_crew(server.crew(), idempotency_key=key)
 
-    error, flow_run_id = cancelled(server, seen, city if way == "subflow" else call, is_sync=way == "sync")
-    assert isinstance(error, pc.CrewStoppedError)
+    async def call() -> None:
+        waits = [asyncio.to_thread(city), pc.arun_crew(server.crew(), idempotency_key=key)]
+        ends.extend(await asyncio.gather(*waits, return_exceptions=True))
+
+    _, flow_run_id = cancelled(server, seen, call, when=lambda: server.requests["status"] >= 4)
+    assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.CrewStoppedError]
     assert server.requests["stop"] == 1
     assert seen.record(key)["state"] == "stopped"
     # The server ends it as Cancelled, after five minutes.
     assert seen.flow_run(flow_run_id)["state"]["type"] == "CANCELLING"
 
 
-def test_two_waits_stop_a_run_once(server: CrewServer, seen: Seen, key: str):
-    server.faults.add("stop:latency=0.5")
+def test_a_cancelled_flow_starts_nothing_more(server: CrewServer, seen: Seen):
     ends: list[Any] = []
 
-    async def two() -> None:
-        waits = (pc.arun_crew(server.crew(), idempotency_key=key) for _ in range(2))
-        ends.extend(await asyncio.gather(*waits, return_exceptions=True))
-
-    cancelled(server, seen, two, when=lambda: server.requests["status"] >= 4)
-    assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.CrewStoppedError]
-    assert server.requests["stop"] == 1
-
-
-def test_a_cancelled_flow_starts_nothing_more(server: CrewServer, seen: Seen):
-    errors: list[pc.CrewError] = []
-
     async def trips() -> None:
-        for city in ("Lisbon", "Porto", "Faro"):
-            try:
-                await pc.arun_crew(server.crew(), {"city": city})
-            except pc.CrewError as error:
-                errors.append(error)
+        for _ in range(3):
+            ends.extend(await asyncio.gather(pc.arun_crew(server.crew()), return_exceptions=True))
 
     cancelled(server, seen, trips)
     assert server.kickoffs == 1
-    refused = pc.FlowRunCancelledError
-    assert [type(error) for error in errors] == [pc.CrewStoppedError, refused, refused]
-    assert "was cancelled, so no run was started" in str(errors[1])
+    assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.FlowRunCancelledError, pc.FlowRunCancelledError]
+    assert "was cancelled, so no run was started" in str(ends[1])
 
 
 @pytest.mark.parametrize("fault", ["status:429@1-", None])
@@ -159,14 +137,26 @@ def test_a_long_pause_sees_a_cancellation(server: CrewServer, seen: Seen, monkey
     assert fault or server.requests["status"] == 2, "the wait, and whoever stopped it: what it had used"
 
 
-def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen, key: str):
-    server = crew_server(slow(60), stop=False)
+@pytest.mark.parametrize(
+    ("options", "log", "reason"),
+    [
+        ({"stop": False}, "its server has no /stop", "stop was asked for: unsupported"),
+        ({"faults": ["stop:500"]}, "could not be stopped (ServerError: POST /stop/", "stop was asked for"),
+    ],
+    ids=["no stop", "a server that fails"],
+)
+def test_a_crew_that_cannot_be_stopped_runs_on(
+    crew_server: Any, seen: Seen, key: str, options: dict[str, Any], log: str, reason: str
+):
+    server = crew_server(slow(60), **options)
     error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), idempotency_key=key))
-    assert not isinstance(error, pc.CrewStoppedError)
+    assert isinstance(error, pc.FlowRunCancelledError)
     assert f"which continues at {server.url}" in str(error)
-    assert f"continues at {server.url}: its server has no /stop" in seen.logs(flow_run_id)
-    record = seen.record(key)
-    assert (record["phase"], record["reason"]) == ("started", "stop was asked for: unsupported")
+    assert log in seen.logs(flow_run_id)
+    assert f"continues at {server.url}" in seen.logs(flow_run_id)
+    assert seen.record(key)["phase"] == "started"
+    assert seen.record(key)["reason"] == reason, "noted before /stop is sent: a lost answer says nothing"
+    assert server.requests["stop"] == 1
 
 
 # Who started the run
@@ -174,7 +164,7 @@ def test_a_crew_without_stop_runs_on(crew_server: CrewServerFactory, seen: Seen,
 
 @pytest.mark.parametrize("is_owner", [True, False], ids=["the owner", "another that waits"])
 def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen: Seen, key: str, is_owner: bool):
-    server, ids = crew_server(slow(60 if is_owner else 8)), list[str]()
+    server, ids = crew_server(held := Held()), list[str]()
 
     async def run() -> str:
         ids.append(str(flow_run.id))
@@ -187,7 +177,10 @@ def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen:
         await until(lambda: len(ids) == 2, "the second one begins")
         polls = server.requests["status"]
         await until(lambda: server.requests["status"] > polls + 10, "both wait")
-        await asyncio.to_thread(seen.set_state, ids[0 if is_owner else 1], "CANCELLING")
+        cancelled = 0 if is_owner else 1
+        await asyncio.to_thread(seen.set_state, ids[cancelled], "CANCELLING")
+        await asyncio.wait({runs[cancelled]})
+        held.release()
         return await asyncio.gather(*runs, return_exceptions=True)
 
     owner, waiter = asyncio.run(both())
@@ -204,17 +197,10 @@ def test_a_shared_run_stops_with_its_owner(crew_server: CrewServerFactory, seen:
 
 @pytest.mark.parametrize("owner", ["ended", "a subflow of a cancelled flow run"])
 def test_a_run_without_owner_stops_with_its_waiter(server: CrewServer, seen: Seen, owner: str):
-    ids: list[str] = []
-
-    @flow
-    async def start() -> str:
-        ids.append(str(flow_run.id))
-        return await pc.kickoff_crew(server.crew())
-
     async def call() -> None:
-        kickoff_id = await start()
+        owner_id, kickoff_id = await acall_in_flow(lambda: pc.kickoff_crew(server.crew()))
         if owner != "ended":  # as one whose process was killed
-            await asyncio.to_thread(seen.set_state, ids[0], "RUNNING")
+            await asyncio.to_thread(seen.set_state, owner_id, "RUNNING")
         await pc.wait_for_crew(server.crew(), kickoff_id)
 
     error, _ = cancelled(server, seen, call)
@@ -238,11 +224,8 @@ def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory,
 
 
 def test_a_retried_flow_run_may_complete(server: CrewServer, crew_server: CrewServerFactory, seen: Seen):
-    async def two() -> None:
-        await asyncio.gather(*(pc.arun_crew(server.crew(), {"n": number}) for number in range(2)))
-
-    error, flow_run_id = cancelled(server, seen, two)
-    assert error is not None
+    error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew()))
+    assert isinstance(error, pc.CrewStoppedError)
 
     @flow
     async def again() -> str:
@@ -269,10 +252,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def signalled(server: CrewServer, seen: Seen, key: str, *, crew: Any = None, **options: Any) -> str:
     """Run a crew in a flow run that is cancelled by a signal; return the flow run's id. `options`: of `cancelled`."""
-
-    async def call() -> None:
-        await pc.arun_crew(crew or server.crew(), {"text": "a"}, idempotency_key=key)
-
+    call = partial(pc.arun_crew, crew or server.crew(), {"text": "a"}, idempotency_key=key)
     end, flow_run_id = cancelled(server, seen, call, by_signal=True, **options)
     assert isinstance(end, asyncio.CancelledError)
     return flow_run_id
@@ -291,17 +271,12 @@ def hang(monkeypatch: pytest.MonkeyPatch, place: str) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("place", [None, "prefect_crew.tasks.wait_for_run", "prefect_crew.runs.wait.slot_of"])
-@pytest.mark.parametrize("is_cancelled_again", [False, True], ids=["once", "twice"])  # as by a crew worker
 def test_a_cancelled_flow_run_stops_its_crew(
-    runner: None, server: CrewServer, seen: Seen, key: str, monkeypatch: Any, place: Any, is_cancelled_again: bool
+    runner: None, server: CrewServer, seen: Seen, key: str, monkeypatch: pytest.MonkeyPatch, place: str | None
 ):
-    async def meanwhile(running: asyncio.Task[Any]) -> None:
-        if is_cancelled_again:
-            running.cancel()
-
     server.faults.add("stop:latency=1")
     crew, when = server.crew(concurrency_limit=asyncio.run(new_limit(1))), hang(monkeypatch, place) if place else None
-    signalled(server, seen, key, crew=crew, when=when, meanwhile=meanwhile)
+    signalled(server, seen, key, crew=crew, when=when)
     assert server.requests["stop"] == 1
     assert str(server.runs[0].state) == "stopped"
     assert seen.record(key)["state"] == "stopped"
@@ -322,60 +297,28 @@ def test_a_stop_at_a_timeout_is_sent_once(runner: None, server: CrewServer, seen
     assert server.requests["stop"] == 1
 
 
-def test_a_worker_shutdown_leaves_the_crew_running(runner: None, server: CrewServer, seen: Seen, key: str):
-    logs = seen.logs(signalled(server, seen, key, state=None))
-    assert server.requests["stop"] == 0
-    assert str(server.runs[0].state) == "running"
-    assert seen.record(key)["phase"] == "started"
-    assert f"is left running at {server.url}: its flow run was not cancelled" in logs
-    assert key in logs
-
-
-def test_a_failed_stop_is_logged_and_not_repeated(runner: None, server: CrewServer, seen: Seen, key: str):
-    server.faults.add("stop:500")
-    logs = seen.logs(signalled(server, seen, key))
-    assert server.requests["stop"] == 1
-    assert f"could not be stopped (ServerError: POST /stop/{server.runs[0].id} answered 500" in logs
-    assert seen.record(key)["reason"] == "stop was asked for", "noted before it is sent: its answer says nothing"
-
-
-def test_a_run_that_ended_meanwhile_stays_open(runner: None, server: CrewServer, seen: Seen, key: str):
-    server.faults.add("stop:latency=0.5")
-
-    async def stop_it(_: Any) -> None:
-        server.faults.clear()
-        async with server.crew().client() as client:
-            await client.stop(server.runs[0].id)
-
-    signalled(server, seen, key, meanwhile=stop_it)
-    assert seen.record(key)["phase"] == "started"
-
-
 # Calls that outlive a flow run which a crew worker has ended
 
 
 async def outlived(
-    server: CrewServer, is_time: Callable[[], Any], *, is_suspended: bool = False, **options: Any
+    server: CrewServer, is_time: Callable[[], Any], *, is_suspended: bool = False, limit: Any = None, **options: Any
 ) -> Any:
     """Spawn a call in a subflow of a flow run, and end that once it is time; return the call's end."""
-    calls, ids, held = list[asyncio.Task[Any]](), list[str](), HeldFlowRun(cast("Any", None), cast("Any", None))
+    calls, held = list[asyncio.Task[Any]](), HeldFlowRun(cast("Any", None), cast("Any", None))
 
-    @flow
-    async def city() -> None:
-        crew = server.crew(concurrency_limit=options.pop("limit", None))
+    async def spawn() -> None:
+        crew = server.crew(concurrency_limit=limit)
         calls.append(asyncio.create_task(pc.arun_crew(crew, {"text": "a"}, **options)))
 
-    @flow
     async def trip() -> None:
         held_flow_run.set(held)
-        ids.append(str(flow_run.id))
-        await city()
+        await acall_in_flow(spawn)
         await until(is_time, "it is time")
 
     async with AsyncClientContext.get_or_create() as shared:  # as of a worker
-        await asyncio.create_task(trip())
+        flow_run_id, _ = await asyncio.create_task(acall_in_flow(trip))
         if not is_suspended:
-            await shared.client.set_flow_run_state(uuid.UUID(ids[0]), Cancelling(), force=True)
+            await shared.client.set_flow_run_state(uuid.UUID(flow_run_id), Cancelling(), force=True)
         held.end("suspended" if is_suspended else "cancelled", "The flow run has ended here.")
         (end,) = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
     return end
@@ -419,7 +362,7 @@ async def test_an_outliving_call_waits_no_longer(
     runner: None, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, key: str, waits: str, log: str
 ):
     server = crew_server(scripted({"seconds": 60}, inputs=["text"], flow=True))
-    options = {"limit": await new_limit(1)} if waits == "slot" else {"session": key}
+    options: dict[str, Any] = {"limit": await new_limit(1)} if waits == "slot" else {"session": key}
     if waits == "slot":
         await take_slots(crew_of(server.crew(concurrency_limit=options["limit"])))
     else:
@@ -448,22 +391,21 @@ from prefect import flow
 from prefect_crew import DeployedCrew, arun_crew, kickoff_crew, run_crew, wait_for_crew
 
 crew = DeployedCrew(url=os.environ["CREW_URL"], token=os.environ["CREW_TOKEN"])
-options = {"idempotency_key": os.environ["KEY"] or None}
 
 @flow
 def sync_flow():
-    wait_for_crew(crew, kickoff_crew(crew, {"text": "a"}, **options))
+    wait_for_crew(crew, kickoff_crew(crew, {"text": "a"}))
 
 @flow
 async def async_flow():
-    await arun_crew(crew, {"text": "a"}, **options)
+    await arun_crew(crew, {"text": "a"})
 
 @flow
 async def around():
     sync_flow()
 
 {
-    "script": lambda: run_crew(crew, {"text": "a"}, **options),
+    "script": lambda: run_crew(crew, {"text": "a"}),
     "sync flow": sync_flow,
     "async flow": lambda: asyncio.run(async_flow()),
     "sync flow in an async one": lambda: asyncio.run(around()),
@@ -475,36 +417,32 @@ async def around():
 @pytest.mark.parametrize(
     ("kind", "moment", "number"),
     [
-        *(("script", moment, signal.SIGINT) for moment in ("status", "kickoff")),
+        ("script", "kickoff", signal.SIGINT),
         *((kind, "status", signal.SIGINT) for kind in ("sync flow", "async flow", "sync flow in an async one")),
         ("script", "status", signal.SIGTERM),
     ],
 )
 def test_a_signal_leaves_the_crew_running(
-    crew_server: Any, prefect_server: Any, seen: Seen, tmp_path: Path, key: str, kind: str, moment: str, number: int
+    crew_server: Any, prefect_server: Any, tmp_path: Path, kind: str, moment: str, number: int
 ):
-    held, has_key = Held(), kind != "script" or number is signal.SIGTERM
-    server = crew_server(held, faults=["kickoff:latency=2"] if moment == "kickoff" else [])
-    about = {"CREW_URL": server.url, "CREW_TOKEN": server.token, "KIND": kind, "KEY": key if has_key else ""}
+    server = crew_server(held := Held(), faults=["kickoff:latency=2"] if moment == "kickoff" else [])
     (tmp_path / "script.py").write_text(SCRIPT)
-    env = prefect_server.env(home=tmp_path / "home", PYTHONUNBUFFERED="1", **about)
-    with Process([sys.executable, tmp_path / "script.py"], log=tmp_path / "log", env=env) as process:
+    env = prefect_server.env(home=tmp_path / "home", CREW_URL=server.url, CREW_TOKEN=server.token, KIND=kind)
+    with Process([sys.executable, "-u", tmp_path / "script.py"], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.requests[moment])
         process.send(number)
         assert process.wait(60) != 0
     (run,) = server.runs
     assert str(run.state) == "running"
     assert server.requests["stop"] == 0
+    record = asyncio.run(record_of(run.id))
+    assert record.phase is RecordPhase.STARTED
     if number is signal.SIGINT:
         assert f"Crew run {run.id} is left running" in process.output
         assert f"prefect-crew runs cancel {run.id} --crew {server.url}" in process.output
-        named = re.findall(r"A call with idempotency key '(.+?)' waits for it", process.output)[0]
-        assert has_key is (named == key)
-        key = named
-    record = seen.record(key)
-    assert (record["phase"], record["kickoff_id"]) == ("started", run.id)
+        assert f"A call with idempotency key {record.idempotency_key!r} waits for it" in process.output
     held.release()
-    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=key).output == "done"
+    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=record.idempotency_key).output == "done"
     assert server.kickoffs == 1
 
 
@@ -513,13 +451,16 @@ def test_a_signal_leaves_the_crew_running(
 
 @pytest.mark.parametrize("fault", [None, "status:timeout"])
 async def test_a_stopped_run_is_closed_on_record(server: CrewServer, monkeypatch: Any, fault: str | None):
-    run = await server.crew(price=0.25).atrigger({})
+    run = await server.crew(secret_inputs=["pin"]).atrigger({"pin": "4711471"})
     if fault:
         server.faults.add(fault)
         monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
+    without_inputs = crew_of(server.crew(price=0.25))
     async with asyncio.timeout(5 if fault else 60):
-        answer = await run.astop()
-    assert (answer.outcome, answer.accepted) == (StopOutcome.STOPPED, True)
+        answers = [await stop.stop_run(LiveRun(without_inputs, run.kickoff_id)) for _ in range(2)]
+    assert [answer.outcome for answer in answers] == [StopOutcome.STOPPED, StopOutcome.NOT_STOPPABLE]
+    assert [answer.accepted for answer in answers] == [True, False]
+    assert answers[1].raw is None
     record = await record_of(run.kickoff_id)
     assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
     assert record.ended_at is not None
@@ -527,14 +468,21 @@ async def test_a_stopped_run_is_closed_on_record(server: CrewServer, monkeypatch
         await run.await_for_completion()
 
 
-async def test_a_run_that_completes_at_its_stop_keeps_its_result(crew_server: CrewServerFactory):
+@pytest.mark.parametrize("is_late", [False, True], ids=["the server refuses", "the server was late"])
+async def test_a_run_that_completes_at_its_stop_keeps_its_result(crew_server: CrewServerFactory, is_late: bool):
     server = crew_server(slow(0.1))
     run = await server.crew().atrigger({})
     record = await record_of(run.kickoff_id)
     await until(lambda: str(server.runs[0].state) == "completed", "the run ends")
-    async with server.crew().client() as client:
-        answer = StopAnswer(kickoff_id=run.kickoff_id, outcome=StopOutcome.STOPPED)
-        await stop.close_stopped(client, crew_of(server.crew()), record, answer, PrefectRecords())
+    async with CrewSession(crew_of(server.crew())) as session:
+        if is_late:
+            answer = StopAnswer(kickoff_id=run.kickoff_id, outcome=StopOutcome.STOPPED)
+            await stop.close_stopped(session.client, session.crew, record, answer, PrefectRecords())
+        else:
+            assert not await stop.stop_once(session, record, PrefectRecords())
+    record = await record_of(run.kickoff_id)
+    assert record.phase is RecordPhase.STARTED
+    assert record.reason is None
     await run.await_for_completion()
     assert (await record_of(run.kickoff_id)).state is CrewState.COMPLETED
 
@@ -547,33 +495,6 @@ async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFac
     assert (await run.afetch_result()).output == "done"
     record = await record_of(run.kickoff_id)
     assert record.result is not None, "the secret inputs are known to this process, so the result may be kept"
-
-
-@pytest.mark.parametrize(
-    ("script", "options", "outcome", "of_nobody"),
-    [
-        ("echo", {}, StopOutcome.NOT_STOPPABLE, StopOutcome.UNKNOWN_RUN),
-        (slow(60), {"stop": False}, StopOutcome.UNSUPPORTED, StopOutcome.UNSUPPORTED),
-    ],
-    ids=["ended", "no stop"],
-)
-async def test_a_refused_stop_changes_nothing(
-    crew_server: CrewServerFactory, script: str, options: dict[str, Any], outcome: StopOutcome, of_nobody: StopOutcome
-):
-    server = crew_server(script, **options)
-    run = await server.crew().atrigger({"text": "a"})
-    answer = await run.astop()
-    assert (answer.outcome, answer.accepted) == (outcome, False)
-    assert (await pc.CrewRun(server.crew(), "nobody").astop()).outcome is of_nobody
-    assert (await record_of(run.kickoff_id)).phase is RecordPhase.STARTED
-
-
-async def test_a_server_that_cannot_be_asked_is_an_error(server: CrewServer):
-    server.faults.add("stop:500")
-    run = await server.crew().atrigger({})
-    with pytest.raises(pc.CrewAPIError, match="500"):
-        await run.astop()
-    assert server.requests["stop"] == 1
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
@@ -601,26 +522,20 @@ def test_an_unrecorded_stop_is_reported(server: CrewServer, proxy: Proxy, caplog
 
 async def started(server: CrewServer) -> tuple[uuid.UUID, set[str]]:
     """Kick a crew off in a flow and, with another key, in a subflow of it; return the flow run and the kickoff ids."""
-    ids: list[Any] = []
 
-    @flow
-    async def city() -> None:
-        ids.append(await pc.kickoff_crew(server.crew(show="none", secret_inputs=["pin"]), {"pin": "4711471"}))
+    async def trip() -> set[str]:
+        crew = server.crew(show="none", secret_inputs=["pin"])
+        _, kickoff_id = await acall_in_flow(lambda: pc.kickoff_crew(crew, {"pin": "4711471"}))
+        return {kickoff_id, await pc.kickoff_crew(server.crew())}
 
-    @flow
-    async def trip() -> None:
-        ids.append(flow_run.id)
-        ids.append(await pc.kickoff_crew(server.crew()))
-        await city()
-
-    await trip()
-    return uuid.UUID(ids[0]), {str(ids[1]), str(ids[2])}
+    flow_run_id, kickoff_ids = await acall_in_flow(trip)
+    return uuid.UUID(flow_run_id), kickoff_ids
 
 
 async def open_ids(flow_run_id: uuid.UUID) -> set[str]:
     async with get_client() as client:
-        found = await stop.open_runs_of(client, await client.read_flow_run(flow_run_id))
-    return {str(record.kickoff_id) for record in found}
+        records = await stop.open_runs_of(client, await client.read_flow_run(flow_run_id))
+    return {str(record.kickoff_id) for record in records}
 
 
 @pytest.mark.parametrize(
@@ -633,21 +548,10 @@ def test_open_runs_are_found_by(server: CrewServer, proxy: Proxy, monkeypatch: A
     flow_run_id, kickoff_ids = asyncio.run(started(server))
     assert proxy.requests.count("POST /api/artifacts/") >= 2
     proxy.refuse = None
-    found = asyncio.run(open_ids(flow_run_id))
-    assert found == (kickoff_ids if most or has_artifacts else set())
+    open_ones = kickoff_ids if most or has_artifacts else set[str]()
+    assert asyncio.run(open_ids(flow_run_id)) == open_ones
     asyncio.run(stop.stop_run(LiveRun(crew_of(server.crew()), stopped := min(kickoff_ids))))
-    assert asyncio.run(open_ids(flow_run_id)) == found - {stopped}
-
-
-async def test_a_run_with_unknown_secrets_is_stopped(server: CrewServer):
-    kickoff_id = await pc.kickoff_crew(server.crew(secret_inputs=["pin"]), {"pin": "4711471"})
-    answers = [await stop.stop_run(LiveRun(crew_of(server.crew()), kickoff_id)) for _ in range(2)]
-    assert answers[0].accepted
-    assert answers[1].outcome is StopOutcome.NOT_STOPPABLE
-    record = await PrefectRecords().of_kickoff(kickoff_id)
-    assert record is not None
-    assert record.state is CrewState.STOPPED
-    assert answers[1].raw is None
+    assert asyncio.run(open_ids(flow_run_id)) == open_ones - {stopped}
 
 
 async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
@@ -684,13 +588,3 @@ async def test_the_search_goes_back_to_the_flow_runs_start(server: CrewServer, m
     assert begun.start_time is not None
     assert {claim.fields["flow_run_id"] for claim in await stop._latest_claims(begun.start_time, owners)} == owners
     assert await stop._latest_claims(utcnow(), owners) == []
-
-
-def test_the_search_does_not_grow_with_records(server: CrewServer, proxy: Proxy):
-    flow_run_id, _ = asyncio.run(started(server))
-    proxy.requests.clear()
-    asyncio.run(open_ids(flow_run_id))
-    # The claims by their names, two pages of the latest changes, and for each key its attempts and their permits.
-    assert proxy.count("POST /api/variables/filter") <= 1 + 2 + 2 * 2
-    assert proxy.count("POST /api/artifacts/filter") == 1
-    assert proxy.count("POST /api/flow_runs/filter") == 2
