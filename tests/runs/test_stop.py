@@ -7,6 +7,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,6 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records import variables
 from prefect_crew.records.model import RecordPhase, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import stop
@@ -93,18 +93,20 @@ def cancelled(
 
 def test_two_local_waits_stop_their_run_once(server: CrewServer, seen: Seen, key: str):
     server.faults.add("stop:latency=0.5")
-    ends: list[Any] = []
+    ends, waits = list[Any](), set[Any]()
+    crew: Any = replace(crew_of(server.crew()), on_status=lambda run, _: waits.add(run))
 
     @flow
     def city() -> None:
-        pc.run_crew(server.crew(), idempotency_key=key)
+        pc.run_crew(crew, idempotency_key=key)
 
     async def call() -> None:
-        waits = [asyncio.to_thread(city), pc.arun_crew(server.crew(), idempotency_key=key)]
-        ends.extend(await asyncio.gather(*waits, return_exceptions=True))
+        calls = [asyncio.to_thread(city), pc.arun_crew(crew, idempotency_key=key)]
+        ends.extend(await asyncio.gather(*calls, return_exceptions=True))
 
-    _, flow_run_id = cancelled(server, seen, call, when=lambda: server.requests["status"] >= 4)
+    _, flow_run_id = cancelled(server, seen, call, when=lambda: len(waits) == 2)
     assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.CrewStoppedError]
+    assert server.kickoffs == 1
     assert server.requests["stop"] == 1
     assert seen.record(key)["state"] == "stopped"
     # The server ends it as Cancelled, after five minutes.
@@ -156,7 +158,7 @@ def test_a_crew_that_cannot_be_stopped_runs_on(
     assert f"continues at {server.url}" in seen.logs(flow_run_id)
     assert seen.record(key)["phase"] == "started"
     assert seen.record(key)["reason"] == reason, "noted before /stop is sent: a lost answer says nothing"
-    assert server.requests["stop"] == 1
+    assert server.requests["stop"] == ("faults" in options)
 
 
 # Who started the run
@@ -339,7 +341,7 @@ async def test_an_outliving_call_takes_no_permit(
     assert is_suspended or "no run was started" in str(end)
     assert server.requests["kickoff"] == len(kept), "it is not sent again"
     assert await phases(key) == kept
-    await asyncio.wait_for(take_slots(crew_of(server.crew(concurrency_limit=limit))), 5)  # it was given back
+    await asyncio.wait_for(take_slots(crew_of(server.crew(concurrency_limit=limit))), 60)  # it was given back
 
 
 async def test_an_outliving_call_sends_no_kickoff(runner: None, crew_server: Any, key: str, monkeypatch: Any):
@@ -576,8 +578,8 @@ async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
 
 
 async def test_the_search_goes_back_to_the_flow_runs_start(server: CrewServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(variables, "PAGE", 2)
-    monkeypatch.setattr(variables, "OVERLAP", 1)
+    monkeypatch.setattr("prefect_crew.records.variables.PAGE", 2)
+    monkeypatch.setattr("prefect_crew.records.variables.OVERLAP", 1)
     flow_run_id, _ = await started(server)
     async with get_client() as client:
         begun = await client.read_flow_run(flow_run_id)

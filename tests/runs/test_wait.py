@@ -16,15 +16,13 @@ import pytest
 from pydantic import SecretStr, create_model
 
 import prefect_crew as pc
-from prefect_crew._internal import asyncio_tasks, prefect_api
+from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs import polling
-from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.kickoff import open_run
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
@@ -149,7 +147,7 @@ async def test_a_cancelled_wait_reports_its_end(server: CrewServer, seen: Seen, 
 
     monkeypatch.setattr(PrefectRecords, "end", slow_end)
     if is_stuck:
-        monkeypatch.setattr(asyncio_tasks, "UNCUT_FOR", 0.2)
+        monkeypatch.setattr("prefect_crew._internal.asyncio_tasks.UNCUT_FOR", 0.2)
     run = await server.crew().atrigger({})
     waiting = asyncio.ensure_future(run.await_for_completion())
     await ending.wait()
@@ -274,6 +272,16 @@ async def test_a_wait_for_a_person_is_reported_once(crew_server: Any, caplog: py
     ]
 
 
+async def test_a_result_too_large_to_store_is_read_again(crew_server: Any, key: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("prefect_crew.records.results.LARGEST", 8000)
+    server = crew_server(script({"output": "{{ 'x' * 9000 }}"}))
+    for _ in range(2):
+        assert len((await again(server, key)).output) == 9000
+    server.faults.add("status:forgotten")
+    with pytest.raises(pc.CrewLostError, match="it has completed, but the server has forgotten the result"):
+        await again(server, key)
+
+
 async def test_a_misfitting_result_is_kept(crew_server: CrewServerFactory, key: str):
     server, text = crew_server(script({"output": '{"city": "Lisbon"}'})), '{"city": "Lisbon"}'
     trip = create_model("Trip", city=str, days=int)
@@ -356,7 +364,7 @@ async def shown(seen: Seen, server: CrewServer, crew: pc.DeployedCrew) -> str:
 
 
 async def test_a_page_comes_before_the_first_look(slow_server: CrewServer, seen: Seen, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(polling, "fast_intervals", [])
+    monkeypatch.setattr("prefect_crew.runs.polling.fast_intervals", [])
     crew = slow_server.crew(wait=pc.WaitPolicy(initial=60))
     running = asyncio.ensure_future(pc.arun_crew(crew, {}))
     page = await until(lambda: shown(seen, slow_server, crew), "its page")
@@ -383,7 +391,7 @@ async def test_a_lasting_error_ends_the_wait(server: CrewServer, seen: Seen, key
 
 
 async def test_a_late_page_holds_no_polls(crew_server: Any, monkeypatch: pytest.MonkeyPatch, proxy: Proxy, seen: Seen):
-    monkeypatch.setattr(wait_module, "SHOW_EVERY", 0.0)
+    monkeypatch.setattr("prefect_crew.runs.wait.SHOW_EVERY", 0.0)
     free, take, shows = asyncio.Event(), prefect_api._Turns.turn, list[Any]()
 
     @contextlib.asynccontextmanager
