@@ -408,7 +408,7 @@ async def test_a_late_page_holds_no_polls(crew_server: Any, monkeypatch: pytest.
     running = asyncio.ensure_future(pc.arun_crew(crew, {}))
     await until(lambda: server.requests["status"] > 3, "the run is polled while its page waits for its turn")
     held.release()
-    await until(lambda: len(shows) > 1, "its end is to be shown")
+    await until(lambda: len(shows) > 1, "its end is to be shown", seconds=15)  # the first gives up after 30
     assert proxy.count("/api/artifacts") == 0
     free.set()
     assert (await running).output == "done"
