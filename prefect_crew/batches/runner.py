@@ -65,7 +65,7 @@ from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import LiveRun, close_run
-from prefect_crew.runs.stop import close_stopped, is_cancelled, is_cancelled_on_server
+from prefect_crew.runs.stop import cancelled_on_server, close_stopped, is_cancelled
 from prefect_crew.runs.turns import EarlierTurnError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -675,7 +675,7 @@ async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[
 
 async def _is_flow_run_cancelled(own: str | None) -> bool:
     try:
-        return await asyncio.wait_for(is_cancelled_on_server(own), ASK_WITHIN)
+        return await asyncio.wait_for(cancelled_on_server(own), ASK_WITHIN) is not None
     except (*PREFECT_ERRORS, TimeoutError):
         return False
 

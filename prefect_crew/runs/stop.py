@@ -24,7 +24,7 @@ from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
-from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, read_all, run_logger
+from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, held_flow_run, read_all, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.run import claims_shown, render_run
 from prefect_crew.client import CrewClient
@@ -68,8 +68,8 @@ def started_by_runner() -> bool:
 # Is the flow run cancelled?
 
 
-async def is_cancelled_on_server(run_id: str | None) -> bool:
-    """Return whether a flow run, or a flow run above it, is cancelled or cancelling.
+async def cancelled_on_server(run_id: str | None) -> str | None:
+    """Return the id of a flow run, or of a flow run above it, that is cancelled or cancelling; None if none is.
 
     A person who cancels a flow run means its subflows too, but their own states do not change. A flow run of a
     deployment runs by itself: Prefect does not cancel it with the flow run that triggered it.
@@ -78,19 +78,19 @@ async def is_cancelled_on_server(run_id: str | None) -> bool:
         PREFECT_ERRORS: The Prefect API cannot be reached.
     """
     if run_id is None:
-        return False
+        return None
     at: UUID | None = UUID(run_id)
     async with get_client() as client:
         while at is not None:
             try:
                 flow_run = await client.read_flow_run(at)
                 if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
-                    return True
+                    return str(at)
                 parent = flow_run.parent_task_run_id if flow_run.deployment_id is None else None
                 at = None if parent is None else (await client.read_task_run(parent)).flow_run_id
             except ObjectNotFound:
                 break
-    return False
+    return None
 
 
 # The time of the last request about an attempt of a flow run, and its answer. Process-wide: the many waits of one flow
@@ -105,13 +105,20 @@ def _attempt(run_id: str) -> tuple[str, int]:
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
+def _attempts_around() -> list[tuple[str, int]]:
+    """Return the attempts of the flow runs around this call, the innermost first: a subflow has an id of its own."""
+    flow_runs = [context.flow_run for context in contexts_around(FlowRunContext)]
+    return [(str(flow_run.id), flow_run.run_count) for flow_run in flow_runs if flow_run is not None]
+
+
 def is_known_cancelled(caller: Caller) -> bool:
     """Return whether this process already knows that a caller's flow run was cancelled or has ended. It makes no
     request."""
     held = held_flow_run.get()
     if held is not None and (held.was_cancelled or held.is_left):
         return True
-    return _asked.get((str(caller.flow_run_id), caller.flow_run_count), (0.0, False))[1]
+    known = [(str(caller.flow_run_id), caller.flow_run_count), *_attempts_around()]
+    return any(_asked.get(attempt, (0.0, False))[1] for attempt in known)
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
@@ -135,10 +142,13 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
         del _asked[next(iter(_asked))]
     try:
         async with asyncio.timeout(LOOK_WITHIN):
-            cancelled = await is_cancelled_on_server(run_id)
+            cancelled_id = await cancelled_on_server(run_id)
     except (*PREFECT_ERRORS, TimeoutError):
         return False
-    _asked[key] = time.monotonic(), cancelled
+    cancelled, at = cancelled_id is not None, time.monotonic()
+    _asked[key] = at, cancelled
+    # A flow run above may be the cancelled one: it starts nothing more either.
+    _asked.update({attempt: (at, True) for attempt in _attempts_around() if attempt[0] == cancelled_id})
     return cancelled
 
 
@@ -244,7 +254,7 @@ async def stop_if_asked(session: CrewSession, record: RunRecord, records: Record
     """
 
     async def stop() -> bool:
-        if await is_cancelled_on_server(flow_run_id()):
+        if await cancelled_on_server(flow_run_id()):
             return not await is_of_another(record, records) and await stop_once(session, record, records)
         log.warning(
             "Crew run %s is left running at %s: its flow run was not cancelled. A call with idempotency key %r waits "
@@ -288,7 +298,7 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
     if owner is None or owner == flow_run_id() or await records.owner_ended(record):
         return False
     # The state of a subflow does not show that its parent was cancelled, or that its process has ended.
-    if await is_cancelled_on_server(owner):
+    if await cancelled_on_server(owner):
         return False
     run_logger().warning(
         "Crew run %s is left running at %s: flow run %s started it and has not ended. To stop the crew, cancel that "

@@ -113,12 +113,16 @@ def test_two_local_waits_stop_their_run_once(server: CrewServer, seen: Seen, key
     assert seen.flow_run(flow_run_id)["state"]["type"] == "CANCELLING"
 
 
-def test_a_cancelled_flow_starts_nothing_more(server: CrewServer, seen: Seen):
+@pytest.mark.parametrize("places", ["flow flow flow", "flow subflow subflow", "subflow flow subflow"])
+def test_a_cancelled_flow_starts_nothing_more(server: CrewServer, seen: Seen, places: str):
     ends: list[Any] = []
 
+    async def trip() -> None:
+        ends.extend(await asyncio.gather(pc.arun_crew(server.crew()), return_exceptions=True))
+
     async def trips() -> None:
-        for _ in range(3):
-            ends.extend(await asyncio.gather(pc.arun_crew(server.crew()), return_exceptions=True))
+        for place in places.split():
+            await (trip() if place == "flow" else flow(trip)())
 
     cancelled(server, seen, trips)
     assert server.kickoffs == 1
@@ -573,8 +577,8 @@ async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
         assert await open_ids(uuid.UUID(own)) == set()
         assert len(await open_ids(uuid.UUID(deployed))) == 1
         await client.set_flow_run_state(uuid.UUID(own), Cancelling(), force=True)
-    assert await stop.is_cancelled_on_server(own)
-    assert not await stop.is_cancelled_on_server(deployed)
+    assert await stop.cancelled_on_server(own)
+    assert not await stop.cancelled_on_server(deployed)
 
 
 async def test_the_search_goes_back_to_the_flow_runs_start(server: CrewServer, monkeypatch: pytest.MonkeyPatch):
