@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,10 +17,8 @@ from unittest.mock import AsyncMock
 import anyio
 import httpx
 import pytest
-from prefect import flow
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.states import Failed
 
 import prefect_crew as pc
 from prefect_crew._internal import prefect_api
@@ -37,6 +34,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import claims
 from prefect_crew.runs import kickoff as kickoff_module
 from prefect_crew.states import CrewState
+from support.flow_runs import acall_in_flow
 from support.proxy import Proxy
 from support.records import LONG_AGO, attempts, new_record, phases, put, start
 from support.webhooks import until
@@ -59,90 +57,44 @@ async def claim(key: str, server: CrewServer, *, permit: float | None = None, **
 # Claims of others
 
 
-async def test_a_run_of_a_later_number_needs_no_check_of_inputs(server: CrewServer, key: str):
-    # The first number is free, so the call claims it before it has read that the second one holds a run.
-    server.faults.add("inputs:401@1-")
-    await claim(key, server, permit=60.0, attempt=2, phase=STARTED, kickoff_id=(theirs := f"theirs {uuid.uuid4()}"))
-    assert (await start(server, key)).kickoff_id == theirs
-    assert server.requests["kickoff"] == 0
-
-
-@pytest.mark.parametrize("given_back", [False, True])
-async def test_a_claim_of_another_is_waited_for(server: CrewServer, key: str, given_back: bool):
-    stored, theirs = await claim(key, server), f"theirs {uuid.uuid4()}"
-    finding = asyncio.ensure_future(start(server, key))
-    done, _ = await asyncio.wait({finding}, timeout=0.5)
-    assert not done
-    if not given_back:
-        assert await RECORDS.permit(stored, 30)
-        stored.kickoff_id, stored.kicked_off_at = theirs, utcnow()
-    stored.phase = NOT_STARTED if given_back else STARTED
-    await RECORDS.save(stored)
-    assert (await finding).kickoff_id in ([run.id for run in server.runs] if given_back else [theirs])
-    assert await phases(key) == [NOT_STARTED] * given_back + [STARTED]
-
-
-LOST: dict[str, Any] = {"flow_run_id": str(uuid.UUID(int=7))}
-"""Of a claim whose flow run is gone."""
-
-
-@pytest.mark.parametrize("fields", [{"good_for": LONG_AGO}, LOST, {"good_for": LONG_AGO, "inputs_digest": "d" * 32}])
-async def test_a_claim_without_a_kickoff_is_voided(server: CrewServer, key: str, fields: dict[str, Any]):
-    theirs = await claim(key, server, **fields)
+async def test_a_voided_claim_is_no_conflict(server: CrewServer, key: str):
+    theirs = await claim(key, server, good_for=LONG_AGO, inputs_digest="d" * 32)
     run = await start(server, key)
-    assert [run.kickoff_id] == [one.id for one in server.runs]
+    assert [run.kickoff_id] == [sent.id for sent in server.runs]
     assert await phases(key) == [NOT_STARTED, STARTED]
     assert not await RECORDS.permit(theirs, 30), "its owner, were it alive, would get that error"
 
 
-@pytest.mark.parametrize(("permit", "fields"), [(LONG_AGO, {}), (60.0, LOST)], ids=["time is up", "flow run is gone"])
-async def test_a_kickoff_that_may_be_sent_is_uncertain(server: CrewServer, key: str, permit: float, fields: Any):
-    await claim(key, server, permit=permit, **fields)
+async def test_a_kickoff_of_a_lost_flow_run_is_uncertain(server: CrewServer, key: str):
+    await claim(key, server, permit=60.0, flow_run_id=str(uuid.UUID(int=7)))
     with pytest.raises(pc.KickoffUncertainError, match="ended before it recorded the answer"):
         await asyncio.wait_for(start(server, key), 20)
     assert server.requests["kickoff"] == 0
 
 
 async def test_a_retry_says_at_once_that_its_kickoff_is_uncertain(server: CrewServer, key: str):
-    @flow(retries=1)
-    async def trip() -> None:
+    async def call() -> None:
         if flow_run.run_count == 1:  # its process was killed with a permit that is good for ten minutes
             await claim(key, server, permit=600, flow_run_id=str(flow_run.id), flow_run_count=1)
             raise RuntimeError("killed")
-        await pc.arun_crew(server.crew(), {"text": "a"}, idempotency_key=key)
+        await start(server, key)
 
     with pytest.raises(pc.KickoffUncertainError):
-        await trip()
+        await acall_in_flow(call, retries=1)
     assert server.requests["kickoff"] == 0
 
 
-async def test_a_run_whose_permit_is_over_is_claimed_anew(
-    server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch
-):
-    leases: list[float] = []
-
-    def lease(seconds: float) -> Lease:
-        leases.append(seconds)
-        return Lease(LONG_AGO if len(leases) == 2 else seconds)  # the claim's, then its permit's
-
-    monkeypatch.setattr(kickoff_module, "Lease", lease)
-    await start(server, key)
-    assert len(leases) == 5
-    assert (server.requests["kickoff"], server.kickoffs) == (1, 1)
-    assert await phases(key) == [NOT_STARTED, STARTED]
-
-
 @pytest.mark.parametrize(
-    ("inputs", "says"),
+    ("inputs", "message"),
     [({"text": "a"}, "this call lost each claim before its kickoff could be sent"), ({}, "Missing inputs: text")],
     ids=["to send it", "to check inputs"],
 )
 async def test_claims_that_are_over_start_nothing(
-    server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, str], says: str
+    server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch, inputs: dict[str, str], message: str
 ):
     monkeypatch.setattr(kickoff_module, "LIMITED_FOR", 0.5)
     monkeypatch.setattr(kickoff_module, "Lease", lambda seconds: Lease(LONG_AGO))
-    with pytest.raises(pc.CrewError, match=says):
+    with pytest.raises(pc.CrewError, match=message):
         await start(server, key, inputs)
     assert server.requests["kickoff"] == 0
     assert set(await phases(key)) == {NOT_STARTED}
@@ -177,24 +129,6 @@ async def test_an_unreadable_permit_starts_nothing(server: CrewServer, key: str,
 
 
 # The numbers of a key
-
-
-async def test_a_start_that_is_refused_again_leaves_no_record(server: CrewServer, key: str):
-    for _ in range(3):
-        with pytest.raises(pc.InvalidInputsError, match="text"):
-            await start(server, key, {})
-        assert await phases(key) == []
-    run = await start(server, key)
-    assert [(one.attempt, one.kickoff_id) for one in await attempts(key)] == [(1, run.kickoff_id)]
-
-
-async def test_a_key_without_a_number_left_starts_nothing(server: CrewServer, key: str, monkeypatch: Any):
-    monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
-    for attempt in (1, 2):
-        await claim(key, server, attempt=attempt, **FAILED)
-    with pytest.raises(pc.TooManyAttemptsError, match=r"Nothing was started. .* prefect-crew runs prune"):
-        await start(server, key)
-    assert not server.requests
 
 
 async def test_unstarted_kickoffs_use_up_no_number(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
@@ -253,12 +187,10 @@ async def cancelled_at(
     [
         (["kickoff:latency=1"], "cancelled", [STARTED]),
         (["kickoff:latency=1"], "timed out", [STARTED]),
-        (["kickoff:latency=1"], "timed out in a gather", [STARTED]),
         (["kickoff:latency=1", "kickoff:404"], "cancelled", [NOT_STARTED]),
         (["kickoff:latency=1", "kickoff:500"], "cancelled", [UNCERTAIN]),
         (["kickoff:429=30"], "timed out in a gather", [NOT_STARTED]),
         (["inputs:latency=30"], "cancelled", []),
-        (["inputs:latency=30"], "timed out", []),
     ],
 )
 async def test_a_cancelled_kickoff_is_on_record(
@@ -287,23 +219,11 @@ async def test_a_kickoff_not_on_its_way_is_not_sent(server: CrewServer, key: str
     assert await phases(key) == [NOT_STARTED]
 
 
-@pytest.mark.parametrize("problem", ["cancelled", "no block any more"])
-async def test_a_token_without_renewal_starts_nothing(server: CrewServer, key: str, monkeypatch: Any, problem: str):
-    reading = asyncio.Event()
-
-    async def reloaded(self: Crew) -> None:
-        reading.set()
-        if problem == "cancelled":
-            await asyncio.Event().wait()
-        raise TypeError(problem)
-
-    monkeypatch.setattr(Crew, "reloaded", reloaded)
+async def test_a_token_without_renewal_starts_nothing(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Crew, "reloaded", AsyncMock(side_effect=TypeError("no block any more")))
     server.faults.add("kickoff:401")
-    if problem == "cancelled":
-        await cancelled_at(reading.is_set, server, key)
-    else:
-        with pytest.raises(TypeError):
-            await start(server, key)
+    with pytest.raises(TypeError):
+        await start(server, key)
     assert await phases(key) == [NOT_STARTED]
 
 
@@ -331,8 +251,7 @@ async def test_an_endless_post_is_not_waited_for(server: CrewServer, key: str, m
     assert await phases(key) in ([CLAIMED], [UNCERTAIN])
 
 
-@pytest.mark.parametrize("fault", ["inputs:latency=60", "kickoff:404"])
-async def test_a_cancelled_start_waits_for_no_slow_save(server: CrewServer, key: str, monkeypatch: Any, fault: str):
+async def test_a_cancelled_start_waits_for_no_slow_save(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
     begun = asyncio.Event()
 
     async def hang(*_: Any) -> None:
@@ -341,9 +260,9 @@ async def test_a_cancelled_start_waits_for_no_slow_save(server: CrewServer, key:
 
     monkeypatch.setattr(kickoff_module, "FINISH", 0.3)
     monkeypatch.setattr(PrefectRecords, "save", hang)
-    server.faults.add(fault)
+    server.faults.add("kickoff:404")
     async with asyncio.timeout(20) as limit:
-        await cancelled_at("inputs" if "inputs" in fault else begun.is_set, server, key, after=0)
+        await cancelled_at(begun.is_set, server, key, after=0)
     assert not limit.expired(), "it ends without the save"
 
 
@@ -359,22 +278,6 @@ async def test_a_claim_is_given_back_despite_a_cancellation(server: CrewServer, 
     server.faults.add("inputs:401")
     await cancelled_at(withdrawing.is_set, server, key, after=0)
     assert await phases(key) == []
-
-
-async def test_a_cancelled_call_keeps_what_was_resolved(server: CrewServer, key: str, monkeypatch: Any):
-    permit, asking = PrefectRecords.permit, asyncio.Event()
-
-    async def slow_permit(records: PrefectRecords, record: RunRecord, good_for: float, **options: Any) -> bool:
-        asking.set()
-        await asyncio.sleep(0.3)
-        stored = (await attempts(key))[0]
-        assert await RECORDS.resolve(stored, STARTED, kickoff_id="theirs")
-        return await permit(records, record, good_for, **options)
-
-    monkeypatch.setattr(PrefectRecords, "permit", slow_permit)
-    await cancelled_at(asking.is_set, server, key, after=0)
-    assert await phases(key) == [STARTED]
-    assert server.requests["kickoff"] == 0
 
 
 # Event loops that end, as that of `run_crew` in a flow that is not async where it times out or a worker shuts down
@@ -394,55 +297,37 @@ def end_the_loop(server: CrewServer, key: str, is_time: Callable[[], Any]) -> li
     return asyncio.run(attempts(key))
 
 
-def hold_connections(monkeypatch: pytest.MonkeyPatch, are_held: Callable[[Any], bool], *, seconds: float) -> Any:
-    """Hold the first connection to a port of which `are_held` is true, and return what is set once it is held."""
-    connect, held = asyncio.BaseEventLoop.create_connection, threading.Event()
-
-    async def slow_connect(loop: Any, factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
-        if not held.is_set() and are_held(port):
-            held.set()
-            await asyncio.sleep(seconds)
-        return await connect(loop, factory, host, port, **options)
-
-    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", slow_connect)
-    return held
-
-
 def test_an_ended_loop_sees_its_kickoff_to_the_end(server: CrewServer, key: str):
     server.faults.add("kickoff:latency=1.0@1")
     (record,) = end_the_loop(server, key, lambda: server.requests["kickoff"])
     assert (record.phase, record.kickoff_id) == (STARTED, server.runs[0].id)
 
 
-@pytest.mark.parametrize("to", ["crew", "prefect"])
-def test_an_ended_loop_leaves_nothing_uncertain(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch, to: str):
-    """It ends before the first byte of the kickoff, which needs a connection of its own, or while its id is written."""
-    monkeypatch.setattr(_transport, "POST_KEEPALIVE", -1.0)
-    last, seconds = {"crew": ("inputs", 60.0), "prefect": ("kickoff", 1.0)}[to]
+@pytest.mark.parametrize(
+    ("last", "seconds", "phase"),
+    [("inputs", 60.0, NOT_STARTED), ("kickoff", 1.0, STARTED)],
+    ids=["before the first byte of the kickoff", "while its id is written"],
+)
+def test_an_ended_loop_leaves_nothing_uncertain(
+    server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch, last: str, seconds: float, phase: RecordPhase
+):
+    """It ends while the first new connection after the last request to the crew is made, which takes its time."""
+    connect, held = asyncio.BaseEventLoop.create_connection, threading.Event()
 
-    def is_held(port: Any) -> bool:
-        return bool(server.requests[last]) and (str(port) in server.url) is (to == "crew")
+    async def slow_connect(loop: Any, factory: Any, host: Any = None, port: Any = None, **options: Any) -> Any:
+        if server.requests[last] and not held.is_set() and (str(port) in server.url) is (last == "inputs"):
+            held.set()
+            await asyncio.sleep(seconds)
+        return await connect(loop, factory, host, port, **options)
 
-    (record,) = end_the_loop(server, key, hold_connections(monkeypatch, is_held, seconds=seconds).is_set)
-    assert server.requests["kickoff"] == (to == "prefect")
-    assert record.phase is (NOT_STARTED if to == "crew" else STARTED)
+    monkeypatch.setattr(_transport, "POST_KEEPALIVE", -1.0)  # the kickoff needs a connection of its own
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", slow_connect)
+    (record,) = end_the_loop(server, key, held.is_set)
+    assert server.requests["kickoff"] == (phase is STARTED)
+    assert record.phase is phase
 
 
 # A Prefect API that is away
-
-
-async def test_nothing_is_sent_where_no_claim_can_be_written(server: CrewServer, key: str, proxy: Proxy):
-    proxy.cut()
-    with pytest.raises(pc.PrefectAwayError, match=r"does not answer.*Nothing was started") as caught:
-        await start(server, key)
-    assert isinstance(caught.value.__cause__, httpx.HTTPError)
-    assert not server.requests
-
-
-async def test_a_kickoff_task_is_retried_where_prefect_was_away():
-    for error, is_retried in ((pc.PrefectAwayError("away"), True), (pc.CrewError("refused"), False)):
-        is_retryable: Any = pc.kickoff_crew.retry_condition_fn
-        assert await is_retryable(pc.kickoff_crew, None, Failed(data=error)) is is_retried
 
 
 @pytest.mark.parametrize("what", ["claim", "permit"])
@@ -522,22 +407,16 @@ async def test_without_a_new_permit_nothing_is_sent_again(server: CrewServer, ke
     assert await phases(key) == [NOT_STARTED]
 
 
-async def test_a_lease_begins_when_its_request_is_sent(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
-    begin, once, began = Lease.begin, prefect_api._request_once, list[float]()
+async def test_a_lease_begins_before_its_request(key: str, monkeypatch: pytest.MonkeyPatch):
+    """The Prefect server counts the time of a claim from its creation, which the caller does not see."""
+    request, leases = prefect_api._request_once, [Lease(30.0, _wall=0.0), Lease(30.0, _wall=0.0)]
+    record, unsent = new_record(key), iter(leases)
 
-    def noted(lease: Lease) -> None:
-        lease._wall, lease._monotonic = 0.0, 0.0  # what it waited for before does not count
-        assert lease.is_over
-        begin(lease)
-        began.append(time.monotonic())
+    async def send(client: Any, method: str, path: str, **options: Any) -> Any:
+        assert path != "/variables/" or not next(unsent).is_over
+        return await request(client, method, path, **options)
 
-    async def sent(client: Any, method: str, path: str, *, json: Any) -> Any:
-        if method == "POST" and str(json.get("name")).startswith("crew_run_"):
-            began.append(0.0)
-        return await once(client, method, path, json=json)
-
-    monkeypatch.setattr(Lease, "begin", noted)
-    monkeypatch.setattr(prefect_api, "_request_once", sent)
-    await start(server, key)
-    assert [bool(moment) for moment in began] == [True, False] * 2, "each begins right before its request"
-    assert len(await attempts(key)) == 1
+    monkeypatch.setattr(prefect_api, "_request_once", send)
+    assert await RECORDS.claim(record, leases[0])
+    assert await RECORDS.permit(record, 30, before=leases[0], lease=leases[1])
+    assert next(unsent, None) is None

@@ -30,7 +30,7 @@ from prefect_crew.testing import CrewServerFactory
 from prefect_crew.webhooks import read_token
 from support.asking import AskingServer, judging
 from support.flow_runs import acall_in_flow
-from support.scripts import ASKS, script
+from support.scripts import script
 from support.waiting import until
 from support.webhooks import SECRET, served
 
@@ -155,37 +155,6 @@ async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(pc.CrewError, match="Nothing was sent"):
             await approve(crew, kickoff_id)
         assert server.resumes == []
-
-
-# From outside of the wait, by the task or by `CrewRun.resume`
-
-
-async def waits(server: Any, run: pc.CrewRun) -> None:
-    await until(lambda: str(server.run(run.kickoff_id).state) == "waiting", "it asks")
-
-
-async def test_a_refused_answer_may_be_given_again(crew_server: CrewServerFactory):
-    server = crew_server(ASKS, response_format="union", faults=["resume:404@1"])
-    run = await server.crew().atrigger({})
-    await waits(server, run)
-    with pytest.raises(pc.NotFoundError):
-        await run.aresume("shorter", approve=False)
-    assert (await run.aresume("shorter", approve=False)).status == "retrying"
-    await waits(server, run)
-    assert (await run.aresume("fine", approve=True, task_id="draft")).status == "resumed"
-    await run.await_for_completion()
-
-
-@pytest.mark.parametrize("state", ["completed", "unknown"])
-async def test_a_run_without_a_question_takes_no_answer(crew_server: CrewServerFactory, state: str):
-    server = crew_server("echo")
-    run = await server.crew().atrigger({"text": "a"})
-    await run.await_for_completion()
-    if state == "unknown":
-        run = pc.CrewRun(server.crew(), "nobody")
-    with pytest.raises(pc.NotWaitingError, match=f"does not wait for a person: it is {state}"):
-        await run.aresume("fine", approve=True)
-    assert server.requests["resume"] == 0
 
 
 # What a reviewer sees of a question whose status shows nothing: what the webhook brought, else where to look

@@ -13,7 +13,7 @@ import pytest
 from prefect import flow
 from prefect.runtime import flow_run as this_flow_run
 
-from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew, resume_crew
+from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.store import PrefectRecords
@@ -200,13 +200,6 @@ def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer, seen: See
     assert len(ended) == 3
     assert {"tea" in text for text in asked} == {True, False}
     assert server.requests["resume"] == 3
-
-
-def test_an_answer_from_elsewhere_ends_the_form(server: CrewServer, asking: Any) -> None:
-    run = asking().form()
-    resume_crew(server.crew(), server.runs[0].id, approve=True)
-    assert run.result().output.startswith("Printed")
-    assert server.requests["resume"] == 1
 
 
 @pytest.mark.parametrize(("response_format", "seconds"), [("union", 0), ("documented", 2)])

@@ -158,6 +158,7 @@ async def test_a_question_is_sent_once_but_no_functions(review: Any, links_on: N
         ("no secret", "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, the receiver's secret, is not set"),
         ("short secret", "The webhook secret has 5 characters"),
         ("bad url", "PREFECT_INTEGRATIONS_CREW_ANSWER_URL 'hooks.example' does not start with https://"),
+        ("not stored", "the crew is no stored block, so the receiver has no token for it"),
     ],
 )
 async def test_an_unsent_link_is_in_the_log(
@@ -172,16 +173,20 @@ async def test_an_unsent_link_is_in_the_log(
     }.get(trouble, lambda: None)()
     chat = Chat(answer=500 if trouble == "refused" else 200, delay=4.0 if trouble == "slow" else 0.0)
     with chat, CrewServer(ASKS) as server, caplog.at_level(logging.WARNING):
+        crew = server.crew(wait=QUICK)
+        if trouble != "not stored":
+            await crew.asave(key)
         async with notifying(chat) as automation:
             if trouble == "unnamed":
                 async with get_client() as client:
                     await client.delete_automation(UUID(automation))
-            async with running(server.crew(wait=QUICK), key) as flow_run:
-                said = await until(lambda: [line for line in caplog.messages if UNSENT in line], "the warning")
-                assert f"Crew run {server.runs[0].id}: {UNSENT}: {reason}" in said[0]
-                assert f"Answer: prefect-crew reviews approve {server.runs[0].id}" in said[0]
-                await _approve(server)
-                assert await flow_run == "printed"
+            flow_run = asyncio.create_task(acall_in_flow(lambda: pc.arun_crew(crew, {}, idempotency_key=key)))
+            (message,) = await until(lambda: [line for line in caplog.messages if UNSENT in line], "the warning")
+            assert f"Crew run {server.runs[0].id}: {UNSENT}: {reason}" in message
+            assert f"Answer: prefect-crew reviews approve {server.runs[0].id}" in message
+            await _approve(server)
+            assert (await flow_run)[1].output == "printed"
+        assert bool(chat.links) is (trouble in ("refused", "slow"))
     assert await _labels(key, at_least=2) == ["yes", "no"], "the automation sends its alert"
 
 
@@ -208,17 +213,6 @@ async def test_a_disabled_alert_sends_nothing(links_on: None, key: str, caplog: 
                 await flow_run
         assert chat.got == []
         assert UNSENT not in caplog.text
-
-
-async def test_a_crew_that_is_not_stored_gets_no_link(links_on: None, caplog: pytest.LogCaptureFixture):
-    with Chat() as chat, CrewServer(ASKS) as server:
-        async with notifying(chat):
-            flow_run = asyncio.create_task(acall_in_flow(lambda: pc.arun_crew(server.crew(wait=QUICK), {})))
-            await until(lambda: UNSENT in caplog.text, "the warning")
-            await _approve(server)
-            await flow_run
-        assert chat.links == []
-    assert "the crew is no stored block, so the receiver has no token for it" in caplog.text
 
 
 def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, key: str):
