@@ -57,6 +57,21 @@ async def claim(key: str, server: CrewServer, *, permit: float | None = None, **
 # Claims of others
 
 
+@pytest.mark.parametrize("given_back", [False, True])
+async def test_a_claim_of_another_is_waited_for(server: CrewServer, key: str, given_back: bool):
+    stored, theirs = await claim(key, server), f"theirs {uuid.uuid4()}"
+    finding = asyncio.ensure_future(start(server, key))
+    done, _ = await asyncio.wait({finding}, timeout=0.5)
+    assert not done
+    if not given_back:
+        assert await RECORDS.permit(stored, 30)
+        stored.kickoff_id, stored.kicked_off_at = theirs, utcnow()
+    stored.phase = NOT_STARTED if given_back else STARTED
+    await RECORDS.save(stored)
+    assert (await finding).kickoff_id in ([run.id for run in server.runs] if given_back else [theirs])
+    assert await phases(key) == [NOT_STARTED] * given_back + [STARTED]
+
+
 async def test_a_voided_claim_is_no_conflict(server: CrewServer, key: str):
     theirs = await claim(key, server, good_for=LONG_AGO, inputs_digest="d" * 32)
     run = await start(server, key)
