@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import anyio
@@ -141,13 +142,16 @@ async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_serv
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
-async def test_a_cancelled_task_leaves_its_runs(batch: Batches, crew_server: CrewServerFactory, way: str):
+async def test_a_cancelled_task_leaves_its_runs(
+    batch: Batches, crew_server: CrewServerFactory, ledger_address: str, way: str
+):
     server = crew_server(slow(4.0))
+    call = partial(batch, server.crew(), ROWS, name=way, ledger=ledger_address)
 
     async def run() -> None:
         # A timeout of Prefect cancels at every await until its flow is left.
         with scope if way == "timed out" else nullcontext():
-            await batch(server.crew(), ROWS, name=way, max_in_flight=10)
+            await call(max_in_flight=10)
 
     scope = anyio.CancelScope()
     running = asyncio.ensure_future(run())
@@ -160,7 +164,8 @@ async def test_a_cancelled_task_leaves_its_runs(batch: Batches, crew_server: Cre
         with pytest.raises(asyncio.CancelledError):
             await running
     assert {str(run.state) for run in server.runs} == {"running"}
-    report = await batch(server.crew(), ROWS, name=way)
+    assert batch.output.exists()
+    report = await call()
     assert (report.completed, report.uncertain, server.kickoffs) == (40, 0, 40)
 
 

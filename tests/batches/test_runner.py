@@ -269,8 +269,18 @@ async def phases(ledger: Ledger) -> list[RecordPhase]:
 async def test_a_row_is_not_sent_after_its_claim(
     ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
 ):
-    leases = iter([LONG_AGO])  # the ledger tells others by the age of the claim alone when it may be resolved
-    monkeypatch.setattr(kickoff, "Lease", lambda seconds: Lease(next(leases, seconds)))
+    leases = list[Lease]()  # the ledger tells others by the age of the claim alone when it may be resolved
+
+    def lease(seconds: float) -> Lease:
+        leases.append(Lease(seconds))
+        return leases[-1]
+
+    def sleeping(*_: Any, **__: Any) -> None:
+        if len(leases) == 1:
+            leases[0].end()
+
+    monkeypatch.setattr(kickoff, "Lease", lease)
+    monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
     await start(ledger, session)
     assert await phases(ledger) == [NOT_STARTED, STARTED]
     assert echo.requests["kickoff"] == 1

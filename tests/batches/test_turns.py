@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from prefect_crew.records import sessions
 from prefect_crew.records.model import RecordPhase
 from prefect_crew.records.variables import delete_variable, read_exact
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, let_an_hour_pass, record_of, row_plan
+from support.batches import Batches, enter, let_an_hour_pass, record_of, row_plan
 from support.records import LONG_AGO
 from support.scripts import JOURNAL
 from support.waiting import until
@@ -204,3 +205,17 @@ def test_the_session_is_part_of_a_row():
     assert len({plan.check().order for plan in plans}) == 3
     [job] = row_plan([{"note": "a", "who": 7}], session=lambda row: f"n-{row['who']}", expected=TOPIC).jobs()
     assert (job.inputs.session, dict(job.inputs.encoded)) == ("n-7", {"note": "a"})
+
+
+async def test_a_second_claim_of_a_row_is_not_taken_for_its_first(batch: Batches, journal: CrewServer, tmp_path: Path):
+    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
+        await enter(ledger, "a")
+        owner = uuid.uuid4().hex
+        facts = {"crew_url": journal.url, "session": ANN, "owner": owner}
+        lost, second = (record_of(ledger, "a", attempt=attempt, **facts) for attempt in (1, 2))
+        assert await ledger.claim(lost)
+        await ledger.resolve(lost, RecordPhase.NOT_STARTED)
+        assert await ledger.claim(second)
+        turn = await sessions.take_turn(second, ledger)
+        assert turn is not None
+        assert await sessions.turn_in_the_way(journal.url, ANN, ledger) == await sessions.turn_again(turn)

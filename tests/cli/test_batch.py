@@ -330,8 +330,9 @@ def test_a_batch_that_a_process_runs_is_cancelled_or_prefect_refuses(leads: Lead
 
 
 @pytest.mark.programs
-def test_a_batch_that_ctrl_c_ended_is_cancelled_by_its_name(
-    here: Command, crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_batch_that_a_signal_ended_is_cancelled(
+    here: Command, crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path, number: int, code: int
 ):
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"], flow=True), token=TOKEN)
     leads = Leads(here, server, tmp_path)
@@ -346,8 +347,8 @@ def test_a_batch_that_ctrl_c_ended_is_cancelled_by_its_name(
     env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
     with Process([program("prefect-crew"), *line], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.kickoffs == 5 and started() == 5, "its rows in flight, in the ledger")
-        process.send(signal.SIGINT)
-        assert process.wait(60) == 130, process.output
+        process.send(number)
+        assert process.wait(60) == code, process.output
     assert server.requests["stop"] == 0
     output, again = process.output.replace("\n", " "), f"prefect-crew batch resume '{leads.name}'"
     assert f"To go on where it stopped: {again}. To stop the runs in flight: prefect-crew batch cancel" in output

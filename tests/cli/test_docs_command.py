@@ -18,6 +18,9 @@ def test_the_list_names_pages_that_can_be_printed(here: Command):
     assert "## 2. Start Prefect" in here("docs", "tutorial").ok
     # Some texts are made from the code as they are printed.
     assert "KickoffUncertainError" in here("docs", "reference/exceptions").ok
+    assert "| `PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS` |" in here("docs", "reference/settings").ok
+    assert "| `seconds` |" in here("docs", "reference/dev-server").ok
+    assert "prefect-crew runs resolve" in here("docs", "reference/cli").ok
     assert "## 0.1.0" in here("docs", "changelog").ok
     # A name that two pages share prints both.
     assert {"Run a batch", "Batches"} <= set(re.findall(r"^# (.*)$", here("docs", "batches").ok, re.MULTILINE))

@@ -62,6 +62,7 @@ def test_inspect_answers_with_the_definition(travel: httpx.Client, server: CrewS
     definition = travel.get("/inspect").json()
     assert definition["name"] == server.crews["travel"].program.name
     assert [task["name"] for task in definition["tasks"]]
+    assert travel.get("/inspect", headers={"Authorization": "Bearer wrong"}).status_code == 401
 
 
 def test_kickoff_answers_with_an_id_only(travel: httpx.Client) -> None:
