@@ -409,7 +409,7 @@ async def test_a_raising_validator_fails_its_row_alone(
     assert server.kickoffs == 3
 
 
-LATE = script({"seconds": "{{ 5 if 'slow' in topic else 0 }}", "output": "on {{ topic }}"}, inputs=["topic"])
+LATE = script({"seconds": "{{ 10 if 'slow' in topic else 0 }}", "output": "on {{ topic }}"}, inputs=["topic"])
 """A crew of which a run about what is slow ends last."""
 
 
