@@ -14,6 +14,7 @@ from prefect_crew.devserver import CrewServer
 from support.prefect_server import connected, drain
 from support.receiver import Receiver
 from support.site import Site
+from support.waiting import wait_until
 
 APPLY = ("prefect-crew", "automations", "apply")
 ALERTS = {f"prefect-crew: alert {what}" for what in ("problem", "asked", "waiting")}
@@ -23,8 +24,8 @@ REVIEWED = "name: reviewed\ntasks: [{name: t, output: the draft, human: true}]\n
 
 
 def automations(site: Site) -> dict[str, dict[str, Any]]:
-    found = site.call("POST", "/automations/filter", {})
-    return {one["name"]: one for one in found if one["name"].startswith("prefect-crew")}
+    existing = site.call("POST", "/automations/filter", {})
+    return {each["name"]: each for each in existing if each["name"].startswith("prefect-crew")}
 
 
 @pytest.fixture(scope="module")
@@ -45,77 +46,73 @@ def alerted(site: Site) -> Iterator[Receiver]:
 
 def wait_for_alert(receiver: Receiver, subject: str, seconds: float = 60) -> str:
     drain()
-    receiver.wait_for(lambda one: any(got.body["subject"] == subject for got in one.got), seconds=seconds)
-    return next(got.body["body"] for got in receiver.got if got.body["subject"] == subject)
+
+    def body() -> str | None:
+        return next((got.body["body"] for got in receiver.got if got.body["subject"] == subject), None)
+
+    return wait_until(body, f"an alert about {subject!r}", seconds=seconds)
 
 
-def run_badly(site: Site, name: str, crew: CrewServer, *, idempotency_key: str | None = None, **wait: float) -> None:
-    """Store a crew under a name and run it, to an end that is not a result."""
+def run_badly(site: Site, name: str, crew: CrewServer, **wait: float) -> None:
+    """Store a crew under a name and run it with that key, to an end that is not a result."""
     block: Any = crew.crew()
     policy = WaitPolicy.model_validate({"initial": 0.1, "max_interval": 0.5, **wait})
     with connected(site.server, site.folder / "home"):
         block.save(name, overwrite=True, _sync=True)
         with pytest.raises(CrewError):
-            run_crew(name, {"text": "ciao"}, idempotency_key=idempotency_key, wait=policy)
+            run_crew(name, {"text": "ciao"}, idempotency_key=name, wait=policy)
 
 
-def test_a_run_counts_as_crashed_after_three_times_the_slowest_heartbeat(site: Site):
-    trigger = automations(site)["prefect-crew: no heartbeat"]["trigger"]
-    assert trigger["within"] == 90
-    body = {"name": "slow-heart", "flow_id": site.deployment("one-crew/daily")["flow_id"], "tags": ["recover-crashed"]}
+def test_a_second_apply_fits_what_is_deployed_and_disabled(site: Site):
+    """A run has crashed after three of the slowest heartbeats."""
+    first = automations(site)
+    assert first["prefect-crew: no heartbeat"]["trigger"]["within"] == 90
+    flow_id = site.deployment("one-crew/daily")["flow_id"]
+    body = {"name": "slow-heart", "flow_id": flow_id, "tags": ["recover-crashed"]}
     slow = site.call("POST", "/deployments/", body)["id"]
+    recovery = f"/automations/{first['prefect-crew: recover']['id']}"
+    site.call("PATCH", recovery, {"enabled": False})
     try:
-        assert "no heartbeat for 540 s" in site.run(*APPLY)
-        assert automations(site)["prefect-crew: no heartbeat"]["trigger"]["within"] == 540
+        printed = site.run(*APPLY, "--max-attempts", "5")
+        assert "no heartbeat for 540 s" in printed
+        assert "recover\tdisabled\t" in printed
+        second = automations(site)
+        assert second["prefect-crew: no heartbeat"]["trigger"]["within"] == 540
+        assert second["prefect-crew: recover"]["id"] == first["prefect-crew: recover"]["id"]
+        assert not second["prefect-crew: recover"]["enabled"]
+        assert second["prefect-crew: recover"]["actions"][0]["parameters"]["max_attempts"] == 5
     finally:
         site.call("DELETE", f"/deployments/{slow}")
+        site.call("PATCH", recovery, {"enabled": True})
     assert "no heartbeat for 90 s" in site.run(*APPLY)
 
 
-def test_one_that_somebody_disabled_stays_disabled(site: Site):
-    automation = automations(site)["prefect-crew: recover"]["id"]
-    site.call("PATCH", f"/automations/{automation}", {"enabled": False})
-    try:
-        assert "recover\tdisabled\t" in site.run(*APPLY, "--max-attempts", "5")
-        existing = automations(site)["prefect-crew: recover"]
-        assert existing["id"] == automation
-        assert not existing["enabled"]
-        assert existing["actions"][0]["parameters"]["max_attempts"] == 5
-    finally:
-        site.call("PATCH", f"/automations/{automation}", {"enabled": True})
-        site.run(*APPLY)
+FAILURES: dict[str, tuple[Any, list[str], dict[str, float], list[str]]] = {
+    "failed": (BROKEN, [], {}, ["the well is dry", "in flow run failed-crew"]),
+    "uncertain": ("echo", ["kickoff:drop-after-accept"], {}, ["prefect-crew runs resolve 'uncertain-crew'"]),
+    "timed out": ("echo", ["kickoff:stuck"], {"timeout": 0.5}, ["time limit of 0.5 s is over"]),
+}
+"""By what an alert says of a crew: the crew, its server's faults, its policy, and what else the alert says."""
 
 
-def test_a_failed_crew_is_reported_with_its_error(site: Site, alerted: Receiver):
-    assert set(automations(site)) == RECOVERY | ALERTS
-    with CrewServer(BROKEN) as crew:
-        run_badly(site, "broken", crew)
+@pytest.mark.parametrize("end", FAILURES)
+def test_an_end_without_a_result_is_reported(end: str, site: Site, alerted: Receiver):
+    spec, faults, wait, texts = FAILURES[end]
+    name = f"{end.replace(' ', '-')}-crew"
+    with CrewServer(spec, faults=faults) as crew:
+        run_badly(site, name, crew, **wait)
         (run,) = crew.runs
-    body = wait_for_alert(alerted, "Crew broken: failed")
-    assert "the well is dry" in body
-    assert run.id in body
-    assert "in flow run broken" in body
-
-
-def test_an_uncertain_kickoff_is_reported_with_how_to_resolve_it(site: Site, alerted: Receiver):
-    with CrewServer("echo", faults=["kickoff:drop-after-accept"]) as crew:
-        run_badly(site, "dropping", crew, idempotency_key="alert-uncertain")
-    body = wait_for_alert(alerted, "Crew dropping: uncertain")
-    assert "prefect-crew runs resolve 'alert-uncertain'" in body
-
-
-def test_a_timeout_is_reported(site: Site, alerted: Receiver):
-    with CrewServer("echo", faults=["kickoff:stuck"]) as crew:
-        run_badly(site, "stuck", crew, timeout=0.5)
-    assert "time limit of 0.5 s is over" in wait_for_alert(alerted, "Crew stuck: timed out")
+    body = wait_for_alert(alerted, f"Crew {name}: {end}")
+    for text in texts:
+        assert text in body
+    assert end == "uncertain" or run.id in body
 
 
 @pytest.mark.slow
-def test_a_crew_that_waits_for_a_person_too_long_is_reported(site: Site, alerted: Receiver):
+def test_a_crew_that_waits_for_a_person_is_reported(site: Site, alerted: Receiver):
     with CrewServer(REVIEWED) as crew:
         run_badly(site, "reviewed", crew, human_timeout=40)
     # Sent while the crew still waited, not because of its end.
     body = wait_for_alert(alerted, "Crew reviewed: waiting for a person", seconds=5)
     assert "prefect-crew reviews approve" in body
-    asked = wait_for_alert(alerted, "Crew reviewed: asks a person", seconds=5)
-    assert "question 1" in asked
+    assert "question 1" in wait_for_alert(alerted, "Crew reviewed: asks a person", seconds=5)

@@ -25,9 +25,7 @@ report = pipeline_flow(Path(__file__).with_name("report.yaml"))
 
 if __name__ == "__main__":
     way, *pool = sys.argv[1:]
-    if way == "deploy":
-        travel.deploy(work_pool_name=pool[0], cron="0 7 * * *", parameters={"inputs": {"topic": "tea"}})
-    elif way == "source":
+    if way == "source":
         here = str(Path(__file__).parent)
         travel.from_source(here, "my_flows.py:travel").deploy("source", work_pool_name=pool[0])
     else:
@@ -46,20 +44,10 @@ def pool(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
         yield pool
 
 
-def test_deploy_puts_it_on_a_crew_pool_and_a_crew_worker_runs_it(pool: CrewPool, tmp_path: Path):
-    pool.worker("here")
-    command(sys.executable, "my_flows.py", "deploy", pool.name, env=pool.env, cwd=tmp_path)
-    deployment = pool.call("GET", "/deployments/name/deployed-crew/travel")
-    assert deployment["entrypoint"] == "prefect_crew.run_deployed_crew"
-    pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
-    assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
-
-
-def test_a_flow_of_a_module_keeps_its_options_on_a_crew_pool(pool: CrewPool, tmp_path: Path):
-    path = {**pool.env, "PYTHONPATH": str(tmp_path)}
+def test_a_flow_of_a_module_keeps_its_options(pool: CrewPool, tmp_path: Path):
     pool.worker("modules", PYTHONPATH=str(tmp_path), PREFECT_INTEGRATIONS_CREW_WORKER_MODULES="my_flows")
     line = ("prefect", "--no-prompt", "deploy", "my_flows.patient", "--name", "module", "--pool", pool.name)
-    command(*line, env=path, cwd=tmp_path)
+    command(*line, env={**pool.env, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path)
     deployment = pool.call("GET", "/deployments/name/patient/module")
     assert deployment["parameter_openapi_schema"]["properties"]["inputs"]["required"] == ["topic"]
     run = pool.start(deployment["id"], inputs={"topic": "tea"})
@@ -68,19 +56,18 @@ def test_a_flow_of_a_module_keeps_its_options_on_a_crew_pool(pool: CrewPool, tmp
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
 
 
-def test_a_flow_of_a_file_is_refused_on_a_crew_pool_and_nothing_is_deployed(pool: CrewPool, tmp_path: Path):
+def test_a_flow_of_a_file_is_refused_on_a_crew_pool(pool: CrewPool, tmp_path: Path):
     with pytest.raises(AssertionError, match="of the type crew, whose workers import installed code"):
         command(sys.executable, "my_flows.py", "source", pool.name, env=pool.env, cwd=tmp_path)
     assert not pool.call("POST", "/deployments/filter", {"deployments": {"name": {"any_": ["source"]}}})
 
 
-def test_prefect_deploy_and_from_source_put_it_on_a_process_pool(prefect_server: PrefectServer, pool: CrewPool):
-    folder = pool.folder
-    with CrewPool(prefect_server, folder, f"{pool.name}-processes", kind="process") as processes:
+def test_a_flow_of_a_file_runs_on_a_process_pool(prefect_server: PrefectServer, pool: CrewPool, tmp_path: Path):
+    with CrewPool(prefect_server, tmp_path, f"{pool.name}-processes", kind="process") as processes:
         processes.worker("there")
         line = ("prefect", "--no-prompt", "deploy", "my_flows.py:travel", "--name", "file", "--pool", processes.name)
-        command(*line, "--rrule", "FREQ=YEARLY", "--tag", "mine", env=pool.env, cwd=folder)
-        command(sys.executable, "my_flows.py", "source", processes.name, env=pool.env, cwd=folder)
+        command(*line, "--rrule", "FREQ=YEARLY", "--tag", "mine", env=pool.env, cwd=tmp_path)
+        command(sys.executable, "my_flows.py", "source", processes.name, env=pool.env, cwd=tmp_path)
         for name in ("file", "source"):
             deployment = pool.call("GET", f"/deployments/name/deployed-crew/{name}")
             assert deployment["entrypoint"] == "my_flows.py:travel"
@@ -89,9 +76,8 @@ def test_prefect_deploy_and_from_source_put_it_on_a_process_pool(prefect_server:
     assert [run.inputs["topic"] for run in pool.crews["travel"].runs] == ["file", "source"]
 
 
-def test_serve_runs_it_in_a_process_of_its_own(pool: CrewPool, tmp_path: Path):
-    served = [sys.executable, "my_flows.py", "serve"]
-    with Process(served, log=tmp_path / "log", env=pool.env, cwd=tmp_path) as process:
+def test_a_served_pipeline_runs_in_a_process_of_its_own(pool: CrewPool, tmp_path: Path):
+    with Process([sys.executable, "my_flows.py", "serve"], log=tmp_path / "log", env=pool.env, cwd=tmp_path) as process:
         process.wait_for("being served")
         deployment = pool.call("GET", "/deployments/name/deployed-pipeline/report")
         pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)

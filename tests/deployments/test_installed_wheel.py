@@ -7,7 +7,6 @@ deployments on a crew worker, and the automations. WHEEL_PYTHON=3.12 chooses ano
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ import httpx
 import pytest
 
 from support.deployed import ROOT, command
-from support.docs import Block, read_page
+from support.docs import read_page
 from support.environment import isolated, online, program
 from support.prefect_server import PrefectServer
 from support.processes import Process
@@ -27,11 +26,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 class Installed:
     """The environment that the wheel is installed into, as a shell in an empty folder uses it."""
 
-    def __init__(self, venv: Path, folder: Path, server: PrefectServer) -> None:
+    def __init__(self, folder: Path, server: PrefectServer) -> None:
         self.folder = folder
         self.empty = folder / "empty"
         self.empty.mkdir()
-        path = os.pathsep.join((str(venv / "bin"), os.defpath))
+        path = os.pathsep.join((str(folder / "venv" / "bin"), os.defpath))
         env = isolated(folder / "home", {"PREFECT_API_URL": server.api_url, "PATH": path})
         self.env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
 
@@ -50,24 +49,23 @@ def server(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | No
 @pytest.fixture(scope="module")
 def installed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory, notes: list[str]) -> Installed:
     folder = tmp_path_factory.mktemp("wheel")
-    uv, venv = program("uv"), folder / "venv"
+    venv = folder / "venv"
 
-    def build(*arguments: str | Path) -> None:
-        done = subprocess.run([uv, *arguments], cwd=ROOT, env=online(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"uv {arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    def uv(*arguments: str | Path) -> None:
+        command("uv", *arguments, env=online(), timeout=300)
 
-    build("build", "--quiet", "--wheel", "--out-dir", folder / "dist")
+    uv("build", "--quiet", "--wheel", "--out-dir", folder / "dist")
     (wheel,) = (folder / "dist").glob("*.whl")
-    build("venv", "--quiet", "--python", os.environ.get("WHEEL_PYTHON") or program("python"), venv)
-    build("pip", "install", "--quiet", "--python", venv / "bin" / "python", "-c", "constraints.txt", wheel, "pytest")
-    found = Installed(venv, folder, server)
-    notes.append(f"wheel: installed alone on {found.run('python --version').strip()}")
-    return found
+    uv("venv", "--quiet", "--python", os.environ.get("WHEEL_PYTHON") or program("python"), venv)
+    uv("pip", "install", "--quiet", "--python", venv / "bin" / "python", "-c", "constraints.txt", wheel, "pytest")
+    installed = Installed(folder, server)
+    notes.append(f"wheel: installed alone on {installed.run('python --version').strip()}")
+    return installed
 
 
 def test_what_is_tested_is_the_wheel(installed: Installed):
-    where = installed.run("python -c 'import prefect_crew; print(prefect_crew.__file__)'")
-    assert where.startswith(str(installed.folder))
+    place = installed.run("python -c 'import prefect_crew; print(prefect_crew.__file__)'")
+    assert place.startswith(str(installed.folder))
 
 
 def test_the_demonstration_runs(installed: Installed):
@@ -85,21 +83,18 @@ def test_the_documentation_comes_with_it(installed: Installed):
     assert "prefect-crew docs" in installed.run("prefect-crew --help")
 
 
-@pytest.fixture(scope="module")
-def project(installed: Installed) -> Path:
-    folder = installed.folder / "project"
-    installed.run(f"prefect-crew init {folder}")
-    return folder
-
-
-def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, server: PrefectServer):
+def test_the_readme_of_a_project_is_true(installed: Installed, server: PrefectServer):
     """From its own tests to the automations: all that it says, but for what installs, the server, and Docker."""
+    project, readme = installed.folder / "project", ROOT / "deployments" / "README.md"
+    installed.run(f"prefect-crew init {project}")
+    # How to run a block is told by comments, which the repository's README has and the project's has not.
+    blocks = [block for block in read_page(readme.parent, readme).blocks if block.language == "bash"]
+    assert len(blocks) > 8
     left_out = {"pip install -r requirements.txt\npytest\n": "pytest\n", "prefect server start\n": ""}
     said = (project / "README.md").read_text(encoding="utf-8")
     assert "<!--" not in said
     with ExitStack() as running:
-        # How to run a block is told by comments, which the repository's README has and the project's has not.
-        for number, block in enumerate(commands(ROOT / "deployments" / "README.md")):
+        for number, block in enumerate(blocks):
             assert block.code in said
             code = left_out.get(block.code, block.code)
             if block.run.get("background"):
@@ -117,10 +112,3 @@ def test_the_readme_of_the_project_is_true(installed: Installed, project: Path, 
     assert len((project / "results" / "topics.jsonl").read_text().splitlines()) == 3
     assert sorted(one["name"] for one in automations) == ["prefect-crew: no heartbeat", "prefect-crew: recover"]
     assert installed.run("prefect-crew automations delete --yes").count("\tdeleted\t") == 2
-
-
-def commands(readme: Path) -> list[Block]:
-    """Return the blocks of a page that are commands."""
-    found = [block for block in read_page(readme.parent, readme).blocks if block.language == "bash"]
-    assert len(found) > 8
-    return found

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver.app import create_receiver
@@ -16,6 +20,19 @@ from support.links import Chat, notifying
 from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.webhooks import SECRET, Kept, receiver_of, served
+
+MOUNTED = "http://receiver/of/crews"
+
+
+def mounted(**options: Any) -> Starlette:
+    """Return an app with a receiver under a path, whose secret was changed since it signed the URLs of the tests."""
+    return Starlette(routes=[Mount("/of/crews", create_receiver(f"{'n' * 40} {SECRET}", **options))])
+
+
+@pytest.fixture
+def key() -> str:
+    """An idempotency key of the test's own."""
+    return f"receiver-{uuid.uuid4()}"
 
 
 @pytest.fixture
@@ -33,9 +50,9 @@ def kept() -> Kept:
 
 @pytest.fixture
 async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of a receiver in this process, without a port."""
-    transport = httpx.ASGITransport(create_receiver(SECRET, forwarder=kept))
-    async with httpx.AsyncClient(transport=transport, base_url="http://receiver") as client:
+    """A client of a mounted receiver in this process, without a port."""
+    transport = httpx.ASGITransport(mounted(forwarder=kept))
+    async with httpx.AsyncClient(transport=transport, base_url=MOUNTED) as client:
         yield client
 
 
@@ -43,17 +60,18 @@ async def client(kept: Kept) -> AsyncIterator[httpx.AsyncClient]:
 def urls() -> Callable[..., Webhooks]:
     """Make the webhooks of a run, for a day if not given otherwise."""
 
-    def make(key: str = "city/lisbon", *, base: str = "http://receiver", days: int = 1, attempt: int = 1) -> Webhooks:
-        return hook_urls(base, SECRET, Hook("crew", key, datetime.now(UTC) + timedelta(days=days), attempt))
+    def make(key: str = "city/lisbon", *, base: str = MOUNTED, days: int = 1, attempt: int = 1) -> Webhooks:
+        hook = Hook("crew", key, datetime.now(UTC) + timedelta(days=days), attempt)
+        return hook_urls(base, SECRET, hook)
 
     return make
 
 
 @pytest.fixture
 async def chat(prefect_api: PrefectServer, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Chat]:
-    """Links are sent to this chat; a receiver serves their pages."""
+    """Links are sent to this chat; a mounted receiver serves their pages."""
     with Chat() as chat:
-        async with served(create_receiver(SECRET)) as url, notifying(chat):
-            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
+        async with served(mounted()) as url, notifying(chat):
+            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", f"{url}/of/crews/")
             monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
             yield chat

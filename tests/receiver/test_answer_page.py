@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefect_crew.devserver import CrewServer
+from prefect_crew.client.models import CrewInput
+from prefect_crew.devserver import CrewServer, Outcome
 from support.chromium import Chromium
 from support.links import QUICK, Chat, answers_of, running
-from support.scripts import script
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
 
@@ -26,86 +25,59 @@ HOSTILE = "\n".join(
         "عربي עברית",
         "a" * 3000,
         "Z\u0351\u0352\u0353" * 200,
+        "b" * 30_000,
     ]
 )
-DRAFT = "# Tea\n\n- Steep it for 3 minutes.\n- 90 °C is enough.\n\nThe second infusion is best."
 
 
-class Program:
-    """A crew of one task whose name and output are these, until a person approves."""
+class HostileCrew:
+    """A crew of one task with a hostile name and output, which a person has to approve."""
 
     name = "draft"
 
-    def __init__(self, output: str, task: str) -> None:
-        self.output, self.task = output, task
-
-    def inputs(self) -> list[Any]:
+    def inputs(self) -> list[CrewInput]:
         return []
 
-    async def execute(self, run: Any) -> Any:
-        from prefect_crew.devserver import Outcome
+    async def execute(self, run: Any) -> Outcome:
+        task = "<b>task</b> \u202e evil.example"
+        run.plan([task])
+        run.task_started(task)
+        await run.ask(task_id=task, output=HOSTILE)
+        return Outcome(output="done")
 
-        run.plan([self.task])
-        run.task_started(self.task)
-        await run.ask(task_id=self.task, output=self.output)
-        return Outcome(output=self.output)
 
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+async def test_a_person_answers_whatever_the_text(
+    width: int, dark: bool, chat: Chat, chromium: Chromium, key: str, tmp_path: Path
+):
+    def answer(url: str) -> str:
+        with chromium.page(width=width, height=800, dark=dark) as page:
+            page.raw(lambda playwright: playwright.on("dialog", lambda dialog: pytest.fail("a dialog")))
+            page.open(url)
+            page.screenshot(tmp_path / f"question-{width}.png")
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it fits"
+            assert page.evaluate("document.title") == "A crew asks"
+            assert page.count("form") == page.count("button") == page.count("style") == 1
+            assert page.count("main img") == page.count("script") == page.count("main b") == 0
+            for text in ("<script>document.title", "[U+202E]evil", "{{ 7 * 7 }}", "The text is cut here."):
+                assert text in page.text()
+            page.click("button")
+            assert page.url == url, "nothing is chosen, so nothing is sent"
+            page.click("text=Approve")
+            page.fill("textarea", "Fine.")
+            page.fill("#name", "Ada <b>")
+            page.raw(lambda playwright: playwright.locator("button").dblclick())
+            page.wait_for_text("by Ada <b>")
+            page.screenshot(tmp_path / f"sent-{width}.png")
+            icon = f"{url.split('/answer')[0].removesuffix('/of/crews')}/favicon.ico"
+            assert {request.split("?")[0] for request in page.requests} <= {url, icon}
+            return page.text()
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [390, 1280])
-async def test_a_person_answers_on_any_screen(width: int, dark: bool, chat: Chat, chromium: Chromium, tmp_path: Path):
-    key = f"page-{uuid.uuid4().hex[:8]}"
-    with CrewServer(script({"name": "draft", "human": True, "output": DRAFT}), response_format="union") as server:
+    with CrewServer(HostileCrew(), response_format="union") as server:
         async with running(server.crew(wait=QUICK, page_url="https://app.example.com/7"), key) as flow_run:
-            url = await chat.link()
-
-            def answer() -> str:
-                with chromium.page(width=width, height=800, dark=dark) as page:
-                    page.open(url)
-                    page.screenshot(tmp_path / f"question-{width}-{dark}.png")
-                    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it fits"
-                    page.click("button")
-                    assert page.url == url, "nothing is chosen, so nothing is sent"
-                    page.click("text=Approve")
-                    page.fill("textarea", "Fine.")
-                    page.fill("#name", "Ada <b>")
-                    page.raw(lambda playwright: playwright.locator("button").dblclick())
-                    page.wait_for_text("by Ada <b>")
-                    page.screenshot(tmp_path / f"sent-{width}-{dark}.png")
-                    icon = f"{url.split('/answer')[0]}/favicon.ico"
-                    assert {request.split("?")[0] for request in page.requests} <= {url, icon}
-                    return page.text()
-
-            said = await asyncio.to_thread(answer)
-            assert "Your answer was sent" in said or "The question has its answer" in said
+            text = await asyncio.to_thread(answer, await chat.link())
+            assert "Your answer was sent" in text or "The question has its answer" in text
             await flow_run
-            assert [(one.by, one.feedback) for one in await answers_of(key)] == [("Ada <b>", "Fine.")]
+            assert [(review.by, review.feedback) for review in await answers_of(key)] == [("Ada <b>", "Fine.")]
             assert server.requests["resume"] == 1
-
-
-async def test_a_page_survives_a_hostile_text(chat: Chat, chromium: Chromium, tmp_path: Path):
-    key = f"page-{uuid.uuid4().hex[:8]}"
-    program = Program(HOSTILE + "b" * 30_000, "<b>task</b> \u202e evil.example")
-    with CrewServer(program, response_format="union") as server:
-        async with running(server.crew(wait=QUICK), key):
-            url = await chat.link()
-
-            def look() -> None:
-                with chromium.page(width=390, height=800) as page:
-                    page.raw(lambda playwright: playwright.on("dialog", lambda dialog: pytest.fail("a dialog")))
-                    page.open(url)
-                    page.screenshot(tmp_path / "hostile.png")
-                    assert page.evaluate("document.title") == "A crew asks"
-                    assert page.url == url
-                    assert page.count("form") == page.count("button") == page.count("style") == 1
-                    assert page.count("main img") == page.count("script") == page.count("main b") == 0
-                    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-                    text = page.text()
-                    assert "<script>document.title" in text
-                    assert "[U+202E]evil" in text
-                    assert "{{ 7 * 7 }}" in text
-                    assert "The text is cut here." in text
-                    assert not [one for one in page.requests if "evil" in one]
-
-            await asyncio.to_thread(look)
-            assert "evil" not in "".join(chat.texts).replace(key, "")
+    assert "evil" not in "".join(chat.texts)

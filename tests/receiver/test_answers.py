@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -13,14 +15,11 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import SecretStr
-from starlette.applications import Starlette
-from starlette.routing import Mount
 
 import prefect_crew as pc
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer, ReviewWebhook
 from prefect_crew.receiver import answers
-from prefect_crew.receiver.app import create_receiver
 from prefect_crew.records.model import utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import reviewer
@@ -39,29 +38,28 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 @asynccontextmanager
 async def asking(
-    spec: Any = ASKS, *, faults: Any = (), options: Any = None, response_format: Any = "union", **fields: Any
+    spec: Any = ASKS, *, faults: Any = (), response_format: Any = "union", options: tuple[str, ...] = (), **fields: Any
 ) -> AsyncIterator[Any]:
-    """Run a crew that asks; give its server, its flow and its key."""
+    """Run a crew that asks, or with `options` a Flow; give its server, its flow and its key."""
     key = f"link-{uuid.uuid4().hex[:12]}"
-    with CrewServer(spec, response_format=response_format, faults=faults) as server:
-        crew = server.crew(**{"wait": QUICK, **fields})
-        async with running(crew, key, **(options or {})) as flow_run:
+    hook = ReviewWebhook(f"{os.environ['PREFECT_INTEGRATIONS_CREW_ANSWER_URL']}requests", "whsec", options)
+    server = CrewServer(spec, response_format=response_format, faults=faults, review_webhook=hook if options else None)
+    with server:
+        async with running(server.crew(**{"wait": QUICK, **fields}), key) as flow_run:
             yield server, flow_run, key
 
 
 @asynccontextmanager
-async def asking_server(
-    *, show: Any = "full", wait: Any = QUICK, **options: Any
-) -> AsyncIterator[tuple[AskingServer, str]]:
-    """Run a crew of a server that keeps its question; give the server and the key."""
-    server, key = AskingServer(**options), f"link-{uuid.uuid4().hex[:12]}"
+async def asking_server(*, show: Any = "full", wait: Any = QUICK, **options: Any) -> AsyncIterator[AskingServer]:
+    """Run a crew of a server that keeps its question."""
+    server = AskingServer(**options)
     async with served(server.app()) as url:
         crew = pc.DeployedCrew(url=url, token="secret-token", wait=wait, show=show)
-        async with running(crew, key):
-            yield server, key
+        async with running(crew, f"link-{uuid.uuid4().hex[:12]}"):
+            yield server
 
 
-def made(*, secret: str = SECRET, **changes: Any) -> str:
+def token_with(*, secret: str = SECRET, **changes: Any) -> str:
     """Return a token; `changes` are fields of the link."""
     facts: dict[str, Any] = {"kickoff_id": "nobody", "number": 1, "expires": utcnow() + timedelta(hours=1)}
     return AnswerLink(**{**facts, "place": "", "output": None, **changes}).token(SecretStr(secret))
@@ -72,16 +70,29 @@ async def test_a_link_shows_the_question_and_answers_it(chat: Chat):
         url = await chat.link()
         page = await read(url)
         assert page.status == 200
-        for text in (f"Crew {key} asks", "Task draft , question 1.", "a draft", "Approve", "Reject"):
-            assert text in page.said
+        assert page.said == (
+            f"Crew {key} asks Task draft , question 1. The crew waits for your answer. Please judge a draft "
+            "Your answer Approve The crew continues. Reject The task is done again with your feedback. "
+            "Feedback for the crew Your name, for the record Send the answer "
+            "The answer is sent once, and cannot be taken back."
+        )
+        head = await read(url, method="HEAD")
+        assert head.status == 200
+        assert head.text == ""
+        assert (await read(url, method="PUT")).status == 404
+        assert server.requests["resume"] == 0
+        assert await answers_of(key) == []
         began = time.monotonic()
         sent = await send(url, decision="approve", name="Ada")
-        assert (sent.status, "Approved by Ada." in sent.said) == (200, True)
+        assert sent.status == 200
+        assert "Approved by Ada." in sent.said
         assert await flow_run == "printed"
         assert time.monotonic() - began < 10
         assert server.requests["resume"] == 1
         (answer,) = await answers_of(key)
-        assert (answer.approve, answer.by, answer.outcome) == (True, "Ada", "sent")
+        assert answer.approve
+        assert answer.by == "Ada"
+        assert answer.outcome == "sent"
 
 
 async def test_a_rejection_has_a_link_of_its_own_next(chat: Chat):
@@ -93,84 +104,67 @@ async def test_a_rejection_has_a_link_of_its_own_next(chat: Chat):
         assert (await read(first)).status == 404
         assert (await send(second, decision="approve")).status == 200
         await flow_run
-        answers = [(one.feedback, one.by) for one in await answers_of(key)]
+        answers = [(answer.feedback, answer.by) for answer in await answers_of(key)]
         assert answers == [("Shorter,\nplease.", "an answer link"), ("", "an answer link")]
 
 
-async def test_a_question_between_two_polls_has_a_link(chat: Chat):
-    """A status without an output names the same task for both questions."""
-    crew = script({"name": "draft", "seconds": 1, "human": True, "output": "x"})
-    async with asking(crew, response_format="documented", wait=pc.WaitPolicy(initial=4, max_interval=4)):
-        first = await chat.link()
-        assert (await send(first, decision="reject", feedback="No.")).status == 200
-        second = await chat.link(2)
-        assert (await send(second, decision="approve")).status == 200
+SECOND_QUESTIONS: dict[str, Any] = {
+    "between two polls, in a status without an output": lambda: asking(
+        script({"name": "draft", "seconds": 1, "human": True, "output": "x"}),
+        response_format="documented",
+        wait=pc.WaitPolicy(initial=4, max_interval=4),
+    ),
+    "equal, after a while": lambda: asking_server(
+        rounds=2, between=False, wait=QUICK.model_copy(update={"next_round_after": 1.0})
+    ),
+}
 
 
-async def test_an_equal_question_has_a_link_after_a_while(chat: Chat):
-    wait = QUICK.model_copy(update={"next_round_after": 1.0})
-    async with asking_server(rounds=2, between=False, wait=wait):
+@pytest.mark.parametrize("case", SECOND_QUESTIONS)
+async def test_a_second_question_that_looks_alike_has_a_link(case: str, chat: Chat):
+    async with SECOND_QUESTIONS[case]():
         assert (await send(await chat.link(), decision="reject", feedback="No.")).status == 200
         assert (await send(await chat.link(2), decision="approve")).status == 200
-
-
-async def test_reads_answer_nothing(chat: Chat):
-    async with asking() as (server, _, key):
-        url = await chat.link()
-        for method in ("GET", "HEAD", "GET"):
-            page = await read(url, method=method)
-            assert (page.status, bool(page.text)) == (200, method == "GET")
-        assert (await read(url, method="PUT")).status == 404
-        assert (server.requests["resume"], await answers_of(key)) == (0, [])
 
 
 @pytest.mark.parametrize("option", [0, 1])
 async def test_a_flow_is_answered_with_its_outcome(option: int, chat: Chat, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
-    async with served(create_receiver(SECRET)) as url:
-        hook = ReviewWebhook(f"{url}/requests", "whsec", ("ship <b>it", "needs_revision"))
-        crew = script({"name": "publish", "seconds": 0.6, "human": True, "output": "D. {{ feedback }}"})
-        with CrewServer(crew, review_webhook=hook) as server:
-            key = f"link-{uuid.uuid4().hex[:12]}"
-            # The receiver cannot mask the texts of a crew with secret inputs.
-            secret_inputs = ["topic"] if option == 0 else []
-            async with running(server.crew(wait=QUICK, secret_inputs=secret_inputs), key) as flow_run:
-                link = await chat.link()
-                page = await read(link)
-                assert "ship <b>it" in page.said
-                assert 'value="approve"' not in page.text
-                assert (await send(link, decision="approve")).status == 400
-                assert (await send(link, decision="option-2")).status == 400
-                assert (await send(link, decision=f"option-{option}", feedback="Now.")).status == 200
-                if option == 0:  # its name does not reject
-                    assert await flow_run == "D. "
-                else:
-                    assert "D. needs_revision: Now." in (await read(await chat.link(2))).said
-                assert (await answers_of(key))[0].option == hook.options[option]
+    crew = script({"name": "publish", "seconds": 0.6, "human": True, "output": "D. {{ feedback }}"})
+    options = ("ship <b>it", "needs_revision")
+    # The receiver cannot mask the texts of a crew with secret inputs.
+    secret_inputs = ["topic"] if option == 0 else []
+    async with asking(crew, response_format="documented", options=options, secret_inputs=secret_inputs) as (
+        _,
+        flow_run,
+        key,
+    ):
+        link = await chat.link()
+        page = await read(link)
+        assert "ship <b>it" in page.said
+        assert 'value="approve"' not in page.text
+        assert (await send(link, decision="approve")).status == 400
+        assert (await send(link, decision="option-2")).status == 400
+        assert (await send(link, decision=f"option-{option}", feedback="Now.")).status == 200
+        if option == 0:  # its name does not reject
+            assert await flow_run == "D. "
+        else:
+            assert "D. needs_revision: Now." in (await read(await chat.link(2))).said
+        assert (await answers_of(key))[0].option == options[option]
 
 
 async def test_a_flow_whose_question_comes_late_is_answered(chat: Chat, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
-    async with served(create_receiver(SECRET)) as url:
-        hook = ReviewWebhook(f"{url}/requests", "whsec", ("ship", "hold"))
-        crew = script({"name": "publish", "human": True, "output": "D."})
-        with CrewServer(crew, review_webhook=hook, faults=["webhook:delay=2"]) as server:
-            async with running(server.crew(wait=QUICK), f"link-{uuid.uuid4().hex[:12]}") as flow_run:
-                await chat.link()
-                assert (await send(await chat.link(2), decision="option-0")).status == 200
-                assert await flow_run == "D."
-
-
-async def test_a_receiver_under_a_path_answers_too(chat: Chat, monkeypatch: pytest.MonkeyPatch):
-    app = Starlette(routes=[Mount("/of/crews", create_receiver(f"{'n' * 40} {SECRET}"))])
-    async with served(app) as url:
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", f"{url}/of/crews/")
-        async with asking() as (_, flow_run, _):
-            link = await chat.link()
-            assert link.startswith(f"{url}/of/crews/answer/")
-            assert (await send(link, decision="approve")).status == 200
-            assert await flow_run == "printed"
+    crew = script({"name": "publish", "human": True, "output": "D."})
+    async with asking(crew, response_format="documented", options=("ship", "hold"), faults=["webhook:delay=2"]) as (
+        _,
+        flow_run,
+        _,
+    ):
+        await chat.link()
+        assert (await send(await chat.link(2), decision="option-0")).status == 200
+        assert await flow_run == "D."
 
 
 async def test_each_wrong_link_is_refused_alike(chat: Chat):
@@ -182,9 +176,9 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
         wrong = {
             "forged": f"{payload}.{'b' if signature[0] == 'a' else 'a'}{signature[1:]}",
             "changed": f"{'b' if payload[0] == 'a' else 'a'}{payload[1:]}.{signature}",
-            "expired": made(expires=utcnow() - timedelta(seconds=1)),
-            "foreign": made(secret="another-secret-that-is-long-enough-too"),
-            "of no run": made(),
+            "expired": token_with(expires=utcnow() - timedelta(seconds=1)),
+            "foreign": token_with(secret="another-secret-that-is-long-enough-too"),
+            "of no run": token_with(),
             "of another purpose": seal("seen", ["nobody", 1, 9_999_999_999, "", None], SECRET),
             "a webhook's": token_of(hook, SECRET),
             "long": "a" * 5000 + "." + signature,
@@ -192,10 +186,10 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
             "nonsense": "%00%ff",
         }
         began = time.monotonic()
-        pages = {name: await read(f"{base}/{one}") for name, one in wrong.items()}
+        pages = {name: await read(f"{base}/{token}") for name, token in wrong.items()}
         assert time.monotonic() - began > 0.4 * len(wrong), "the time does not tell them apart"
-        for name, one in wrong.items():
-            pages[f"{name}, sent"] = await send(f"{base}/{one}", seen="", decision="approve")
+        for name, token in wrong.items():
+            pages[f"{name}, sent"] = await send(f"{base}/{token}", seen="", decision="approve")
         pages["cross-site"] = await send(url, headers={"Sec-Fetch-Site": "cross-site"}, seen="x", decision="approve")
         assert (await send(url, decision="approve")).status == 200
         await flow_run
@@ -204,30 +198,28 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
         pages["used, no form"] = await send(url, content=b"{}", headers={"Content-Type": "application/json"})
         kinds = {(page.status, page.text, tuple(sorted(page.headers.items()))) for page in pages.values()}
         assert len(kinds) == 1, {name: page.status for name, page in pages.items()}
-        assert kinds.pop()[0] == 404
+        assert pages["used"].status == 404
         assert server.requests["resume"] == 1
         hooks = base.removesuffix("/answer") + "/hooks/crew/"
-        assert (await send(hooks + token, content=b"{}")).status == 404
+        assert (await send(hooks + url.rpartition("/")[2], content=b"{}")).status == 404
 
 
 async def test_pages_are_not_kept_framed_or_indexed(chat: Chat):
+    policy = "default-src 'none'; style-src 'sha256-HASH='; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     async with asking():
         url = await chat.link()
-        for page in (await read(url), await read(url + "x")):
-            headers = page.headers
+        for headers in ((await read(url)).headers, (await read(url + "x")).headers):
             assert headers["cache-control"] == "no-store"
             assert headers["referrer-policy"] == "no-referrer"
             assert headers["x-content-type-options"] == "nosniff"
             assert headers["x-robots-tag"] == "noindex, nofollow"
-            for rule in ("default-src 'none'", "frame-ancestors 'none'", "form-action 'self'", "style-src 'sha256-"):
-                assert rule in headers["content-security-policy"]
+            assert re.sub("sha256-[^=]+", "sha256-HASH", headers["content-security-policy"]) == policy
 
 
 @pytest.mark.parametrize(
     ("fields", "status", "notice"),
     [
         ({}, 400, "Choose an answer."),
-        ({"decision": "nonsense"}, 400, "Choose an answer."),
         ({"decision": "option-0"}, 400, "Choose an answer."),
         ({"decision": "reject", "feedback": " \n "}, 400, "A rejection needs feedback. Write what the crew has"),
         ({"decision": "reject", "feedback": "ä" * 10_001}, 400, "at most 10,000 characters"),
@@ -252,55 +244,48 @@ async def test_a_bad_form_is_not_sent_and_not_lost(fields: Any, status: int, not
         if "feedback" in fields:
             assert fields["feedback"][:10_001] in page.text
             assert 'value="Ada &lt;b&gt;"' in page.text
-        assert (server.requests["resume"], await answers_of(key)) == (0, [])
+        assert server.requests["resume"] == 0
+        assert await answers_of(key) == []
 
 
-async def test_a_question_answered_meanwhile_says_by_whom(chat: Chat):
-    async with asking(script({"human": True, "output": "x"}, {"seconds": 5})) as (server, _, key):
+@pytest.mark.parametrize(
+    ("is_answered", "notice"),
+    [(True, "It was approved by resume_crew"), (False, "does not wait for this answer any more")],
+    ids=["answered", "stopped"],
+)
+async def test_a_question_closed_meanwhile_takes_no_answer(is_answered: bool, notice: str, chat: Chat):
+    async with asking(script({"human": True, "output": "x"}, {"seconds": 5})) as (server, flow_run, key):
         url = await chat.link()
         seen = (await read(url)).seen
         run = LiveRun(crew_of(await pc.DeployedCrew.aload(key)), server.runs[0].id)
-        await resume_run(run, feedback="", approve=True)
+        if is_answered:
+            await resume_run(run, feedback="", approve=True)
+        else:
+            async with server.crew().client() as client:
+                await client.stop(run.kickoff_id)
+            with pytest.raises(pc.CrewStoppedError):
+                await flow_run
         page = await send(url, seen=seen, decision="reject", feedback="late")
         assert page.status == 409
-        assert "It was approved by resume_crew" in page.said
+        assert notice in page.said
         assert "Your feedback late" in page.said
         assert (await read(url)).status == 404, "only who has read the open question learns more"
+        assert server.requests["resume"] == len(await answers_of(key)) == is_answered
 
 
-async def test_a_run_that_ended_meanwhile_takes_no_answer(chat: Chat):
-    async with asking() as (server, flow_run, key):
-        url = await chat.link()
-        seen = (await read(url)).seen
-        async with server.crew().client() as client:
-            await client.stop(server.runs[0].id)
-        with pytest.raises(pc.CrewStoppedError):
-            await flow_run
-        page = await send(url, seen=seen, decision="approve")
-        assert (page.status, "does not wait for this answer any more" in page.said) == (409, True)
-        assert (server.requests["resume"], await answers_of(key)) == (0, [])
-
-
-@pytest.mark.parametrize("shown", [True, False])
-async def test_a_question_that_changed_is_read_again(shown: bool, chat: Chat):
+@pytest.mark.parametrize(("shown", "show", "status"), [(True, "full", 200), (False, "full", 409), (False, "none", 409)])
+async def test_a_question_that_changed_is_read_again(shown: bool, show: str, status: int, chat: Chat):
     """With a status that shows no output, the last step is what people judge: it counts the status calls here."""
-    async with asking_server(changing=True, shown=shown) as (server, _):
+    async with asking_server(changing=True, shown=shown, show=show) as server:
         url = await chat.link()
-        seen = (await read(url)).seen
-        page = await send(url, seen=seen, decision="reject", feedback="Shorter.", name="Ada")
-        assert (page.status, len(server.resumes)) == ((200, 1) if shown else (409, 0))
-        assert ("has changed since you read it" in page.said) is not shown
-        assert shown or "Shorter." in page.text
-
-
-async def test_a_hidden_output_that_changed_is_read_again(chat: Chat):
-    async with asking_server(changing=True, show="none") as (server, _):
-        url = await chat.link()
-        page = await read(url)
-        assert "thought" not in page.text
-        assert "draft" not in page.text
-        assert (await send(url, seen=page.seen, decision="approve")).status == 409
-        assert server.resumes == []
+        before = await read(url)
+        assert ("draft" in before.text) is (show == "full")
+        assert show == "full" or "thought" not in before.text
+        page = await send(url, seen=before.seen, decision="reject", feedback="Shorter.", name="Ada")
+        assert page.status == status
+        assert ("has changed since you read it" in page.said) is (status == 409)
+        assert ("Shorter." in page.text) is (status == 409)
+        assert len(server.resumes) == (status == 200)
 
 
 @pytest.mark.parametrize(
@@ -309,7 +294,6 @@ async def test_a_hidden_output_that_changed_is_read_again(chat: Chat):
         ("resume:500", 502, "Nobody knows whether it arrived"),
         ("resume:drop-after-accept", 502, "Nobody knows whether it arrived"),
         ("resume:html-after-accept", 502, "Nobody knows whether it arrived"),
-        ("resume:garbage-after-accept", 502, "Nobody knows whether it arrived"),
         ("resume:timeout-after-accept=2", 502, "Nobody knows whether it arrived"),
         ("resume:403", 503, "Answer on the crew's page"),
         ("resume:503", 503, "was not sent. Nothing is lost"),
@@ -319,10 +303,10 @@ async def test_a_hidden_output_that_changed_is_read_again(chat: Chat):
 async def test_the_page_says_whether_an_answer_was_sent(fault: str, status: int, text: str, chat: Chat):
     async with asking(faults=[fault], request_timeout=1.0) as (_, _, key):
         page = await send(await chat.link(), decision="approve", feedback="fine", name="Ada")
-        assert (page.status, text in page.said) == (status, True), page.said
-        assert [one.outcome for one in await answers_of(key)] == ["uncertain"] * (status == 502)
-        if status == 503:
-            assert "fine</" in page.text
+        assert page.status == status
+        assert text in page.said
+        assert [answer.outcome for answer in await answers_of(key)] == ["uncertain"] * (status == 502)
+        assert status == 502 or "fine</" in page.text
 
 
 async def test_a_click_beside_a_refused_one_says_so(chat: Chat):
@@ -332,7 +316,8 @@ async def test_a_click_beside_a_refused_one_says_so(chat: Chat):
         first = asyncio.create_task(send(url, seen=seen, decision="approve", name="Ada"))
         await until(lambda: answers_of(key), "the first answer is on its way")
         page = await send(url, seen=seen, decision="reject", feedback="Shorter.", name="Bob")
-        assert (page.status, (await first).status) == (409, 503)
+        assert page.status == 409
+        assert (await first).status == 503
         assert "Yours was not sent: choose again" in page.said
         assert "Shorter.</textarea>" in page.text
         assert (await send(url, seen=page.seen, decision="approve", name="Bob")).status == 200
@@ -353,17 +338,18 @@ async def test_an_answer_whose_storing_got_no_reply_is_sent(chat: Chat, monkeypa
     async with asking() as (server, flow_run, _):
         assert (await send(await chat.link(), decision="approve")).status == 200
         assert await flow_run == "printed"
-        assert (lost, server.requests["resume"]) == ([1], 1)
+        assert lost == [1]
+        assert server.requests["resume"] == 1
 
 
 async def test_a_slow_answer_holds_up_no_page(chat: Chat, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(answers, "ANSWER_WITHIN", 2.0)
     async with asking(faults=["resume:latency=4"]) as (_, flow_run, key):
-        url = await chat.link()
-        page = await send(url, decision="approve")
-        assert (page.status, "may have arrived" in page.said) == (502, True)
+        page = await send(await chat.link(), decision="approve")
+        assert page.status == 502
+        assert "may have arrived" in page.said
         assert await flow_run == "printed"
-        assert [one.outcome for one in await answers_of(key)] == ["sent"]
+        assert [answer.outcome for answer in await answers_of(key)] == ["sent"]
 
 
 async def test_a_status_call_that_fails_sends_nothing(chat: Chat):
@@ -374,31 +360,35 @@ async def test_a_status_call_that_fails_sends_nothing(chat: Chat):
         pages = (await read(url), await send(url, seen=seen, decision="approve", feedback="Well done."))
         assert "Your feedback Well done." in pages[1].said
         for page in pages:
-            assert (page.status, "The question cannot be read" in page.said) == (503, True)
+            assert page.status == 503
+            assert "The question cannot be read" in page.said
             assert "nobody knows" not in page.said
         assert server.requests["resume"] == 0
 
 
-@pytest.mark.parametrize("named", [True, False])
-async def test_a_name_is_the_proxys_if_a_setting_says_so(named: bool, chat: Chat, monkeypatch: pytest.MonkeyPatch):
-    proxy = {"X-Forwarded-User": "grace@example.com"}
+PROXY = {"X-Forwarded-User": "grace@example.com"}
+
+
+async def test_a_name_is_the_proxys_if_a_setting_says_so(chat: Chat, monkeypatch: pytest.MonkeyPatch):
     async with asking() as (_, _, key):
         url = await chat.link()
-        if named:
-            monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_USER_HEADER", "X-Forwarded-User")
-            assert (await read(url)).status == 403
-            assert (await send(url, seen="x", decision="approve")).status == 403
-            assert "signed in as grace@example.com" in (await read(url, **proxy)).said
-        assert (await send(url, headers=proxy, decision="approve", name="Mallory")).status == 200
-        assert (await answers_of(key))[0].by == ("grace@example.com" if named else "Mallory")
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_USER_HEADER", "X-Forwarded-User")
+        assert (await read(url)).status == 403
+        assert (await send(url, seen="x", decision="approve")).status == 403
+        assert "signed in as grace@example.com" in (await read(url, **PROXY)).said
+        assert (await send(url, headers=PROXY, decision="approve", name="Mallory")).status == 200
+        assert (await answers_of(key))[0].by == "grace@example.com"
 
 
-async def test_a_hostile_name_is_one_short_line_without_secrets(chat: Chat):
+async def test_a_persons_name_is_one_short_line_without_secrets(chat: Chat):
+    """It is the form's: without the setting, the header is anybody's."""
     async with asking() as (server, _, key):
         name = f"\x1b[2JAda\r\n\u202e{server.token} {'x' * 500}"
-        page = await send(await chat.link(), decision="approve", name=name)
+        page = await send(await chat.link(), headers=PROXY, decision="approve", name=name)
         assert page.status == 200
         by = (await answers_of(key))[0].by
+        assert "Ada" in by
+        assert "grace" not in by
         assert len(by) <= 100
         assert by.isprintable()
         assert server.token not in by + page.text
@@ -414,12 +404,11 @@ async def test_a_page_shows_what_the_crew_may_show(fields: dict[str, Any], chat:
         assert f'href="{page_url}"' in page.text
 
 
-async def test_a_row_of_a_batch_is_answered_where_its_ledger_is(chat: Chat, tmp_path: Any):
-    name = f"link-{uuid.uuid4().hex[:12]}"
+async def test_a_row_of_a_batch_is_answered_where_its_ledger_is(chat: Chat, key: str, tmp_path: Any):
     with CrewServer(script({"human": True, "output": "row {{ topic }}"}, inputs=["topic"])) as server:
-        await server.crew(wait=QUICK).asave(name, overwrite=True)
-        options: dict[str, Any] = {"name": name, "key": "topic", "export": str(tmp_path / "out.jsonl")}
-        batch = asyncio.create_task(pc.arun_batch(name, [{"topic": "tea"}], **options))
+        await server.crew(wait=QUICK).asave(key, overwrite=True)
+        options: dict[str, Any] = {"name": key, "key": "topic", "export": str(tmp_path / "out.jsonl")}
+        batch = asyncio.create_task(pc.arun_batch(key, [{"topic": "tea"}], **options))
         url = await chat.link()
 
         async def is_found() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +24,15 @@ from support.webhooks import SECRET, events_of, served
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
 
 
-def certify(folder: Path) -> Path:
-    """Make a certificate for localhost that signs itself."""
-    certificate = folder / "localhost.pem"
-    about = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "2"]
-    made = ["-keyout", str(folder / "localhost.key"), "-out", str(certificate)]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *about, *made], check=True)
-    return certificate
-
-
-async def test_nothing_but_a_report_gets_through_nginx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_nothing_but_a_report_gets_through_nginx(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl (Debian: apt-get install openssl)")
-    port, key = free_port(), f"nginx/{uuid.uuid4()}"
-    certificate = certify(tmp_path)
+    self_signed = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -keyout localhost.key -out localhost.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    subprocess.run([*self_signed.split(), *subject], cwd=tmp_path, check=True)
+    port = free_port()
     base = f"https://localhost:{port}"
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "localhost.pem"))
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"{base}/crews")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
     app, headers = create_receiver(SECRET), list[tuple[bytes, bytes]]()
@@ -59,13 +51,12 @@ async def test_nothing_but_a_report_gets_through_nginx(tmp_path: Path, monkeypat
         }
         crew = CrewServer(script({"seconds": 1.0, "output": "done"}))
         with start_nginx(tmp_path, "receive-webhooks.md", changes), crew:
-            wait_until(lambda: answers(base), seconds=20, what="nginx")
+            wait_until((tmp_path / "pid").exists, seconds=20, what="nginx")
             # Polling alone would see the end half a minute later.
             wait = WaitPolicy(initial=30, max_interval=30)
             result = await arun_crew(crew.crew(wait=wait), {}, idempotency_key=key)
             assert result.output == "done"
-            reported = {str(event["event"]) for event in await events_of(key, at_least=2)}
-            assert "crew.webhook.crew" in reported
+            await events_of(key, prefix="crew.webhook.crew")
             async with httpx.AsyncClient(base_url=base) as client:
                 assert (await client.get("/ready")).status_code == 404
                 bearer = {"Authorization": f"Bearer {recent_bearer(SECRET)}"}
@@ -75,14 +66,8 @@ async def test_nothing_but_a_report_gets_through_nginx(tmp_path: Path, monkeypat
                 assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
                 answer = await client.get("/crews/answer/forged.link", headers={"X-Forwarded-User": "Mallory"})
                 assert b"Mallory" not in dict(headers).values(), "only the proxy that signs people in names them"
-                assert (answer.status_code, "does not answer a question" in answer.text) == (404, True)
+                assert answer.status_code == 404
+                assert "does not answer a question" in answer.text
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert "/ready" in logs
     assert not re.search(r"/(hooks|answer)/\w", logs), "what protects a hook and an answer stands in its URL"
-
-
-def answers(base: str) -> bool:
-    try:
-        return httpx.get(base).status_code == 404
-    except httpx.TransportError:
-        return False

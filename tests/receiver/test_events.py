@@ -1,17 +1,22 @@
+"""From a webhook's body to Prefect's event: by the receiver, and by the template for Prefect Cloud's own webhooks."""
+
 from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
 from typing import Any
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prefect.events.schemas.events import Event
 
 from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.receiver.events import MAX_STREAMED, WebhookEvent, read_events
 from prefect_crew.webhooks import Hook, WebhookKind
 from support.corpus import body_of, cases
+from support.deployed import ROOT
 from support.webhooks import BODIES, SAID_BY_NOBODY
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -35,8 +40,9 @@ def test_a_body_becomes_its_events(name: str):
         assert len(str(caught.value)) < 1000
         return
     events = read(case["kind"], body_of(case))
-    found = [{"name": one.name, "said": one.facts} | ({"output": one.output} if one.output else {}) for one in events]
-    assert found == case["expected"]
+    facts = [{"name": event.name, "said": event.facts} for event in events]
+    outputs = [{"output": event.output} if event.output else {} for event in events]
+    assert list(map(dict.__or__, facts, outputs)) == case["expected"]
 
 
 @pytest.mark.parametrize("bad", ["k\n1", "\x1b]0;x\x07", "k\u202e1"])
@@ -45,26 +51,27 @@ def test_an_id_with_control_characters_names_no_run(bad: str):
         read("crew", {"kickoff_id": bad, "result": "x"})
 
 
-@pytest.mark.parametrize("names", [pytest.param(True, id="names"), pytest.param(False, id="no-names")])
+@pytest.mark.parametrize("names", [True, False])
 def test_no_control_character_gets_into_an_event(names: bool):
     """PostgreSQL stores no text with a NUL: all events that came to the Prefect server with it would be lost."""
     body = {"kickoff_id": "k-1", "task_id": "t\0", "task_name": "a\0b", "agent": "\x1b[2J"}
     (event,) = read("task", body, names=names)
     assert event.facts == {"kickoff_id": "k-1"} | ({"name": "a�b", "agent": "�[2J"} if names else {})
-    one = {"id": "e\0", "execution_id": "k\0", "timestamp": "\0", "type": "t", "data": {"task_name": "\0"}}
-    (event,) = read("stream", {"events": [one]}, names=names)
-    assert (event.facts, event.kickoff_id) == ({"at": "�", "name": "�"} if names else {}, None)
+    streamed = {"id": "e\0", "execution_id": "k\0", "timestamp": "\0", "type": "t", "data": {"task_name": "\0"}}
+    (event,) = read("stream", {"events": [streamed]}, names=names)
+    assert event.facts == ({"at": "�", "name": "�"} if names else {})
+    assert event.kickoff_id is None
 
 
-@pytest.mark.parametrize("names", [pytest.param(True, id="names"), pytest.param(False, id="no-names")])
 @pytest.mark.parametrize("which", BODIES)
-def test_only_what_cannot_be_a_secret_is_read(which: str, names: bool):
-    pieces = read(which.partition("-")[0], BODIES[which], names=names)  # pyright: ignore[reportArgumentType]
-    said = json.dumps([dict(one.facts) for one in pieces])
-    assert [word for word in SAID_BY_NOBODY if word in said] == []
-    assert ("Researcher" in said) <= names
-    assert all(one.kickoff_id == one.facts["kickoff_id"] == "k-1" for one in pieces)
-    assert all(one.hook.idempotency_key == "city/lisbon" for one in pieces)
+def test_without_names_nothing_that_may_be_a_secret_is_read(which: str):
+    kind: Any = which.partition("-")[0]
+    events = read(kind, BODIES[which], names=False)
+    facts = json.dumps([dict(event.facts) for event in events])
+    assert [word for word in (*SAID_BY_NOBODY, "Researcher") if word in facts] == []
+    for event in events:
+        assert event.kickoff_id == event.facts["kickoff_id"] == "k-1"
+        assert event.hook.idempotency_key == "city/lisbon"
 
 
 @pytest.mark.parametrize(
@@ -119,12 +126,10 @@ def test_long_names_are_cut_and_long_ids_left_out():
 
 def test_the_same_delivery_has_the_same_id_and_another_one_another():
     question = BODIES["human_input-first"]
-    one, again, later, other = (
-        read("human_input", body, round=round_)[0].id
-        for body, round_ in ((question, 0), (question, 0), (question, 1), ({**question, "task_id": "research"}, 0))
-    )
-    assert one == again
-    assert len({one, later, other}) == 3
+    deliveries = [(question, 0), (question, 0), (question, 1), ({**question, "task_id": "research"}, 0)]
+    first, same, *others = (read("human_input", body, round=number)[0].id for body, number in deliveries)
+    assert first == same
+    assert len({first, *others}) == 3
     (alone,) = read("stream", {"events": [BODIES["stream"]["events"][0]]})
     assert alone.id == read("stream", BODIES["stream"])[0].id, "also in another delivery"
 
@@ -140,19 +145,66 @@ json_values = st.recursive(
     max_leaves=20,
 )
 keys = st.sampled_from(
-    ["kickoff_id", "execution_id", "task_id", "agent", "meta", "status", "events", "type", "data", "id", "result"]
+    [
+        "kickoff_id",
+        "execution_id",
+        "task_id",
+        "agent",
+        "meta",
+        "status",
+        "events",
+        "type",
+        "data",
+        "id",
+        "result",
+        "thought",
+    ]
 )
+bodies = st.dictionaries(keys, json_values | st.just("k-1") | st.lists(st.dictionaries(keys, json_values)))
 
 
-@given(
-    st.sampled_from(["task", "step", "crew", "human_input", "stream"]),
-    st.dictionaries(keys, json_values | st.just("k-1") | st.lists(st.dictionaries(keys, json_values))),
-)
+@given(st.sampled_from(["task", "step", "crew", "human_input", "stream"]), bodies)
 def test_whatever_a_body_holds_its_event_is_small_and_plain(kind: WebhookKind, body: dict[str, Any]):
     try:
-        pieces = read(kind, body)
+        events = read(kind, body)
     except ResponseFormatError:
         return
-    for event in pieces:
+    for event in events:
         assert len(json.dumps(dict(event.facts), allow_nan=False)) < 12_000
         assert len(event.name) < 120
+
+
+# Prefect Cloud renders its template as Jinja, with the parsed body, or with the text of a body that is no JSON.
+
+TEMPLATE = jinja2.Environment(autoescape=False).from_string(
+    (ROOT / "deployments" / "cloud-webhook.jinja").read_text(encoding="utf-8")
+)
+
+
+def rendered(body: Any) -> Event:
+    return Event.model_validate(json.loads(TEMPLATE.render(method="POST", headers={}, body=body)))
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_body_becomes_an_event_of_cloud(name: str):
+    case = CORPUS[name]
+    event = rendered(case["body"] if "body" in case else case["text"])
+    if not name.startswith("refused"):
+        assert event.event.startswith(f"crew.webhook.{case['kind']}")
+
+
+@pytest.mark.parametrize("which", BODIES)
+def test_an_event_of_cloud_names_its_run_and_tells_no_secret(which: str):
+    event = rendered(BODIES[which])
+    kind = which.partition("-")[0]
+    assert event.event == ("crew.webhook.stream.crew_kickoff_started" if kind == "stream" else f"crew.webhook.{kind}")
+    assert event.resource.id == "prefect-crew.run.k-1"
+    key = BODIES[which].get("meta", {}).get("idempotency_key")
+    assert event.resource.get("prefect-crew.idempotency-key") == key
+    payload = json.dumps(event.payload)
+    assert [word for word in SAID_BY_NOBODY if word in payload] == []
+
+
+@given(json_values | bodies | st.fixed_dictionaries({"meta": st.fixed_dictionaries({"idempotency_key": json_values})}))
+def test_whatever_the_body_cloud_gets_an_event(body: Any):
+    assert rendered(body).event.startswith("crew.webhook.")

@@ -7,15 +7,13 @@ import contextlib
 import signal
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.receiver import app as receiver_app
 from prefect_crew.receiver import serve
 from prefect_crew.receiver.app import create_receiver
@@ -24,8 +22,6 @@ from support.processes import Process
 from support.proxy import Proxy
 from support.webhooks import BODIES, SECRET, Kept, events_of, receiver_of, served, until, url_of
 from support.wire import exchange, request
-
-Urls = Callable[..., Webhooks]
 
 
 @pytest.fixture
@@ -36,26 +32,20 @@ async def port(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int
         yield int(url.rpartition(":")[2])
 
 
-def raw(urls: Urls, body: object = BODIES["crew-first"], **facts: object) -> bytes:
+def raw(urls: Any, body: object = BODIES["crew-first"], **facts: object) -> bytes:
     content = httpx.Request("POST", "http://x", json=body).content
-    return request("POST", httpx.URL(url_of(urls(**facts), "crew")).path, content)
+    return request("POST", httpx.URL(url_of(urls(base="http://x", **facts), "crew")).path, content)
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [
-        pytest.param([b""], id="nothing-comes"),
-        pytest.param([b"POST /hooks/crew"], id="half-a-head"),
-        pytest.param([b"POST / HTTP/1.1\r\n", *(f"X-{n}: y\r\n".encode() for n in range(100))], id="dribbles"),
-    ],
-)
-async def test_a_head_that_does_not_come_is_not_waited_for(parts: list[bytes], port: int):
+async def test_a_head_that_does_not_come_is_not_waited_for(port: int):
     started = time.monotonic()
-    assert await exchange(port, *parts, pause=0.05) is None
+    dribbles = [b"POST / HTTP/1.1\r\n", *(f"X-{number}: y\r\n".encode() for number in range(100))]
+    heads = [[b""], [b"POST /hooks/crew"], dribbles]
+    assert await asyncio.gather(*(exchange(port, *parts, pause=0.05) for parts in heads)) == [None] * 3
     assert time.monotonic() - started < 20, "it is closed before the answer is given up"
 
 
-async def test_the_next_head_has_its_time_as_well(port: int, urls: Urls, kept: Kept):
+async def test_the_next_head_has_its_time_as_well(port: int, urls: Any, kept: Kept):
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for number in range(2):
         writer.write(raw(urls, attempt=number + 1).replace(b"Connection: close\r\n", b""))
@@ -69,57 +59,56 @@ async def test_the_next_head_has_its_time_as_well(port: int, urls: Urls, kept: K
     assert len(kept.events) == 2
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", id="tls"),
-        pytest.param(b"GET\r\n\r\n", id="no-http"),
-        pytest.param(b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", id="two-lengths"),
-        pytest.param(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", id="no-chunk"),
-    ],
-)
-async def test_no_http_and_half_a_body_harm_nothing(garbage: bytes, port: int, urls: Urls, kept: Kept):
-    assert await exchange(port, garbage) in (None, 400, 404)
+async def test_no_http_and_half_a_body_harm_nothing(port: int, urls: Any, kept: Kept):
+    garbage = [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"GET\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    ]
+    for content in garbage:
+        assert await exchange(port, content) in (None, 400, 404)
     assert await exchange(port, raw(urls)[:-10]) == 408
     assert kept.events == []
     assert await exchange(port, raw(urls)) == 200
 
 
 @pytest.mark.programs
-async def test_the_command_takes_webhooks_and_ends_on_a_signal(receiver_process: tuple[Process, int], urls: Urls):
+async def test_the_command_takes_webhooks_and_ends_on_a_signal(
+    receiver_process: tuple[Process, int], urls: Any, key: str
+):
     process, url = receiver_process[0], f"http://127.0.0.1:{receiver_process[1]}"
     assert url in process.output
-    hooks = urls("served/lisbon", base=url)
+    hook = url_of(urls(key, base=url), "crew")
     async with httpx.AsyncClient() as client:
         assert (await client.get(f"{url}/ready")).status_code == 200
-        assert (await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])).status_code == 200
-        assert (await client.post(url_of(hooks, "crew") + "x", json={})).status_code == 404
+        assert (await client.post(hook, json=BODIES["crew-first"])).status_code == 200
+        assert (await client.post(hook + "x", json={})).status_code == 404
     process.send(signal.SIGTERM)
     await until(lambda: not process.running, "it ends", seconds=30)
     assert process.popen.returncode == 0
-    (event,) = await events_of("served/lisbon")
+    (event,) = await events_of(key)
     assert event["event"] == "crew.webhook.crew"
     # No log line holds what protects the receiver.
     assert SECRET not in process.output
-    assert url_of(hooks, "crew").rpartition("/")[2] not in process.output
+    assert hook.rpartition("/")[2] not in process.output
 
 
 @pytest.mark.programs
 @pytest.mark.parametrize("signals", [1, 2])
-async def test_the_command_ends_without_prefect(prefect_api: PrefectServer, urls: Urls, tmp_path: Path, signals: int):
+async def test_the_command_ends_without_prefect(
+    prefect_api: PrefectServer, urls: Any, key: str, tmp_path: Path, signals: int
+):
     """Python's exit waits for Prefect's thread, which tries to send each event for 7 s."""
-    key = f"served/{uuid.uuid4()}"
     with (
         Proxy(prefect_api.port) as proxy,
         receiver_of(prefect_api.env(PREFECT_API_URL=f"{proxy.url}/api"), tmp_path) as (process, port),
     ):
-        async with httpx.AsyncClient() as client:
-            for number in range(6):
-                if number == 1:
-                    await events_of(f"{key}/0")
-                    proxy.cut()
-                hooks = urls(f"{key}/{number}", base=f"http://127.0.0.1:{port}")
-                assert (await client.post(url_of(hooks, "crew"), json=BODIES["crew-first"])).status_code == 200
+        assert await exchange(port, raw(urls, key=key)) == 200
+        await events_of(key)
+        proxy.cut()
+        for attempt in range(2, 7):
+            assert await exchange(port, raw(urls, key=key, attempt=attempt)) == 200
         await until(lambda: "Unable to connect" in process.output, "the log says what is wrong")
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(raw(urls)[:-10])  # uvicorn waits for the rest, or for a second signal
@@ -149,16 +138,16 @@ async def test_beyond_a_limit_the_idlest_connection_is_closed(port: int, monkeyp
         writer.transport.abort()
 
 
-async def test_a_large_body_is_parsed_in_a_thread(port: int, urls: Urls, kept: Kept, monkeypatch: pytest.MonkeyPatch):
-    on_loop, parse = list[bool](), receiver_app.read_events
+async def test_a_large_body_is_parsed_in_a_thread(port: int, urls: Any, kept: Kept, monkeypatch: Any):
+    threads, parse = list[threading.Thread](), receiver_app.read_events
 
-    def seen(*given: Any, **facts: Any) -> object:
-        on_loop.append(threading.current_thread() is threading.main_thread())
-        return parse(*given, **facts)
+    def parse_here(*facts: Any) -> object:
+        threads.append(threading.current_thread())
+        return parse(*facts)
 
-    monkeypatch.setattr(receiver_app, "read_events", seen)
+    monkeypatch.setattr(receiver_app, "read_events", parse_here)
     large = raw(urls, {**BODIES["crew-later"], "result": "x" * 300_000})
     assert await asyncio.gather(exchange(port, large), exchange(port, large)) == [200, 200]
     assert await exchange(port, raw(urls, BODIES["crew-later"])) == 200
-    assert on_loop == [False, False, True]
+    assert [thread is threading.main_thread() for thread in threads] == [False, False, True]
     assert len({event.id for event in kept.events}) == 2, "the same delivery has the same id"

@@ -1,0 +1,144 @@
+"""A receiver in a process of its own: a hundred webhooks a second, and ten thousand requests that nobody asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import httpx
+import pytest
+
+from support.processes import Process
+from support.waiting import until
+from support.webhooks import BODIES, events_of, headers_of, url_of
+from support.wire import exchange, request
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+KINDS = ("step", "step", "step", "step", "step", "task", "task", "task", "human_input", "crew")
+RATE, SECONDS, RUNS = 100, 60, 20
+REQUESTS, AT_ONCE = 10_000, 32
+MIB = 1024 * 1024
+Statuses = set[int | None]
+
+
+async def test_a_hundred_webhooks_a_second(receiver_process: tuple[Process, int], urls: Any, notes: list[str]):
+    base, took = f"http://127.0.0.1:{receiver_process[1]}", list[float]()
+
+    async def deliver(number: int) -> None:
+        hooks, kind = urls(f"load/{number % RUNS}", base=base), KINDS[number % 10]
+        body = {"kickoff_id": f"k-{number % RUNS}", "task_id": str(number), "status": "completed", "output": "x" * 2000}
+        started = time.perf_counter()
+        answer = await client.post(url_of(hooks, kind), json=body, headers=headers_of(hooks, kind))
+        assert answer.status_code == 200
+        took.append(time.perf_counter() - started)
+
+    async def counts_at_rest() -> dict[str, Any] | None:
+        counts = (await client.get(f"{base}/ready")).json()
+        return None if counts["waiting"] else counts
+
+    async with httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=50)) as client:
+        async with asyncio.TaskGroup() as deliveries:
+            started = time.perf_counter()
+            for number in range(RATE * SECONDS):  # at a steady rate, however long the answers take
+                await asyncio.sleep(max(0.0, started + number / RATE - time.perf_counter()))
+                deliveries.create_task(deliver(number))
+        counts = await until(counts_at_rest, "all questions are stored")
+    cut = quantiles(took, n=100)
+    notes.append(
+        f"receiver: {len(took)} webhooks at {RATE}/s: p50 {cut[49] * 1000:.1f} ms, p99 {cut[98] * 1000:.1f} ms"
+    )
+    assert counts["received"] == RATE * SECONDS
+    assert counts["dropped"] == 0
+    assert cut[49] < 0.05
+    events = await events_of("load/19")
+    assert [event["event"] for event in events] == ["crew.webhook.crew"]
+
+
+def hostile_requests(urls: Any) -> dict[str, tuple[Callable[[random.Random], list[bytes]], Statuses]]:
+    """Return how to make a request of each kind, in parts, and the statuses with which it may be answered."""
+    base, body = "http://receiver", json.dumps(BODIES["crew-first"]).encode()
+    good = httpx.URL(url_of(urls("hostile/run", base=base), "crew")).path
+    stale = httpx.URL(url_of(urls("hostile/run", base=base, days=-1), "crew")).path
+    another = httpx.URL(url_of(urls("another/run", base=base), "crew")).path
+
+    def post(body: bytes, path: str = good, **headers: str) -> list[bytes]:
+        return [request("POST", path, body, {name.replace("_", "-"): value for name, value in headers.items()})]
+
+    def mangled(rng: random.Random) -> list[bytes]:
+        at = rng.randrange(len("/hooks/crew/"), len(another))
+        letter = rng.choice("ABCDEFGHabcdefgh0123456789-_~!.".replace(another[at], ""))
+        return post(body, another[:at] + letter + another[at + 1 :])
+
+    def deep(rng: random.Random) -> list[bytes]:
+        opening = rng.choice([b"[", b'{"kickoff_id":', b'{"meta":[', b'{"events":[{"data":'])
+        return post(opening * (rng.randrange(1000, 500_000) // len(opening)))
+
+    def chunked(rng: random.Random) -> list[bytes]:
+        chunk = b"%x\r\n" % 65536 + b" " * 65536 + b"\r\n"
+        return [*post(b"", Content_Length="", Transfer_Encoding="chunked"), *[chunk] * rng.randrange(17, 22)]
+
+    (whole,) = post(body)
+    no_body_of_ours = [b"", b"[]", b"null", b"{}", b"\xff", b'"x"', b"1e999"]
+    return {
+        "forged": (mangled, {404}),
+        "stale": (lambda _: post(body, stale), {404}),
+        "replayed": (lambda _: post(body), {200}),
+        "oversize": (lambda rng: post(b" " * rng.randrange(MIB + 1, 3 * MIB)), {413, None}),
+        "chunked": (chunked, {413, None}),
+        "deep": (deep, {400}),
+        "no body of ours": (lambda rng: post(rng.choice(no_body_of_ours)), {400}),
+        "cut off": (lambda rng: [whole[: rng.randrange(10, len(whole) - 1)]], {None}),
+        "garbage": (lambda rng: [rng.randbytes(rng.randrange(1, 4000)) + b"\r\n\r\n"], {400, None}),
+        "head": (lambda rng: post(b"", "/hooks/crew/x", X_Long="y" * rng.randrange(100_000)), {400, 404, 431, None}),
+    }
+
+
+def resident(process: Process) -> float:
+    """Return the MiB of memory that a process holds."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+async def test_hostile_requests_do_nothing(receiver_process: tuple[Process, int], urls: Any, notes: list[str]):
+    process, port = receiver_process
+    rng = random.Random(20260501)
+    kinds = hostile_requests(urls)
+    answers: dict[str, Counter[int | None]] = {name: Counter() for name in kinds}
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def attack(name: str, seed: int) -> None:
+        async with gate:
+            # Those that are cut off are left hanging for a moment: the receiver waits, nobody else does.
+            within = 0.05 if name == "cut off" else 30.0
+            answers[name][await exchange(port, *kinds[name][0](random.Random(seed)), within=within)] += 1
+
+    async def attack_so_often(count: int) -> None:
+        await asyncio.gather(*(attack(rng.choice(list(kinds)), rng.randrange(2**32)) for _ in range(count)))
+
+    await attack("replayed", 0)  # what is replayed has to be genuine once
+    await attack_so_often(2_000)
+    before = resident(process)
+    slow = [asyncio.create_task(exchange(port, b"POST /hooks/crew/x HTTP/1.1\r\n", within=30)) for _ in range(50)]
+    await attack_so_often(REQUESTS - 2_000)
+    after = resident(process)
+    assert await asyncio.gather(*slow) == [None] * 50, "heads that never come are not waited for"
+
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        ready = (await client.get("/ready")).json()
+        assert (await client.get("/health")).status_code == 200
+    notes.append(f"receiver: {REQUESTS} hostile requests, {before:.0f} MiB before, {after:.0f} MiB after")
+    assert process.running, process.tail()
+    assert "Traceback" not in process.output, process.tail()
+    assert ready["received"] == answers["replayed"].total(), "those that were genuine, and no other"
+    assert after - before < 15, f"{before:.0f} MiB grew to {after:.0f}"
+    for name, (_, allowed) in kinds.items():
+        assert {*answers[name]} <= allowed, f"{name}: {answers[name]}"
+    assert len(await events_of("hostile/run")) == 1
