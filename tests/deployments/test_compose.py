@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,60 +99,55 @@ def environment(service: str, folder: Path, **here: str) -> dict[str, str]:
     return isolated(folder, {**filled, **here})
 
 
-def started(service: str, folder: Path, port: str, env: dict[str, str]) -> AbstractContextManager[Process]:
-    """Start what a container runs, on a port of this machine, and wait until its own health check says that it is."""
-    ports = {"server": "4200", "receiver": "8001", "worker": "8080"}
-    line = [{"0.0.0.0": "127.0.0.1", ports[service]: port}.get(part, part) for part in SERVICES[service]["command"]]
-    kind, python, flag, code = SERVICES[service]["healthcheck"]["test"]
-    assert (kind, python, flag) == ("CMD", "python", "-c")
-    assert f":{ports[service]}/" in code
-    check = [sys.executable, "-c", code.replace(f":{ports[service]}/", f":{port}/")]
-    process = Process([program(line[0]), *line[1:]], log=folder / f"{service}.log", env=env)
-    try:
+PORTS = {"server": "4200", "receiver": "8001", "worker": "8080"}
+
+
+@contextmanager
+def running(service: str, folder: Path, port: str, **here: str) -> Iterator[None]:
+    """Run what a container runs, on a port of this machine, healthy by its own check."""
+    there = PORTS[service]
+    line = [{"0.0.0.0": "127.0.0.1", there: port}.get(part, part) for part in SERVICES[service]["command"]]
+    *shell, code = SERVICES[service]["healthcheck"]["test"]
+    assert shell == ["CMD", "python", "-c"]
+    assert f":{there}/" in code
+    check = [sys.executable, "-c", code.replace(f":{there}/", f":{port}/")]
+    env = environment(service, folder, **here)
+    with Process([program(line[0]), *line[1:]], log=folder / f"{service}.log", env=env) as process:
         wait_until(
             lambda: subprocess.run(check, capture_output=True).returncode == 0 or not process.running,
             seconds=120,
             what=f"a healthy {service}",
         )
         assert process.running, process.tail()
-    except BaseException:
-        process.kill()
-        raise
-    return process
-
-
-@pytest.fixture
-def api(postgres: Postgres, tmp_path: Path) -> Iterator[str]:
-    """The server as the file has it, on ports of this machine. Gives its API's address."""
-    folder, port = tmp_path / "server", str(free_port())
-    folder.mkdir()
-    postgres.create_database(name := f"compose_{port}")
-    database = {"HOST": "127.0.0.1", "PORT": str(postgres.port), "USER": SUPERUSER, "NAME": name}
-    env = environment(
-        "server",
-        folder,
-        **{f"PREFECT_SERVER_DATABASE_{name}": value for name, value in database.items()},
-        PREFECT_SERVER_UI_API_URL=f"http://127.0.0.1:{port}/api",
-        PREFECT_SERVER_UI_STATIC_DIRECTORY=str(folder / "ui"),
-    )
-    with started("server", folder, port, env):
-        yield f"http://127.0.0.1:{port}/api"
+        yield
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_everything_is_deployed_twice_over_and_healthy(api: str, tmp_path: Path):
-    env = environment("deploy", tmp_path, PREFECT_API_URL=api)
-    for _ in range(2):
-        subprocess.run(SERVICES["deploy"]["command"], env=env, cwd=FOLDER, check=True, timeout=180)
-    deployed = command("prefect", "deployment", "ls", env=env)
-    assert "deployed-pipeline/report" in deployed
-    assert "recover/crashed" in deployed
-    with pytest.raises(AssertionError, match="401"):
-        command("prefect", "deployment", "ls", env={**env, "PREFECT_API_AUTH_STRING": "crew:wrong"})
-    port = str(free_port())
-    env = environment("worker", tmp_path, PREFECT_API_URL=api, PREFECT_WORKER_WEBSERVER_PORT=port)
-    with started("worker", tmp_path, port, env):
-        port = str(free_port())
-        with started("receiver", tmp_path, port, environment("receiver", tmp_path, PREFECT_API_URL=api)):
+def test_everything_is_deployed_twice_over_and_healthy(postgres: Postgres, tmp_path: Path):
+    port, other_port, folder = str(free_port()), str(free_port()), tmp_path / "server"
+    folder.mkdir()
+    postgres.create_database(name := f"compose_{port}")
+    database = {"HOST": "127.0.0.1", "PORT": str(postgres.port), "USER": SUPERUSER, "NAME": name}
+    with running(
+        "server",
+        folder,
+        port,
+        **{f"PREFECT_SERVER_DATABASE_{name}": value for name, value in database.items()},
+        PREFECT_SERVER_UI_API_URL=f"http://127.0.0.1:{port}/api",
+        PREFECT_SERVER_UI_STATIC_DIRECTORY=str(folder / "ui"),
+    ):
+        api = {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+        env = environment("deploy", tmp_path, **api)
+        for _ in range(2):
+            subprocess.run(SERVICES["deploy"]["command"], env=env, cwd=FOLDER, check=True, timeout=180)
+        deployed = command("prefect", "deployment", "ls", env=env)
+        assert "deployed-pipeline/report" in deployed
+        assert "recover/crashed" in deployed
+        with pytest.raises(AssertionError, match="401"):
+            command("prefect", "deployment", "ls", env={**env, "PREFECT_API_AUTH_STRING": "crew:wrong"})
+        with (
+            running("worker", tmp_path, other_port, PREFECT_WORKER_WEBSERVER_PORT=other_port, **api),
+            running("receiver", tmp_path, str(free_port()), **api),
+        ):
             pass

@@ -1,10 +1,15 @@
-"""`prefect deploy --all` in a project of `prefect-crew init`: what arrives on the server, and on a crew worker."""
+"""`prefect deploy --all` in a project of `prefect-crew init`; runs that a schedule or an event starts."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from support.deployed import wait_for_state, wait_until
+import pytest
+
+from prefect_crew import get_result
+from support.deployed import FINAL, wait_for_state, wait_until
+from support.prefect_server import connected
 from support.site import CREW_POOL, Site
 from support.workers import Worker
 
@@ -66,3 +71,65 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
     before = ids()
     assert "Warning" not in site.deploy()
     assert ids() == before
+
+
+# Started by a schedule or an event
+
+EVERY_TEN_SECONDS = """
+deployments:
+  - name: every-ten-seconds
+    entrypoint: flows/report_pipeline.py:report_pipeline
+    work_pool: {name: processes}
+    schedules:
+      - interval: 10
+        parameters:
+          topic: tea
+          idempotency_key: "tea-{scheduled_start:%Y-%m-%dT%H:%M:%S}"
+"""
+
+
+def test_a_scheduled_run_ends_and_its_keys_are_of_its_time(site: Site, worker: Worker, tmp_path: Path):
+    file = tmp_path / "prefect.yaml"
+    file.write_text(EVERY_TEN_SECONDS)
+    site.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file)
+    deployment = site.deployment("report-pipeline/every-ten-seconds")["id"]
+
+    def ended() -> dict[str, Any] | None:
+        runs = site.seen.flow_runs("report-pipeline")
+        return next((run for run in runs if run["deployment_id"] == deployment and run["end_time"]), None)
+
+    try:
+        run = wait_until(ended, seconds=120, what="a scheduled run that has ended")
+    finally:
+        site.call("DELETE", f"/deployments/{deployment}")
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    assert run["auto_scheduled"]
+    key = f"tea-{run['expected_start_time'][:19]}"
+    for step in ("research", "write", "review"):
+        assert site.crews[step].kickoffs_by_key[f"{key}/{step}"] == 1
+    with connected(site.server, site.folder / "home"):
+        assert "tea is older" in get_result(f"{key}/research").output
+
+
+@pytest.mark.slow
+def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, worker: Worker):
+    (trigger,) = [one["id"] for one in site.call("POST", "/automations/filter", {}) if "after-research" in one["name"]]
+    site.call("PATCH", f"/automations/{trigger}", {"enabled": True})
+    # The same run twice: one kickoff, one `crew.completed`, one follow-up.
+    for _ in range(2):
+        first = site.start("one-crew/daily", {"idempotency_key": "event-tea"})
+        assert wait_for_state(site.seen, first)["state_type"] == "COMPLETED"
+
+    def followed() -> list[dict[str, Any]] | None:
+        runs = [run for run in site.seen.flow_runs("follow-up") if run["parameters"]["idempotency_key"] == "event-tea"]
+        return runs if runs and all(run["state_type"] in FINAL for run in runs) else None
+
+    try:
+        (run,) = wait_until(followed, seconds=90, what="the follow-up's run")
+    finally:
+        site.call("PATCH", f"/automations/{trigger}", {"enabled": False})
+    assert run["state_type"] == "COMPLETED", run["state"]["message"]
+    assert run["created_by"]["type"] == "AUTOMATION"
+    (started,) = [run for run in site.crews["write"].runs if run.meta["idempotency_key"] == "write after event-tea"]
+    assert "tea doubled" in started.inputs["notes"]
+    assert started.inputs["audience"] == "everyone"

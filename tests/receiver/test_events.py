@@ -40,9 +40,10 @@ def test_a_body_becomes_its_events(name: str):
         assert len(str(caught.value)) < 1000
         return
     events = read(case["kind"], body_of(case))
-    facts = [{"name": event.name, "said": event.facts} for event in events]
-    outputs = [{"output": event.output} if event.output else {} for event in events]
-    assert list(map(dict.__or__, facts, outputs)) == case["expected"]
+    assert case["expected"] == [
+        {"name": event.name, "said": event.facts} | ({"output": event.output} if event.output else {})
+        for event in events
+    ]
 
 
 @pytest.mark.parametrize("bad", ["k\n1", "\x1b]0;x\x07", "k\u202e1"])
@@ -74,19 +75,11 @@ def test_without_names_nothing_that_may_be_a_secret_is_read(which: str):
         assert event.hook.idempotency_key == "city/lisbon"
 
 
-@pytest.mark.parametrize(
-    ("type_", "name"),
-    [
-        ("crew_kickoff_completed", "crew_kickoff_completed"),
-        ("LLM_Call_Started", "llm_call_started"),
-        ("prefect.flow-run.Completed\n", "other"),
-        ("x" * 101, "other"),
-        (None, "other"),
-    ],
-)
-def test_the_type_of_a_streamed_event_is_a_name(type_: str | None, name: str):
-    (event,) = read("stream", {"events": [{"execution_id": "k-1", "type": type_}]})
-    assert event.name == f"stream.{name}"
+def test_the_type_of_a_streamed_event_is_a_name():
+    types = ["crew_kickoff_completed", "LLM_Call_Started", "prefect.flow-run.Completed\n", "x" * 101, None]
+    events = read("stream", {"events": [{"execution_id": "k-1", "type": type_} for type_ in types]})
+    names = ["crew_kickoff_completed", "llm_call_started", "other", "other", "other"]
+    assert [event.name for event in events] == [f"stream.{name}" for name in names]
 
 
 @pytest.mark.parametrize("model", ["openai/gpt-4o", "the model that says a secret"])
@@ -105,16 +98,16 @@ def test_a_delivery_to_the_stream_tells_so_much_and_no_more():
 
 @pytest.mark.parametrize("names", [True, False])
 def test_unknown_ids_and_times_have_to_look_like_such(names: bool):
-    def said(text: str, at: str) -> dict[str, Any]:
+    def facts_of(text: str, at: str) -> dict[str, Any]:
         (task,) = read("task", {"kickoff_id": text, "task_id": text, "status": "completed"}, names=names)
         event = {"id": text, "execution_id": text, "timestamp": at, "type": "task_failed", "data": {}}
         (streamed,) = read("stream", {"events": [event]}, names=names)
         return {**task.facts, **streamed.facts}
 
     sentence, at = "log in with hunter22 please", "2026-05-01T12:00:00.5+00:00"
-    assert ("hunter22" in str(said(sentence, sentence))) is names
-    known = said("ns:run.1_a", at)
-    assert (known["kickoff_id"], known["task_id"], known["id"], known["at"]) == (*["ns:run.1_a"] * 3, at)
+    assert ("hunter22" in str(facts_of(sentence, sentence))) is names
+    known = facts_of("ns:run.1_a", at)
+    assert [known[name] for name in ("kickoff_id", "task_id", "id", "at")] == [*["ns:run.1_a"] * 3, at]
 
 
 def test_long_names_are_cut_and_long_ids_left_out():
