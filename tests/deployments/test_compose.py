@@ -106,7 +106,8 @@ PORTS = {"server": "4200", "receiver": "8001", "worker": "8080"}
 def running(service: str, folder: Path, port: str, **here: str) -> Iterator[None]:
     """Run what a container runs, on a port of this machine, healthy by its own check."""
     there = PORTS[service]
-    line = [{"0.0.0.0": "127.0.0.1", there: port}.get(part, part) for part in SERVICES[service]["command"]]
+    changed = {"0.0.0.0": "127.0.0.1", there: port}
+    line = [str(changed.get(part, part)) for part in SERVICES[service]["command"]]
     *shell, code = SERVICES[service]["healthcheck"]["test"]
     assert shell == ["CMD", "python", "-c"]
     assert f":{there}/" in code
