@@ -31,13 +31,7 @@ from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.responses import WorkerFlowRunResponse
 from prefect.context import AsyncClientContext
 from prefect.events.worker import EventsWorker
-from prefect.exceptions import (
-    Abort,
-    InfrastructureNotAvailable,
-    InfrastructureNotFound,
-    ObjectNotFound,
-    Pause,
-)
+from prefect.exceptions import Abort, InfrastructureNotAvailable, InfrastructureNotFound, ObjectNotFound, Pause
 from prefect.flows import Flow
 from prefect.logging.handlers import APILogWorker
 from prefect.logging.loggers import flow_run_logger
@@ -398,17 +392,19 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
                 )
                 await asyncio.sleep(AWAY_PAUSE)
 
-    async def _confirm(self, held: HeldFlowRun, state: State[Any]) -> None:
+    async def _confirm(self, held: HeldFlowRun, state: State[Any]) -> FlowRun | None:
         """Before a write of a state, end the flow run as lost if another worker has it, or as suspended if it was.
 
-        This asks the server in two cases: before a final state, which would replace Suspended, and if other workers may
-        consider this worker dead, since it was frozen or cut off.
+        This reads the flow run in two cases: before a final state, which would replace Suspended, and if other workers
+        may consider this worker dead, since it was frozen or cut off.
         """
-        if state.is_final() or self._may_count_as_gone():
-            current = await self.client.read_flow_run(held.flow_run.id)
-            self._end_if_lost(current)
-            if current.state_name in SUSPENDED_NAMES:
-                held.end("suspended", "Flow run was suspended.")
+        if not state.is_final() and not self._may_count_as_gone():
+            return None
+        current = await self.client.read_flow_run(held.flow_run.id)
+        self._end_if_lost(current)
+        if current.state_name in SUSPENDED_NAMES:
+            held.end("suspended", "Flow run was suspended.")
+        return current
 
     def _may_count_as_gone(self) -> bool:
         return _clock() - self._confirmed_at >= 2 * self.heartbeat_interval_seconds

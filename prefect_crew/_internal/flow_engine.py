@@ -103,11 +103,11 @@ class HeldFlowRun:
     """A flow run whose coroutine runs in this process, on a worker of a work pool.
 
     `confirm` runs before each write of a state. It ends the coroutine if, on the server, the flow run is suspended or
-    has another worker.
+    has another worker, and returns the flow run if it has asked the server.
     """
 
     flow_run: FlowRun
-    confirm: Callable[[HeldFlowRun, State[Any]], Awaitable[None]]
+    confirm: Callable[[HeldFlowRun, State[Any]], Awaitable[FlowRun | None]]
     pool: str = ""
     worker: str = ""
     ending: Ending | None = None
@@ -119,6 +119,8 @@ class HeldFlowRun:
     """Whether the flow's own code has ended after a cancellation."""
     was_cancelled: bool = False
     """Whether an ending was "cancelled", also if "lost" has overridden it."""
+    completed: State[Any] | None = None
+    """The state of a flow that has ended, once it is to be written."""
     executors: list[ThreadPoolExecutor] = field(default_factory=list[ThreadPoolExecutor])
     """The executors of attempts that are over, in which submitted tasks may still run."""
 
@@ -128,7 +130,12 @@ class HeldFlowRun:
         return has_ended and not self.was_cancelled
 
     def end(self, ending: Ending, reason: str) -> None:
-        """End the coroutine. "lost" overrides an earlier ending, so that this process writes no state to the server."""
+        """End the coroutine. "lost" overrides an earlier ending, so that this process writes no state to the server.
+
+        A flow that has ended is not handed over: it would run again, only because its state is still to be written.
+        """
+        if ending == "handed over" and self.completed is not None:
+            return
         if self.ending is None or ending == "lost":
             is_first = self.ending is None
             self.ending, self.reason = ending, reason
@@ -140,7 +147,8 @@ class HeldFlowRun:
 
     def _cancel_again(self) -> None:
         """Cancel the coroutine each second, since the flow's code may swallow a CancelledError."""
-        if self.task is not None and not self.task.done() and not self.is_out:
+        writes_end = self.ending == "handed over" and self.completed is not None
+        if self.task is not None and not self.task.done() and not self.is_out and not writes_end:
             self.task.cancel()
             self.task.get_loop().call_later(1.0, self._cancel_again)
 
@@ -175,8 +183,6 @@ async def _until_idle(executors: list[ThreadPoolExecutor]) -> None:
 
 class _Engine(AsyncFlowRunEngine[Any, Any]):
     held: HeldFlowRun
-    completed: State[Any] | None = None
-    """The state of a flow that has ended, once it is to be written."""
     flow_run: FlowRun  # pyright: ignore[reportIncompatibleVariableOverride] - the worker always gives one
 
     async def call_flow_fn(self) -> Any:
@@ -188,17 +194,22 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
         if state.message:
             state.message = state.message.replace("\0", "")  # PostgreSQL refuses it
         if state.is_completed():
-            self.completed = state
-        refusals = 0
+            self.held.completed = state
+        refusals, is_repeat = 0, False
         while True:
             is_reached = False
             try:
-                if self.held.ending is None:
-                    await self.held.confirm(self.held, state)
+                current = await self.held.confirm(self.held, state) if self.held.ending is None else None
                 is_reached = state.is_final()  # `confirm` has read the flow run
                 is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
                 if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
                     raise asyncio.CancelledError  # again: the flow may have swallowed the first one
+                if is_repeat and current is not None and self._has_gone_on(current):
+                    # The server has taken an earlier try, whose answer was lost, or has cancelled the flow run.
+                    self.flow_run.state, self.flow_run.state_name = current.state, current.state_name
+                    self.flow_run.state_type = current.state_type
+                    await self.call_hooks(current.state)
+                    return self.state
                 return await super().set_state(state, force)
             except HTTP_ERRORS as error:
                 if not is_transient(error):
@@ -209,13 +220,19 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
                 self.logger.warning(
                     "The Prefect server did not take the state %s, which is written again: %s", state.name, error
                 )
+                is_repeat = True
                 await asyncio.sleep(AWAY_PAUSE)
 
+    def _has_gone_on(self, current: FlowRun) -> bool:
+        """Return whether the server has ended the flow run, or has scheduled its retry, since its last known state."""
+        state = current.state
+        return state is not None and state.id != self.state.id and (state.is_final() or state.is_scheduled())
+
     async def handle_timeout(self, exc: TimeoutError) -> None:
-        if self.completed is None:
+        if self.held.completed is None:
             await super().handle_timeout(exc)
         else:  # the flow has ended in time, and only its state comes late
-            await self.set_state(self.completed)
+            await self.set_state(self.held.completed)
 
     async def handle_crash(self, exc: BaseException) -> None:
         self.held.is_out = True

@@ -18,7 +18,7 @@ import prefect.task_runners
 import pytest
 from prefect import flow, task
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import AsyncClientContext
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.workers.base import BaseWorker
@@ -69,7 +69,7 @@ def test_a_name_may_be_absent_from_a_version_on(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_a_flow_that_ends_does_not_wait_on_its_event_loop_for_a_submitted_task():
+async def test_an_ended_flow_blocks_for_no_submitted_task():
     begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
 
     @task
@@ -115,7 +115,7 @@ async def test_a_task_runner_still_waits_where_no_event_loop_runs():
         assert ended.is_set()
 
 
-async def test_reads_of_one_id_share_the_next_request_and_never_one_that_was_made_before_the_call():
+async def test_reads_of_an_id_share_the_next_request():
     requests, may_end = list[UUID](), asyncio.Event()
 
     async def read(key: UUID) -> int:
@@ -136,7 +136,7 @@ async def test_reads_of_one_id_share_the_next_request_and_never_one_that_was_mad
     assert requests == [key, another, key]
 
 
-async def test_thousands_of_requests_wait_for_their_turn_before_httpx():
+async def test_thousands_of_requests_queue_before_httpx():
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.closing(writer):
             while await reader.readuntil(b"\r\n\r\n"):
@@ -175,7 +175,7 @@ WRITE, LOOK = "POST .*/set_state", "GET .*/flow_runs/.*"
     ids=["no look", "no write", "refused look", "refused write", "write refused for long"],
 )
 @pytest.mark.parametrize("timeout", [None, 0.4])
-async def test_a_flow_that_has_ended_is_not_run_again_where_its_state_cannot_be_written(
+async def test_an_ended_flow_whose_state_waits_runs_once(
     prefect_api: PrefectServer,
     proxy: Proxy,
     monkeypatch: pytest.MonkeyPatch,
@@ -201,13 +201,73 @@ async def test_a_flow_that_has_ended_is_not_run_again_where_its_state_cannot_be_
         await asyncio.sleep(0)
         return calls
 
-    async def confirm(held: HeldFlowRun, state: State[Any]) -> None:
-        if state.is_final():
-            await client.read_flow_run(held.flow_run.id)
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        async with AsyncClientContext.get_or_create() as context:
+            flow_run = await context.client.create_flow_run(ends)
+            state = await run_held_flow(ends, HeldFlowRun(flow_run, read_again))
+    assert calls == 1
+    assert state.type.value == ending
+    assert proxy.refuse is None
+
+
+async def read_again(held: HeldFlowRun, state: State[Any]) -> FlowRun | None:
+    """Read the flow run before its last state, as the worker does."""
+    async with AsyncClientContext.get_or_create() as context:
+        return await context.client.read_flow_run(held.flow_run.id) if state.is_final() else None
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+async def test_a_state_whose_answer_is_lost_is_kept(
+    prefect_api: PrefectServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, fails: int
+):
+    monkeypatch.setattr(flow_engine, "AWAY_PAUSE", 0.2)
+    calls = 0
+
+    @flow(retries=1)
+    async def fails_first() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            proxy.lose = WRITE
+        if calls <= fails:
+            raise RuntimeError("the mail server is down")
 
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
         async with AsyncClientContext.get_or_create() as context:
-            client = context.client
-            flow_run = await client.create_flow_run(ends)
-            state = await run_held_flow(ends, HeldFlowRun(flow_run, confirm))
-    assert (calls, state.type.value, proxy.refuse) == (1, ending, None)
+            flow_run = await context.client.create_flow_run(fails_first)
+            state = await run_held_flow(fails_first, HeldFlowRun(flow_run, read_again))
+    assert proxy.lose is None
+    assert calls == 2
+    assert state.type.value == ("COMPLETED" if fails == 1 else "FAILED")
+
+
+@pytest.mark.parametrize("is_cancelled_first", [False, True])
+async def test_an_ended_flow_is_not_handed_over(
+    prefect_api: PrefectServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, is_cancelled_first: bool
+):
+    monkeypatch.setattr(flow_engine, "AWAY_PAUSE", 0.2)
+    monkeypatch.setattr(flow_engine, "CANCEL_AGAIN_AFTER", 0.5)
+    begun = asyncio.Event()
+
+    @flow
+    async def ends() -> str:
+        begun.set()
+        if is_cancelled_first:
+            with contextlib.suppress(asyncio.CancelledError):  # as a flow may do
+                await asyncio.sleep(60)
+        proxy.refuse, proxy.answer = WRITE, ""
+        return "done"
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        async with AsyncClientContext.get_or_create() as context:
+            held = HeldFlowRun(await context.client.create_flow_run(ends), read_again)
+            running = held.task = asyncio.ensure_future(run_held_flow(ends, held))  # type: ignore[assignment]
+            await until(begun.is_set, "the flow has begun")
+            if not is_cancelled_first:
+                await until(lambda: proxy.refuse is not None, "the flow has ended")
+            for _ in range(20):  # as a worker does that shuts down
+                held.end("handed over", "The worker shuts down.")
+                await asyncio.sleep(0.1)
+            proxy.refuse = None
+            state = await running
+    assert state.type.value == "COMPLETED"

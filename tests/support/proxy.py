@@ -21,6 +21,9 @@ class Proxy:
         self.refuse: str | None = None
         self.answer = "403"
         """The status that refused requests get; empty: the connection is closed."""
+        self.lose: str | None = None
+        """The next request that matches reaches the server, and its answer is lost with the connection."""
+        self._without_answer: set[socket.socket] = set()
         self.is_silent = False
         """Whether bytes are lost, as where a machine has vanished: nobody closes a connection."""
         self._target = target_port
@@ -95,6 +98,11 @@ class Proxy:
                             head = f"HTTP/1.1 {self.answer} Refused\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
                             source.sendall(head.encode())
                         break
+                    if self.lose and any(re.search(self.lose, line) for line in lines):
+                        self.lose = None
+                        self._without_answer.add(source)
+                elif sink in self._without_answer:
+                    break
                 if not self.is_silent:
                     sink.sendall(data)
         for one in (source, sink):
