@@ -4,7 +4,8 @@
 #   make test        the quick tests: what each part does, and single runs on a Prefect server (as plain pytest does)
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
-# WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random worlds.
+# WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random worlds,
+# PINS= with a VENV of its own for the newest of all dependencies.
 
 VENV ?= .venv
 OLDEST_VENV ?= .venv-oldest
@@ -16,6 +17,7 @@ SEED ?=
 MUTANTS ?= 30
 WORKERS ?= 3
 ARGS ?=
+PINS ?= -c constraints.txt
 
 # Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
 AT_ONCE = -n $(WORKERS) --dist worksteal
@@ -78,7 +80,8 @@ prove: test programs proofs
 sample: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m slow $(SAMPLED) $(ARGS)
 
-# The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python.
+# The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python,
+# WHEEL=dist/… a wheel that is built.
 wheel-smoke: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow tests/deployments/test_installed_wheel.py $(ARGS)
 
@@ -142,31 +145,31 @@ $(UV):
 	    exit 1; \
 	fi; \
 	echo "Building $(VENV) with $$($$found --version) …"; \
-	$$found -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$$found -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) uv
 
 $(VENV)/.core: pyproject.toml constraints.txt | $(UV)
 	@echo "Installing the package and Prefect (about 200 MB) …"
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e .
+	@$(UV) pip install --quiet --python $(BIN)/python $(PINS) -e .
 	@touch $@
 
 $(VENV)/.tests: pyproject.toml constraints.txt | $(UV)
 	@echo "Installing what the tests need, CrewAI among it (1.4 GB in all, some minutes on a slow line) …"
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[all]' --group test --group peers
+	@$(UV) pip install --quiet --python $(BIN)/python $(PINS) -e '.[all]' --group test --group peers
 	@touch $(VENV)/.core $@
 
 $(VENV)/.lint: pyproject.toml constraints.txt | $(VENV)/.tests
 	@echo "Installing ruff, pyright and pre-commit …"
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[all]' --group dev
+	@$(UV) pip install --quiet --python $(BIN)/python $(PINS) -e '.[all]' --group dev
 	@touch $@
 
 $(VENV)/.docs: pyproject.toml constraints.txt | $(VENV)/.core
 	@echo "Installing mkdocs-material, mkdocstrings and what they need …"
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e . --group docs
+	@$(UV) pip install --quiet --python $(BIN)/python $(PINS) -e . --group docs
 	@touch $@
 
 $(VENV)/.release: pyproject.toml constraints.txt | $(UV)
 	@echo "Installing twine and pip-audit …"
-	@$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt --group release
+	@$(UV) pip install --quiet --python $(BIN)/python $(PINS) --group release
 	@touch $@
 
 # The oldest Python and Prefect, with the oldest of everything else that pyproject.toml admits.

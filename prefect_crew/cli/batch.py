@@ -266,7 +266,7 @@ async def ls(
     *,
     output: Output = None,
 ) -> None:
-    """List the batches on the Prefect server, and the addresses of their ledgers."""
+    """List the batches on the Prefect server, and the addresses of their ledgers. `batch inspect` shows a status."""
     batches = await _list(pattern)
     as_json = output and [{"name": name, "ledger": ledger} for name, ledger in batches]
     _output.put_rows(("Batch", "Ledger"), batches, empty=NONE, json=as_json)
