@@ -204,11 +204,9 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
                 is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
                 if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
                     raise asyncio.CancelledError  # again: the flow may have swallowed the first one
-                if is_repeat and current is not None and self._has_gone_on(current):
-                    # The server has taken an earlier try, whose answer was lost, or has cancelled the flow run.
-                    self.flow_run.state, self.flow_run.state_name = current.state, current.state_name
-                    self.flow_run.state_type = current.state_type
-                    await self.call_hooks(current.state)
+                if is_repeat and current is not None and _is_retried_here(current):
+                    # The server has taken an earlier try, whose answer was lost. Another try would end the flow run.
+                    self.flow_run.state = current.state
                     return self.state
                 return await super().set_state(state, force)
             except HTTP_ERRORS as error:
@@ -222,11 +220,6 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
                 )
                 is_repeat = True
                 await asyncio.sleep(AWAY_PAUSE)
-
-    def _has_gone_on(self, current: FlowRun) -> bool:
-        """Return whether the server has ended the flow run, or has scheduled its retry, since its last known state."""
-        state = current.state
-        return state is not None and state.id != self.state.id and (state.is_final() or state.is_scheduled())
 
     async def handle_timeout(self, exc: TimeoutError) -> None:
         if self.held.completed is None:
@@ -250,6 +243,12 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
                     await self.call_hooks(self.flow_run.state)
             finally:
                 held_flow_run.reset(token)
+
+
+def _is_retried_here(flow_run: FlowRun) -> bool:
+    """Return whether the server has answered the end of an attempt with a retry in the same process."""
+    state, policy = flow_run.state, flow_run.empirical_policy
+    return state is not None and state.is_scheduled() and policy.retry_type == "in_process"
 
 
 def check_prefect() -> None:
