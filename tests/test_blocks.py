@@ -75,12 +75,6 @@ def test_a_wrong_field_is_refused_without_the_token(fields: dict[str, Any]):
         assert ("a crew's wait has no field 'timeot'. Do you mean 'timeout'" in shown) is ("timeot" in str(fields))
 
 
-def test_the_token_shows_nowhere():
-    block = crew()
-    for shown in (repr(block), str(block), block.model_dump_json(), repr(block.client()), block.label):
-        assert "the-token" not in shown
-
-
 @pytest.mark.usefixtures("prefect_api")
 async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name():
     name = f"travel-{uuid.uuid4().hex[:8]}"
@@ -111,16 +105,13 @@ async def test_a_stored_block_whose_wait_has_fields_of_another_version_is_loaded
 
 @pytest.mark.usefixtures("prefect_api", "instant_polling")
 class TestIdiom:
-    def test_in_sync_code(self, crew_server: CrewServerFactory):
-        run = crew_server("echo").crew().trigger({"text": "a"})
-        assert isinstance(run, CrewRun)
-        again = pickle.loads(pickle.dumps(run))
-        run.wait_for_completion()
-        assert run.fetch_result().output == again.fetch_result().output == "a"
-
-    def test_a_pickle_of_it_has_no_inputs(self, crew_server: CrewServerFactory):
+    def test_a_pickled_run_has_its_result_and_no_inputs(self, crew_server: CrewServerFactory):
         run = crew_server("echo").crew(secret_inputs=["text"]).trigger({"text": "pass-4711"})
-        assert b"pass-4711" not in pickle.dumps(run)
+        assert isinstance(run, CrewRun)
+        pickled = pickle.dumps(run)
+        assert b"pass-4711" not in pickled
+        run.wait_for_completion()
+        assert run.fetch_result().output == pickle.loads(pickled).fetch_result().output
 
     async def test_a_result_can_be_fetched_without_having_waited(self, crew_server: CrewServerFactory):
         held = Held()

@@ -40,12 +40,15 @@ def test_it_has_every_field_of_its_block():
         assert (list(kept) if isinstance(kept, tuple) else kept) == getattr(block, name), name
 
 
-def test_a_crew_shows_no_secret_and_is_pickled_whole():
-    one = crew(secret_inputs=["pin"]).with_token(SecretStr("the-new-token"))
-    for shown in (repr(one), str(one), str(asdict(one)), to_json(one, fallback=repr).decode()):
+def test_the_token_shows_nowhere():
+    block = block_of(secret_inputs=["pin"])
+    crew = crew_of(block).with_token(SecretStr("the-new-token"))
+    of_block = (repr(block), str(block), block.model_dump_json(), repr(block.client()), block.label)
+    of_crew = (repr(crew), str(crew), str(asdict(crew)), to_json(crew, fallback=repr).decode())
+    for shown in (*of_block, *of_crew):
         assert "the-token" not in shown
         assert "the-new-token" not in shown
-    assert pickle.loads(pickle.dumps(one)) == one
+    assert pickle.loads(pickle.dumps(crew)) == crew
 
 
 async def test_an_unstored_crew_is_called_by_its_address():

@@ -39,7 +39,6 @@ tasks: [{name: t, output: x}]
 TEXT = ["string", "number", "boolean"]
 KEY = "day-{scheduled_start:%Y-%m-%d}"
 FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
-HEARTBEAT = "PREFECT_FLOWS_HEARTBEAT_FREQUENCY"
 SIX = DeploymentScheduleCreate(
     schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
     slug="six",
@@ -128,7 +127,8 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
     assert (stored.entrypoint, stored.pull_steps) == ("prefect_crew.run_deployed_crew", [])
     assert stored.parameters == {"crew": "form", "inputs": {**GIVEN, "days": 4}, "review": "form"}
     assert (stored.work_queue_name, stored.job_variables) == ("urgent", {"env": {"A": "1"}})
-    assert {type(entry.schedule).__name__ for entry in stored.schedules} == {"CronSchedule", "RRuleSchedule"}
+    schedules = {type(entry.schedule).__name__: entry.parameters for entry in stored.schedules}
+    assert schedules == {"CronSchedule": {"idempotency_key": "{scheduled_start:%F}"}, "RRuleSchedule": {}}
     assert stored.concurrency_options
     assert stored.concurrency_options.collision_strategy == "CANCEL_NEW"
     assert (stored.tags, stored.version, stored.description) == (["prefect-crew", "mine"], "7", "All of it.")
@@ -177,12 +177,6 @@ def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, case: s
     options, problem = REFUSED[case]
     with pytest.raises(ConfigurationError, match=problem):
         crew_flow("form").to_deployment("refused", **options)
-
-
-def test_a_schedule_with_defaults_of_its_own_is_taken(crew: CrewServer):
-    own = {"inputs": GIVEN, "idempotency_key": "{scheduled_start:%F}"}
-    deployment: Any = crew_flow("form").to_deployment("own", **daily(**own))
-    assert deployment.schedules[0].parameters == own
 
 
 @pytest.mark.parametrize(

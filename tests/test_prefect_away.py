@@ -35,24 +35,18 @@ def batch(crew: pc.DeployedCrew, folder: Path) -> Any:
     return pc.run_batch(crew, [INPUTS], name="b", export=str(folder / "b.jsonl"))
 
 
-CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {
+CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {  # a synchronous function calls its asynchronous twin
     "run_crew": lambda crew, _: pc.run_crew(crew, INPUTS),
     "run_crew of a block": lambda *_: pc.run_crew("travel", INPUTS),
-    "arun_crew": lambda crew, _: asyncio.run(pc.arun_crew(crew, INPUTS)),
     "get_result": lambda *_: pc.get_result("daily"),
-    "aget_result": lambda *_: asyncio.run(pc.aget_result("daily")),
     "trigger": lambda crew, _: crew.trigger(INPUTS),
-    "atrigger": lambda crew, _: asyncio.run(crew.atrigger(INPUTS)),
     "resume": lambda crew, _: pc.CrewRun(crew, "k1").resume("Yes.", approve=True),
     "run_pipeline": lambda crew, _: pc.run_pipeline([pc.CrewStep("a", crew, INPUTS)]),
-    "arun_pipeline": lambda crew, _: asyncio.run(pc.arun_pipeline([pc.CrewStep("a", crew, INPUTS)])),
     "plan_pipeline": lambda *_: pc.plan_pipeline([pc.CrewStep("a", "travel", INPUTS)]),
     "run_batch": batch,
     "plan_batch": lambda *_: pc.plan_batch("travel", [INPUTS]),
     "to_deployment": lambda *_: pc.crew_flow("travel").to_deployment(),
-    "ato_deployment": lambda *_: asyncio.run(pc.crew_flow("travel").ato_deployment()),
     "deploy": lambda *_: pc.crew_flow("travel").deploy(work_pool_name="crews"),
-    "adeploy": lambda *_: asyncio.run(pc.crew_flow("travel").adeploy(work_pool_name="crews")),
     "serve": lambda *_: pc.crew_flow("travel").serve(),
     "prune_records": lambda *_: asyncio.run(prune_records.fn()),
     "recover": lambda *_: asyncio.run(recover.fn(uuid4())),

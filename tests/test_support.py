@@ -1,4 +1,4 @@
-"""The tests' own helpers: what they start is gone once they have stopped it, and what is left makes the run fail."""
+"""A process that a test leaves behind makes the run fail."""
 
 from __future__ import annotations
 
@@ -10,25 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from support.processes import Process, alive
-
-STUBBORN_PARENT = """
-import signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
-print("ready", flush=True)
-time.sleep(300)
-"""
-
-
-def test_stop_ends_a_process_that_ignores_sigterm_and_its_child_in_another_session(tmp_path: Path):
-    with Process([sys.executable, "-c", STUBBORN_PARENT], log=tmp_path / "log") as process:
-        process.wait_for("ready")
-        family = process.family()
-        assert len(family) == 2
-        assert process.stop(grace=0.2) == -signal.SIGKILL
-        assert not any(map(alive, family))
-
+from support.processes import alive
 
 RUN_OF_ITS_OWN = """
 import os, signal, sys

@@ -1,13 +1,13 @@
 """The crew worker does what Prefect's own tests ask of any worker: tests/workers of Prefect, in our own words.
 
-Kept: pools, queues, limits, priorities, prefetching, templates, deployments that are gone, cancelling before the start,
-polling, heartbeats, `--run-once`, and what the command line reads of a worker's type. Against a real Prefect server.
+Kept: pools, queues, limits, priorities, prefetching, templates, deployments that are gone, polling, heartbeats,
+`--run-once`, and what the command line reads of a worker's type. Against a real Prefect server.
 
 Not applicable, and why:
 - the command, image, environment and labels of a job, and merging them: a flow run has no infrastructure of its own;
 - `prefect.worker.*` labels on a flow run, and the state Submitting: left out, each is a request for each flow run;
 - `BaseWorker.submit` of a flow without a deployment: a crew worker imports flows by the path of their deployment;
-- `kill_infrastructure` raises NotImplementedError: it is implemented (tests/test_worker.py);
+- `kill_infrastructure` raises NotImplementedError: it is implemented (tests/test_worker.py, as is cancelling);
 - the exit code of a process and its explanation: Prefect's engine writes the state, in the worker's process;
 - the worker channel, its reconnects and its snapshots: the worker inherits these and changes none of it;
 - tests of mocks alone: of the client's contexts, of the logger's name, of old signatures.
@@ -24,9 +24,9 @@ from unittest.mock import AsyncMock
 from uuid import UUID
 
 import pytest
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
-from prefect.states import AwaitingRetry, Cancelling, Running
+from prefect.states import AwaitingRetry
 from prefect.workers.utilities import (
     get_available_work_pool_types,
     get_default_base_job_template_for_infrastructure_type,
@@ -173,35 +173,25 @@ async def test_a_run_that_may_not_begin_gives_its_place_back(pool: CrewPool, ran
             assert pool.flow_run(run_id)["state_name"] == "Cancelled"
 
 
-async def test_a_template_that_does_not_fit_crashes_the_run(pool: CrewPool, ran: AsyncMock):
+@pytest.mark.parametrize(
+    ("job_variables", "problem"),
+    [({}, "without_effect"), ({"name": "{{ prefect.blocks.secret.nowhere }}"}, "ObjectNotFound")],
+    ids=["value of another type", "missing block"],
+)
+async def test_a_template_that_does_not_fit_crashes_the_run(
+    pool: CrewPool, ran: AsyncMock, job_variables: dict[str, str], problem: str
+):
     template = {
         "job_configuration": {"name": "{{ name }}", "without_effect": "{{ number }}"},
         "variables": {"type": "object", "properties": {"name": {"type": "string"}, "number": {"default": 3}}},
     }
     async with CrewWorker(pool.name, base_job_template=template) as worker:
-        run_id = pool.start(pool.deploy("template", f"{USER_FLOWS}.greet"))
+        run_id = pool.start(pool.deploy("template", f"{USER_FLOWS}.greet", job_variables=job_variables))
         await look(worker)
-        run = pool.flow_run(run_id)
-        assert (run["state_name"], ran.await_count) == ("Crashed", 0)
-        assert "without_effect" in run["state"]["message"]
-
-
-@pytest.mark.parametrize(
-    ("begun", "owner", "end"),
-    [(None, None, "Cancelled"), (None, "gone/1", "Cancelled"), (Running(), "gone/1", "Cancelling")],
-    ids=["without an owner", "with an owner that is gone", "begun"],
-)
-async def test_cancelling_before_the_start(
-    pool: CrewPool, ran: AsyncMock, begun: State | None, owner: str | None, end: str
-):
-    async with CrewWorker(pool.name) as worker:
-        run_id = UUID(pool.start(pool.deploy("cancelled", f"{USER_FLOWS}.greet")))
-        await worker.client.update_flow_run(run_id, infrastructure_pid=owner)
-        if begun is not None:
-            await worker.client.set_flow_run_state(run_id, begun, force=True)
-        await worker.client.set_flow_run_state(run_id, Cancelling(), force=True)
-        await worker._cancel_run(run_id)
-        assert pool.flow_run(str(run_id))["state_name"] == end
+    run = pool.flow_run(run_id)
+    assert run["state_name"] == "Crashed"
+    assert problem in run["state"]["message"]
+    assert ran.await_count == 0
 
 
 async def test_a_worker_that_runs_once_waits_for_its_runs(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
