@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import traceback
 import uuid
 from dataclasses import replace
@@ -32,6 +33,7 @@ from prefect_crew.records.model import RecordPhase
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow, call_in_flow
 from support.frames import locals_of
+from support.proxy import Proxy
 from support.records import key, new_record, put
 from support.scripts import FAILS, PICKY, script, slow
 from support.seen import Seen
@@ -445,6 +447,35 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
     await server.crew().atrigger({}, idempotency_key=running)
     with pytest.raises(pc.NoResultError, match="has no result yet: it is running"):
         await pc.aget_result(running, crew=server.crew())
+
+
+# What it costs
+
+
+@pytest.mark.parametrize("idempotency_key", [None, "given"])
+def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None):
+    server = crew_server(slow(0.4))
+
+    async def trip() -> list[str]:
+        await pc.arun_crew(server.crew(), idempotency_key=idempotency_key and key())
+        before = len(proxy.requests)
+        await pc.arun_crew(server.crew(), idempotency_key=idempotency_key and key())
+        return proxy.requests[before:]
+
+    _, counted = call_in_flow(trip)
+    # SQLite makes the server answer 503 when two write at once; such a request is sent again.
+    made = [one for one, before in zip(counted, ["", *counted], strict=False) if one != before]
+    shown = [request for request in made if "/artifacts" in request]
+    # That of Prefect itself: what has to do with the record is in Variables, or asks after flow runs.
+    prefects = ("/logs", "/events", "csrf", "/concurrency_limits", "/admin")
+    others = [one for one in made if one not in shown and not any(part in one for part in prefects)]
+    # A change of one and the same Variable is the same one, sent again: the permit and the record are two.
+    others = [one for n, one in enumerate(others) if not (one.startswith("PATCH") and one in others[:n])]
+    kinds = [re.sub("/[0-9a-f-]{36}$", "/ID", request).replace("/api/", "") for request in others]
+    create, read, change = "POST variables/", "POST variables/filter", "PATCH variables/ID"
+    # The claim, the second reading, the permit, the id, the name of the id, the end, the tag of the claim.
+    assert kinds == [create, read, create, change, create, create, change]
+    assert [one.split()[0] for one in shown] == ["POST", "PATCH"], "the artifact is made at the start"
 
 
 # Calls that cannot be made

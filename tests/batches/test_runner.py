@@ -37,7 +37,7 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, row_plan, topics
 from support.held import Held
-from support.records import CLAIMED, LONG_AGO, NOT_STARTED, STARTED
+from support.records import CLAIMED, NOT_STARTED, STARTED
 from support.scripts import FAILS, PICKY, script, slow
 from support.waiting import until
 

@@ -339,7 +339,7 @@ async def test_two_starts_may_meet_a_changed_budget(budgeted: Budgeted, monkeypa
         return await read(client, limit)
 
     monkeypatch.setattr(PrefectClient, "read_global_concurrency_limit_by_name", read_late)
-    assert await pc.arun_crew(budgeted(max_kickoffs=9)[1], {"text": "b"})
+    await pc.arun_crew(budgeted(max_kickoffs=9)[1], {"text": "b"})
 
 
 async def test_a_budget_costs_one_request_a_step(budgeted: Budgeted, crew_server: CrewServerFactory, proxy: Proxy):

@@ -230,7 +230,8 @@ def test_a_silent_prefect_api_is_no_cancellation(crew_server: CrewServerFactory,
 
 
 def test_a_retried_flow_run_may_complete(server: CrewServer, crew_server: CrewServerFactory, seen: Seen):
-    error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew()))
+    in_a_thread = partial(asyncio.to_thread, pc.run_crew, server.crew())
+    error, flow_run_id = cancelled(server, seen, in_a_thread)
     assert isinstance(error, pc.CrewStoppedError)
 
     @flow
