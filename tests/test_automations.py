@@ -1,7 +1,5 @@
 """What the automations need to know of the deployments that they recover."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock

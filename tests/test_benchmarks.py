@@ -1,7 +1,5 @@
 """The benchmarks run: all of them, with tiny numbers, which then mean nothing; and what one run may enter at most."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """The block: what Prefect asks of every block, and what this one is."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import uuid

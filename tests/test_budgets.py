@@ -1,7 +1,5 @@
 """Budgets as values: what they limit, in which period, and under which name that is counted."""
 
-from __future__ import annotations
-
 import re
 from datetime import UTC, datetime
 from typing import Any

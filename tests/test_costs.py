@@ -1,7 +1,5 @@
 """What runs cost by crew, day, flow, batch and tag; and that the totals are those that the crew's server counted."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A crew as plain values, and its session: a client that changes to a rotated token."""
 
-from __future__ import annotations
-
 import asyncio
 import pickle
 import uuid

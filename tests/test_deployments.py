@@ -1,7 +1,5 @@
 """Flows whose form asks for the inputs of a crew or a pipeline; flow runs for past times, and none twice."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, timezone

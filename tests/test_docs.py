@@ -7,8 +7,6 @@ that was started runs on.
 Links are checked too. One page, with those after it: pytest tests/test_docs.py -k batches
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import importlib.util
@@ -22,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from runpy import run_path
+from typing import Self
 
 import pytest
 
@@ -258,7 +257,7 @@ class PageRun:
         self._python: Process | None = None
         self._output = ""
 
-    def __enter__(self) -> PageRun:
+    def __enter__(self) -> Self:
         self._scratch.mkdir()
         return self
 

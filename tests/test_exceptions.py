@@ -1,7 +1,5 @@
 """Every error says what happened, to which run and what to do; survives pickling; and the tree of them is true."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import re

@@ -1,7 +1,5 @@
 """`run_crew` wherever it is called, what Prefect stores of it, and results that are read from anywhere."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

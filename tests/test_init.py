@@ -1,7 +1,5 @@
 """The public packages: what they export is there, typed, documented, and loaded when it is first used."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import subprocess

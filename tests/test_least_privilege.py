@@ -1,7 +1,5 @@
 """The proxy of docs/explanation/security.md before a real Prefect server: people can look, and no secret passes."""
 
-from __future__ import annotations
-
 import contextlib
 import uuid
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A Prefect API that does not answer: each public function that needs it raises PrefectAwayError."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Iterator
 from datetime import date

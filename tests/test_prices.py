@@ -1,7 +1,5 @@
 """What a run costs, and when nobody can say."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 

@@ -1,7 +1,5 @@
 """Settings are Prefect's: from the environment, a profile, or prefect.toml."""
 
-from __future__ import annotations
-
 from email.message import Message
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A process that a test leaves behind makes the run fail."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Templates: a sandbox, strict about names, whatever the values hold."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The fixtures for users' tests, used as a user would."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

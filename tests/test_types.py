@@ -1,7 +1,5 @@
 """What type checkers know of the package, and that it is so when it runs."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Signed webhook URLs: which ones a kickoff asks for, what they say, and whose they are."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """The check of words of `make lint`: sentences and names that a reader has to read twice."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

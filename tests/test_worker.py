@@ -1,7 +1,5 @@
 """The crew worker: what it runs, how it ends flow runs, and what becomes of them when it dies."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import signal

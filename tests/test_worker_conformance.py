@@ -13,8 +13,6 @@ Not applicable, and why:
 - tests of mocks alone: of the client's contexts, of the logger's name, of old signatures.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """A cancellation is neither lost nor made twice."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import contextvars

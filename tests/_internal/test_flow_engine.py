@@ -1,7 +1,5 @@
 """What the crew worker needs of Prefect that is not public."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """Requests to the Prefect API: repeated soon, in turn on SQLite, shared where they read by name; and its logger."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from typing import Any

@@ -1,7 +1,5 @@
 """The errors of Prefect's client, whichever HTTP library it is built on."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import inspect

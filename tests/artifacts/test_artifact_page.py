@@ -1,7 +1,5 @@
 """The artifact of a run on a real page of a real Prefect server, in both interfaces that Prefect ships."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

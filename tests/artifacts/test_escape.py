@@ -1,7 +1,5 @@
 """The Markdown of a run: what is ours is markup, what comes from outside is text."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Events about runs, as a real server has them."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 

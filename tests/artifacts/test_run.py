@@ -1,7 +1,5 @@
 """The artifact of a run on a real server: one, from its kickoff to its end."""
 
-from __future__ import annotations
-
 import asyncio
 import shlex
 import time

@@ -1,7 +1,5 @@
 """Spans and metrics of runs, by the real SDK."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import json

@@ -1,7 +1,5 @@
 """What a write of an attempt may replace: the whole table, and the writes of one commit, without a database."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

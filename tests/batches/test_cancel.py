@@ -1,7 +1,5 @@
 """A batch that is cancelled, killed or interrupted: what is stopped, what is left, and how it goes on."""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import nullcontext
 from functools import partial

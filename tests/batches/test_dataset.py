@@ -1,7 +1,5 @@
 """Data sets of every kind, and the messages about those that cannot be read: with the file and the line."""
 
-from __future__ import annotations
-
 import asyncio
 import bz2
 import csv

@@ -1,7 +1,5 @@
 """The ledger: one claim a place whoever races, commits in groups, trouble with its database, what it knows of rows."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """The options of a batch: what is refused, when it stops, what is started again, and what is stored of a call."""
 
-from __future__ import annotations
-
 import json
 from decimal import Decimal
 from typing import Any

@@ -1,7 +1,5 @@
 """The output: an export of the ledger in the order of the rows, as JSON Lines or Parquet, here or elsewhere."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import json

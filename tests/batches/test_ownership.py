@@ -1,7 +1,5 @@
 """One ledger has one owner, whatever name it is reached by; an older copy of it is noticed."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """What people see of a batch: the plan, the artifact, the report; and what nobody sees: tokens and secret inputs."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Rows as runs: their inputs, their keys, and the reasons why rows cannot be run, before anything is started."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Mapping

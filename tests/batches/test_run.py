@@ -1,7 +1,5 @@
 """`run_batch` on a real Prefect server and a real crew server: rows in, lines out, and a second call that goes on."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import itertools

@@ -1,7 +1,5 @@
 """What becomes of rows: crews that fail, servers that fail, tokens that are refused, kickoffs of which nobody knows."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import uuid

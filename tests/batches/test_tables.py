@@ -1,7 +1,5 @@
 """Tables of SQLite and PostgreSQL as data sets and as exports, through a stored block, with drivers of both kinds."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

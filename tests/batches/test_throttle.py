@@ -1,7 +1,5 @@
 """When the next run of a batch is kicked off: how many at once, rate, refusals, failures. Clocks are real and short."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Rows of a batch that are turns of sessions: their order, the states they start from, and the turns of other calls."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import uuid

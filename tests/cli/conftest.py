@@ -1,7 +1,5 @@
 """The program as a person runs it: in a process of its own, or in this one where nothing depends on that."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path

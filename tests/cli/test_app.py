@@ -1,7 +1,5 @@
 """The program itself: its help, its signals, and how errors become words and exit codes."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """`batch`: a crew for every row, how it stands, what failed, and going on by the name alone."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal

@@ -1,7 +1,5 @@
 """`crews`: what is stored, and what an overwritten crew keeps. test_mistakes.py has what is refused."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Callable
 from typing import Any

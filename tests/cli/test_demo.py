@@ -1,7 +1,5 @@
 """The newcomer's first minute: on a terminal, on Prefect's embedded server, and interrupted."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 test_mistakes.py has what is refused.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib
 import re

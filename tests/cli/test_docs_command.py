@@ -1,7 +1,5 @@
 """`prefect-crew docs`: the pages without a network."""
 
-from __future__ import annotations
-
 import re
 import sys
 

@@ -1,7 +1,5 @@
 """`doctor`: what it finds at real crew servers and a real Prefect server, and how it says it."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

@@ -1,7 +1,5 @@
 """Each mistake that a person can make on the line: its exit code, and one sentence that says what to do."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

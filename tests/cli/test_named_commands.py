@@ -1,7 +1,5 @@
 """Every command of `prefect-crew` that a message or a page names exists, and can be pasted as it stands."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shlex

@@ -1,7 +1,5 @@
 """What a command reads and writes: inputs, tokens, tables, and progress as lines and as it is drawn."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

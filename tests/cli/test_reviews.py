@@ -1,7 +1,5 @@
 """`reviews`: what waits for a person, runs and rows of batches, and answers once a round, on a real Prefect server."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import uuid

@@ -1,7 +1,5 @@
 """`inputs`, `run` and `result`: what they write to which stream, and how they end. test_mistakes.py has the rest."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

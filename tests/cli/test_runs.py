@@ -1,7 +1,5 @@
 """`runs`, `result` and `costs`: what records mean, resolving what is uncertain, pruning what is old."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import Callable

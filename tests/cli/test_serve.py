@@ -1,7 +1,5 @@
 """`serve` as a process: what it says, what it answers, how it ends; and the project that `init` writes."""
 
-from __future__ import annotations
-
 import re
 import signal
 import tomllib

@@ -1,7 +1,5 @@
 """`run --session`, `sessions ls` and `sessions inspect`: what a person sees of a session, and the next step."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shlex

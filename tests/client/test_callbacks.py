@@ -1,7 +1,5 @@
 """Review by callback: what a request must hold, and which URLs are called. tests/runs/reviews has the answers."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The client's requests and what it makes of answers, over a transport without a network."""
 
-from __future__ import annotations
-
 import asyncio
 import html
 import json

@@ -1,7 +1,5 @@
 """The inputs of one run: opaque, with what tells runs apart, what is secret of them, and how they are sent."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle

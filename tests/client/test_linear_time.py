@@ -4,8 +4,6 @@ Times are compared with each other, never with a clock: four times the text may 
 is quadratic takes sixteen. Only growth beyond a floor counts, since what takes no time at all has no growth.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Every known variant of every answer becomes its model, and no other body breaks the client or makes a success."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math

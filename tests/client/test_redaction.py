@@ -1,7 +1,5 @@
 """Masking: whatever is secret stands in nothing that is shown."""
 
-from __future__ import annotations
-
 import json
 from collections import deque
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The client against real servers on loopback: what only a connection can do wrong."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import json

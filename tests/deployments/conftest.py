@@ -1,7 +1,5 @@
 """A site for the session: a Prefect server of its own with everything deployed, and one worker."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """The automations: set up as often as one likes, derived from what is deployed, and received by the alert's
 receiver."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

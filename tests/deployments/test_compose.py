@@ -1,8 +1,6 @@
 """The Compose file that `prefect-crew init` writes, and its Dockerfile, checked without Docker; and what the containers
 would run, run here without any: real PostgreSQL, server, worker, health checks."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`crew_flow` and `pipeline_flow` by each way that Prefect has to deploy: real processes, one flow run each."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`prefect deploy --all` in a project of `prefect-crew init`; runs that a schedule or an event starts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

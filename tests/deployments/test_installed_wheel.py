@@ -4,8 +4,6 @@ The demonstration, and a project that `prefect-crew init` wrote: its README from
 deployments on a crew worker, and the automations. WHEEL_PYTHON=3.12 chooses another Python than that of the tests.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """How flow runs go on whose processes are killed: by a worker, by another one, or by hand where a flow is served."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

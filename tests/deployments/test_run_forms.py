@@ -1,7 +1,5 @@
 """The form on Prefect's page that starts a run: it asks for each input and says what it is."""
 
-from __future__ import annotations
-
 import uuid
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Servers, and clients that know nothing of this package."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

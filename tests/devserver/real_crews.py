@@ -1,7 +1,5 @@
 """CrewAI code that the tests serve: what goes wrong, and what the examples do not show."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from pathlib import Path

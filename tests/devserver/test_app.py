@@ -1,7 +1,5 @@
 """The published contract, call by call, with a client that knows nothing of this package; and the response formats."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

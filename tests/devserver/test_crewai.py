@@ -1,8 +1,6 @@
 """Real crews and flows behind the server: how they are loaded, what they take, give, report, ask and fail with, and
 what a client that nobody here wrote makes of it: the tool with which CrewAI's crews call other crews."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Scripted crews: how they are read, errors that say where, and what they do while they run."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

@@ -3,8 +3,6 @@
 tests/proof/test_network.py tries every fault.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

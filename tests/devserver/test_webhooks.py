@@ -1,7 +1,5 @@
 """Webhooks of both generations and event streams, as a real receiver gets them."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import time

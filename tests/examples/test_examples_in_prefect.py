@@ -1,7 +1,5 @@
 """Real CrewAI code, the crew server, our client and a real Prefect server at once. test_docs.py runs the README."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Crew servers whose crews are stored as blocks, which is how the flows know them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

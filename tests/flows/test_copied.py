@@ -1,7 +1,5 @@
 """The flows of flows/, which users copy: one crew, a follow-up, a fan-out, the reports."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The flows to deploy as they are: a batch of a file, pruning, recovering."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """flows/watch_folder.py: each new file of a folder is run once and moved, and what is not done stays."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """The page of a pipeline: what it says of each step, in Markdown that nothing from outside can break."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import uuid

@@ -1,7 +1,5 @@
 """A pipeline as plain values: what a file may hold, what is said of one that cannot run, which inputs it asks for."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import uuid

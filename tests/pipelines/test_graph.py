@@ -1,7 +1,5 @@
 """The graph of a pipeline: what needs what, what is wrong, what each step's inputs become. Without Prefect's server."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Pipelines, with real crews and a real Prefect server: the order of steps, what is started, what failures leave."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """What the tests of the receiver share."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta

@@ -1,7 +1,5 @@
 """The pages that answer questions: one answer for each question, and nothing for anybody without its link."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

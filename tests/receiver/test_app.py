@@ -1,7 +1,5 @@
 """The receiver as an ASGI app: what is taken, what each refusal says, and what a process that waits for runs hears."""
 
-from __future__ import annotations
-
 import asyncio
 import gzip
 import json

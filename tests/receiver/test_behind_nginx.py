@@ -1,7 +1,5 @@
 """The receiver behind nginx, with the configuration that docs/guides/receive-webhooks.md shows."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """From a webhook's body to Prefect's event: by the receiver, and by the template for Prefect Cloud's own webhooks."""
 
-from __future__ import annotations
-
 import json
 from datetime import UTC, datetime
 from typing import Any

@@ -1,7 +1,5 @@
 """What the receiver hands on, on a real Prefect server; at the end from the webhooks of a real crew server."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import uuid

@@ -1,7 +1,5 @@
 """Ten thousand requests that nobody asked for, to a receiver in a process of its own."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random

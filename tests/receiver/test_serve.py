@@ -1,7 +1,5 @@
 """The receiver on a port: slow heads, connections that send nothing, and what is not HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import signal

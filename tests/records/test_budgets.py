@@ -1,7 +1,5 @@
 """Budgets over a real Prefect server: what is counted, when a start is refused, and what is given back."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import re

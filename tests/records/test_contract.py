@@ -1,7 +1,5 @@
 """What every store of run records promises (`RecordStore`): the Variables of a Prefect server, and ledgers."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid

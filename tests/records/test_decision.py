@@ -1,7 +1,5 @@
 """What a call does about a key: pure, so every row of the table is a test."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
 from typing import Any
 

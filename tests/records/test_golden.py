@@ -4,8 +4,6 @@ They are never written anew: a later version reads them as this one does. What a
 file of its own.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

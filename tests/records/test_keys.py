@@ -1,7 +1,5 @@
 """Idempotency keys: what tells two runs apart, and what a retry finds again."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable

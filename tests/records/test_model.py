@@ -1,7 +1,5 @@
 """What a record keeps of a run, and what it tells people."""
 
-from __future__ import annotations
-
 import pytest
 
 from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage

@@ -1,7 +1,5 @@
 """Flow runs that died over a run: set to Crashed by whoever goes on with it, where that they are dead is known."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import uuid

@@ -1,7 +1,5 @@
 """What may be removed, and what never: pure, and on a real Prefect server."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

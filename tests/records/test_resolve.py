@@ -1,7 +1,5 @@
 """Resolving an uncertain kickoff, on a real Prefect server: what is accepted, what is refused, and what then stands."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The turns of a session on a real Prefect server: the last one is found by its name, and each number is taken once."""
 
-from __future__ import annotations
-
 import uuid
 from datetime import timedelta
 from typing import Any

@@ -1,7 +1,5 @@
 """Records in Variables of a real Prefect server."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from typing import Any

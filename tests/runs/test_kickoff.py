@@ -1,7 +1,5 @@
 """Opening a run: what is checked, what is sent and how often, and what stands on record afterwards."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import uuid

@@ -3,8 +3,6 @@
 tests/proof/test_permit_worlds.py has what claims and permits of several callers do to each other.
 """
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import threading

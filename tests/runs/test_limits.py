@@ -1,7 +1,5 @@
 """The crew's shared limit: it holds for every way to start a run, and its slots come back."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import uuid

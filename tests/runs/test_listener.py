@@ -1,7 +1,5 @@
 """What ends the pauses of a wait early, and what happens where webhooks do not come."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 import uuid

@@ -1,7 +1,5 @@
 """The options of a run: checked once, as one value."""
 
-from __future__ import annotations
-
 from typing import Any
 from uuid import UUID
 

@@ -1,7 +1,5 @@
 """The wait loop, on a clock of its own: a day passes in a millisecond."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """One run as a process knows it: what may be shown of it, what a kickoff hands to its wait, and how it ends."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A crew is stopped where the flow run that started it is cancelled, or has ended; else it is left running."""
 
-from __future__ import annotations
-
 import asyncio
 import signal
 import sys

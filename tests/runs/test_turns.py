@@ -1,7 +1,5 @@
 """Sessions of a Flow on the dev server: what each turn remembers, who waits for whom, and what blocks a session."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from typing import Any

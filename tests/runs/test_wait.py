@@ -1,7 +1,5 @@
 """Waiting for a run under Prefect: its ends, its budgets, what is reported of it, and trouble on the way."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

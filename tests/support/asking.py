@@ -4,8 +4,6 @@
 `Asking` is a program for the local crew server whose next round begins once the state in between was read.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What tests of batches make: records of rows, ledgers in PostgreSQL, ledgers as time passes for them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sqlite3

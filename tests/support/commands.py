@@ -1,7 +1,5 @@
 """Commands of `prefect-crew` in processes of their own."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Callable, Mapping

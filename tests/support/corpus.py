@@ -4,8 +4,6 @@ A line holds the body as `body` (JSON), `text`, `hex` (bytes) or `generate`, wha
 `expected` (all fields that differ from their defaults; of a webhook its events) or `raises`.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,13 +1,11 @@
 """A work pool of type `crew` with workers in processes of their own, and crews on loopback."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer, Outcome, Run
@@ -81,7 +79,7 @@ class CrewPool(Crews):
         self.heartbeat = heartbeat
         self.kind = kind
 
-    def __enter__(self) -> CrewPool:
+    def __enter__(self) -> Self:
         command("prefect", "work-pool", "create", self.name, "--type", self.kind, env=self.env)
         return self
 

@@ -1,7 +1,5 @@
 """The flows of flows/ and the deployments of deployments/, as the tests run them."""
 
-from __future__ import annotations
-
 import contextlib
 import subprocess
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Pages of Markdown, cut into code blocks with the directives before them; CONTRIBUTING.md says what those mean."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import textwrap

@@ -1,7 +1,5 @@
 """Environments for processes: nothing of the person who runs the tests, their profile, server or keys, gets in."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Mapping

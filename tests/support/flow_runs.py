@@ -1,7 +1,5 @@
 """Calls in a flow of the test's own."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any

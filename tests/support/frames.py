@@ -1,7 +1,5 @@
 """What error reporters show of an error: the local variables of all frames."""
 
-from __future__ import annotations
-
 import traceback
 
 

@@ -1,7 +1,5 @@
 """Crews that do what no script says: one that goes on when the test says so, and one whose first run fails."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Global concurrency limits of a Prefect server."""
 
-from __future__ import annotations
-
 import uuid
 
 from prefect import get_client

@@ -1,7 +1,5 @@
 """Answer links as people meet them: a chat that gets notifications, and the pages that the links lead to."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import html

@@ -1,7 +1,5 @@
 """nginx with the server that a page of the documentation shows."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A real PostgreSQL of the tests' own, from Debian's package or whatever is on PATH."""
 
-from __future__ import annotations
-
 import os
 import pwd
 import shutil

@@ -4,8 +4,6 @@ A new SQLite database costs six seconds of migrations, so the first one is kept 
 for each version of Prefect.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -5,8 +5,6 @@ runs that way. So each process gets a mark in its environment, which every desce
 parent, and `stop` looks for the mark until nobody bears it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import pwd
@@ -61,7 +59,7 @@ class Process:
                 extra_groups=None if user is None else [],
             )
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,12 +1,11 @@
 """A TCP proxy in front of a server: it counts requests, and can be cut, as a network can."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Self
 
 from support.prefect_server import PrefectServer, drain, environment
 
@@ -32,7 +31,7 @@ class Proxy:
         self._lock = threading.Lock()
         self.port = 0
 
-    def __enter__(self) -> Proxy:
+    def __enter__(self) -> Self:
         self.restore()
         return self
 

@@ -1,7 +1,5 @@
 """Servers of raw bytes on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ssl

@@ -1,7 +1,5 @@
 """Records as runs leave them on the Prefect server."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A person answers in the form on a flow run's page, in either of Prefect's interfaces."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Scripted crews for tests, as the YAML text that the local crew server takes."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Sequence

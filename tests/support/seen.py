@@ -1,7 +1,5 @@
 """What a Prefect server holds, read over its HTTP API, the way anyone could read it."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Mapping
 from typing import Any

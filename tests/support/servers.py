@@ -1,7 +1,5 @@
 """What tests that start a dev server share."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

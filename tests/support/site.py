@@ -1,10 +1,8 @@
 """A Prefect server with a project of `prefect-crew init` deployed on it, and flows of flows/ on a process pool."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from support.crew_pool import Crews
 from support.deployed import ROOT, command
@@ -17,7 +15,7 @@ CREW_POOL = "crews"
 class Site(Crews):
     """The project, its crews, and automations. `project` is its folder."""
 
-    def __enter__(self) -> Site:
+    def __enter__(self) -> Self:
         for script in (ROOT / "flows" / "crews").glob("*.yaml"):
             self.add_crew(script.stem, str(script), speed=20)
         self.project = self.folder / "project"

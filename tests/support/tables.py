@@ -1,7 +1,5 @@
 """Databases that a stored block of prefect-sqlalchemy names, with each driver that tests use."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A program on a terminal of its own, as a person has it: it may draw, and Ctrl-C is a key."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -13,6 +11,7 @@ import termios
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 from support.processes import MARK, ProcessError, survivors
 
@@ -77,7 +76,7 @@ class Terminal:
         self.output += data.decode(errors="replace")
         return bool(data)
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Clients that reach a host, or one answer, without a network."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any

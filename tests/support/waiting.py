@@ -1,7 +1,5 @@
 """Wait for what comes in its own time: from asynchronous tests and from others."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import time

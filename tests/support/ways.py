@@ -1,7 +1,5 @@
 """Every way to start a run, and to wait for it."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Awaitable, Callable
 from tempfile import TemporaryDirectory

@@ -1,7 +1,5 @@
 """What tests of webhooks need: a secret, bodies of both generations, and a receiver's other side."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager

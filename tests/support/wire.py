@@ -1,7 +1,5 @@
 """HTTP as bytes, for requests that no client would send."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Mapping

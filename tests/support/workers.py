@@ -1,7 +1,5 @@
 """Real Prefect workers, and the flow runs that they start."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One answer a round, whoever gives it: function, task, command line, another process, a batch row."""
 
-from __future__ import annotations
-
 import asyncio
 import uuid
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """Review by callback: a Flow asks by a signed webhook, and takes its answer once at the callback URL. All over HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import hmac

@@ -1,8 +1,6 @@
 """Answer links: their notification, and what happens when it cannot be sent. tests/receiver/test_answers.py has the
 pages."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

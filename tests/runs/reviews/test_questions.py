@@ -1,7 +1,5 @@
 """What tells one question from the next."""
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What one wait does about people: functions that answer, people's time, and how often they are asked."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import zlib

@@ -1,7 +1,5 @@
 """Flows of a user that a crew worker imports."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 import time
