@@ -558,9 +558,6 @@ class Handed:
         """Return the starts of workers that have flow runs."""
         return {self.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs}
 
-    def wait_for_owner(self, runs: list[str], name: str, seconds: float = 60.0) -> None:
-        wait_until(lambda: {*map(self.owner, runs)} == {name}, seconds=seconds, what=f"flow runs of {name}")
-
     def stopped(self) -> int:
         """Return how many requests have stopped the crew's only run."""
         assert [run.state for run in self.crew.runs] == ["stopped"]
@@ -775,7 +772,7 @@ def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
     runs = handed.start(3)
     one.process.send(signal.SIGSTOP)
     two = handed.pool.worker("two")
-    handed.wait_for_owner(runs, "two", seconds=120)
+    wait_until(lambda: {*map(handed.owner, runs)} == {"two"}, seconds=120, what="the other worker has them")
     one.process.send(signal.SIGCONT)
     wait_until(lambda: "was taken by another worker" in one.log.read_text(), seconds=60, what="it notices")
     assert {*map(handed.owner, runs)} == {"two"}
