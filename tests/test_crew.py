@@ -75,29 +75,15 @@ async def stored(server: Any, name: str | None = None, **fields: Any) -> Crew:
 
 
 @pytest.mark.usefixtures("prefect_api")
-async def test_a_call_is_made_once_more_with_the_stored_token(crew_server: CrewServerFactory):
-    server = crew_server("echo")
+async def test_refused_calls_are_repeated_with_the_stored_token(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
+):
+    server, reads, read = crew_server("echo"), 0, Crew.reloaded
     crew = replace(await stored(server, secret_inputs=["password"]), secret_inputs=("pin",))
     assert (crew.block, crew.called("other").label) == (crew.label, crew.label)
     assert await crew.reloaded() is None
     server.token = "the-new-token"
     await stored(server, crew.label, secret_inputs=["password"])
-    async with CrewSession(crew) as session:
-        assert [known.name for known in await session.call(lambda client: client.inputs())] == ["text"]
-        assert session.crew.token.get_secret_value() == "the-new-token"
-        assert session.crew.secret_inputs == ("pin",), "the token alone is new"
-        await session.client.inputs()
-    assert server.unauthorized == 1
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_of_refused_calls_the_first_renews_the_token(
-    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
-):
-    server, reads, read = crew_server("echo"), 0, Crew.reloaded
-    crew = await stored(server)
-    server.token = "the-new-token"
-    await stored(server, crew.label)
 
     async def reloaded(crew: Crew) -> Crew | None:
         nonlocal reads
@@ -107,8 +93,12 @@ async def test_of_refused_calls_the_first_renews_the_token(
     monkeypatch.setattr(Crew, "reloaded", reloaded)
     async with CrewSession(crew) as session:
         answers = await asyncio.gather(*(session.call(lambda client: client.inputs()) for _ in range(5)))
-    assert [[known.name for known in answer] for answer in answers] == [["text"]] * 5
-    assert (server.unauthorized, reads) == (5, 1)
+        assert session.crew.token.get_secret_value() == "the-new-token"
+        assert session.crew.secret_inputs == ("pin",), "the token alone is new"
+        await session.client.inputs()
+    assert [[item.name for item in answer] for answer in answers] == [["text"]] * 5
+    assert server.unauthorized == 5
+    assert reads == 1, "the first of them renews the token"
 
 
 @pytest.mark.usefixtures("prefect_api")
