@@ -767,6 +767,29 @@ def test_the_crew_of_a_run_that_prefect_cancelled_is_stopped(tmp_path: Path, pre
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("heir", "end"), [("one", "SIGKILL"), ("two", "SIGKILL"), ("two", "SIGTERM")])
+def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir: str, end: str):
+    one = handed.pool.worker("one")
+    runs = handed.start(3)
+    if end == "SIGTERM":
+        one.process.send(signal.SIGTERM)
+        assert one.process.wait(40) == 0
+    else:
+        one.kill()
+    states = {handed.pool.flow_run(run_id)["state_name"] for run_id in runs}
+    assert states == {"AwaitingRetry" if end == "SIGTERM" else "Running"}
+    handed.pool.worker(heir)
+    if heir == "one":
+        dead = handed.owners(runs)
+        wait_until(lambda: dead.isdisjoint(handed.owners(runs)), seconds=60, what="another owner")
+    handed.wait_for_owner(runs, heir, seconds=120)
+    assert handed.crew.requests["stop"] == 0
+    handed.end(runs)
+    for run_id in runs:
+        assert handed.pool.states(run_id).count("Running") == 2, "taken over once"
+
+
+@pytest.mark.slow
 def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
     one = handed.pool.worker("one")
     runs = handed.start(3)
