@@ -190,7 +190,7 @@ oldest:
 # The tests of what talks to Prefect: of the modules that import it, and of flows as a user writes them. The command line
 # has its two commands that need most of Prefect here. Only the quick tests, and by night (NIGHTLY) all of them.
 TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run telemetry) flows \
-    $(addprefix records/,budgets contract keys owners prune store) $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run receiver/end_to_end \
+    $(addprefix records/,budgets contract keys owners prune store) $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run \
     receiver/forward automations blocks crew deployments flows prefect_away settings tasks testing worker \
     worker_conformance,$(wildcard tests/$(name) tests/$(dir $(name))test_$(notdir $(name)).py))
 

@@ -117,8 +117,8 @@ def is_known_cancelled(caller: Caller) -> bool:
     held = held_flow_run.get()
     if held is not None and (held.was_cancelled or held.is_left):
         return True
-    known = [(str(caller.flow_run_id), caller.flow_run_count), *_attempts_around()]
-    return any(_asked.get(attempt, (0.0, False))[1] for attempt in known)
+    attempts = [(str(caller.flow_run_id), caller.flow_run_count), *_attempts_around()]
+    return any(_asked.get(attempt, (0.0, False))[1] for attempt in attempts)
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
