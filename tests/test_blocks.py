@@ -30,7 +30,8 @@ class TestDeployedCrewIsABlock(BlockStandardTestSuite):
         """Prefect's own asks the network for it."""
         url = block._logo_url
         assert url is not None
-        assert (url.scheme, url.host) == ("https", "raw.githubusercontent.com")
+        assert url.scheme == "https"
+        assert url.host == "raw.githubusercontent.com"
         assert str(url).endswith(".png")
 
 
@@ -41,7 +42,9 @@ def crew(**fields: Any) -> DeployedCrew:
 def test_the_form_asks_first_for_what_everybody_fills_in_and_last_for_how_to_wait():
     fields = DeployedCrew.model_json_schema()["properties"]
     first, second, *_, last = fields
-    assert (first, second, last) == ("url", "token", "wait")
+    assert first == "url"
+    assert second == "token"
+    assert last == "wait"
     assert all(fields[name]["examples"] for name in ("url", "page_url", "concurrency_limit"))
     waiting = WaitPolicy.model_json_schema()["properties"]
     for name, field in {**fields, **waiting}.items():
@@ -80,7 +83,8 @@ async def test_it_is_stored_with_all_that_holds_for_its_runs_and_loaded_by_name(
     block = crew(wait=policy, show="summary", secret_inputs=("pin",), price=0.5, max_attempts=2)
     await block.asave(name)
     loaded = await DeployedCrew.aload(name)
-    assert (loaded.label, loaded.token.get_secret_value()) == (name, "the-token")
+    assert loaded.label == name
+    assert loaded.token.get_secret_value() == "the-token"
     fields = set(DeployedCrew.model_fields)
     assert loaded.model_dump(include=fields) == block.model_dump(include=fields)
     assert type(await Block.aload(f"deployed-crew/{name}")) is DeployedCrew

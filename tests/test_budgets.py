@@ -46,7 +46,9 @@ def test_what_limits_nothing_or_cannot_be_counted_is_refused(fields: dict[str, A
 )
 def test_a_period_has_a_counter_and_an_end(per: Any, counter: str, resets_at: datetime | None):
     (period,) = Budget(max_kickoffs=3, per=per).periods(name="travel", batch="leads", at=AT)
-    assert (period.counter, period.resets_at, slots_of(period.measure, period.limit)) == (counter, resets_at, 3)
+    assert period.counter == counter
+    assert period.resets_at == resets_at
+    assert slots_of(period.measure, period.limit) == 3
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,8 @@ async def test_a_runs_cost_is_in_result_record_artifact(prefect_api: PrefectServ
     assert (again.cost, again.usage) == (read.cost, read.usage) == (result.cost, result.usage)
     assert result.idempotency_key == again.idempotency_key == read.idempotency_key == name
     (kept,) = await attempts(name)
-    assert (kept.cost, kept.usage) == (result.cost, result.usage)
+    assert kept.cost == result.cost
+    assert kept.usage == result.usage
     async with get_client() as client:
         wanted = ArtifactFilter(key=ArtifactFilterKey(like_=f"{artifact_key(crew.label)}%"))
         pages = [str(one.data) for one in await client.read_artifacts(artifact_filter=wanted)]
@@ -91,7 +92,8 @@ async def test_a_runs_cost_is_in_result_record_artifact(prefect_api: PrefectServ
     with pytest.raises(CrewFailedError):
         await arun_crew(crew, {"text": "bad"}, idempotency_key=f"{name} failed")
     (failed,) = await attempts(f"{name} failed")
-    assert (failed.cost, failed.usage) == (result.cost, result.usage)
+    assert failed.cost == result.cost
+    assert failed.usage == result.usage
 
 
 async def test_a_model_that_nobody_knows_starts_nothing(prefect_api: PrefectServer, crew_server: CrewServerFactory):
@@ -122,14 +124,17 @@ async def test_the_totals_of_a_batch_are_what_the_server_counted(batch: Batches,
     counted = TokenUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
     assert report.usage == counted
     assert report.cost == pytest.approx((2 * prompt + 10 * completion) / 1000)
-    assert (report.spending.runs, report.spending.reported, report.spending.priced) == (200, 180, 180)
+    assert report.spending.runs == 200
+    assert report.spending.reported == 180
+    assert report.spending.priced == 180
     assert "20 of 200 runs reported no tokens" in str(report)
     assert json.loads(json.dumps(report.as_dict()))["spending"]["usage"]["total_tokens"] == counted.total_tokens
     rows, _ = await read_costs(["flow", "tag"], since=utcnow().date() - timedelta(days=1))
     ours = [row for row in rows if row.batch == name]
     names = {"batch": name, "tag": "counted", "flow": "run-batch"}
     for group in (grouped(ours, by)[one] for by, one in names.items()):  # pyright: ignore[reportArgumentType]
-        assert (group.usage, group.cost) == (counted, pytest.approx(report.cost))
+        assert group.usage == counted
+        assert group.cost == pytest.approx(report.cost)
 
 
 async def test_a_flow_keeps_the_page(prefect_api: PrefectServer, crew_server: CrewServerFactory):

@@ -51,7 +51,9 @@ def test_the_token_shows_nowhere():
 
 async def test_an_unstored_crew_is_called_by_its_address():
     one = crew(url="https://travel.test:444/crews/1/")
-    assert (one.label, crew().label, one.called("travel").label) == ("travel.test:444/crews/1", "travel.test", "travel")
+    assert one.label == "travel.test:444/crews/1"
+    assert crew().label == "travel.test"
+    assert one.called("travel").label == "travel"
     assert await load_crew(one) is one
     assert await load_crew(DeployedCrew(url=one.url, token=one.token)) == one
 
@@ -80,7 +82,8 @@ async def test_refused_calls_are_repeated_with_the_stored_token(
 ):
     server, reads, read = crew_server("echo"), 0, Crew.reloaded
     crew = replace(await stored(server, secret_inputs=["password"]), secret_inputs=("pin",))
-    assert (crew.block, crew.called("other").label) == (crew.label, crew.label)
+    assert crew.block == crew.label
+    assert crew.called("other").label == crew.label
     assert await crew.reloaded() is None
     server.token = "the-new-token"
     await stored(server, crew.label, secret_inputs=["password"])

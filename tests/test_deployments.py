@@ -61,16 +61,21 @@ def kinds(field: dict[str, Any]) -> list[str]:
 async def test_the_form_asks_for_each_input_and_says_what_it_is(crew: CrewServer):
     deployment: Any = await crew_flow("form").to_deployment("form")
     schema = deployment._parameter_openapi_schema.model_dump()["properties"]["inputs"]
-    assert (deployment.parameters, deployment.tags) == ({"crew": "form"}, ["prefect-crew"])
+    assert deployment.parameters == {"crew": "form"}
+    assert deployment.tags == ["prefect-crew"]
     assert schema["required"] == ["topic", "days", "odd"]
     fields = schema["properties"]
     assert list(fields) == ["topic", "first name", "tone", "days", "odd"]
     assert [field["position"] for field in fields.values()] == list(range(5))
-    assert (fields["topic"]["title"], kinds(fields["topic"])) == ("topic", TEXT)
-    assert (fields["first name"]["description"], kinds(fields["first name"])) == ("Of the reader.", [*TEXT, "null"])
+    assert fields["topic"]["title"] == "topic"
+    assert kinds(fields["topic"]) == TEXT
+    assert fields["first name"]["description"] == "Of the reader."
+    assert kinds(fields["first name"]) == [*TEXT, "null"]
     assert fields["tone"]["description"] == "How it sounds. The crew's own default: dry."
-    assert (fields["tone"]["default"], fields["first name"]["default"]) == (None, None)
-    assert (kinds(fields["days"]), kinds(fields["odd"])) == (["integer"], TEXT)
+    assert fields["tone"]["default"] is None
+    assert fields["first name"]["default"] is None
+    assert kinds(fields["days"]) == ["integer"]
+    assert kinds(fields["odd"]) == TEXT
 
 
 GIVEN = {"topic": "tea", "days": 3, "odd": "x"}
@@ -78,9 +83,12 @@ GIVEN = {"topic": "tea", "days": 3, "odd": "x"}
 
 async def test_a_call_runs_the_crew_and_the_form_is_read_only_where_prefect_makes_one(crew: CrewServer):
     travel = crew_flow("form").with_options(name="travel", retries=1)
-    assert (travel.name, travel.retries, crew.requests["inputs"]) == ("travel", 1, 0)
+    assert travel.name == "travel"
+    assert travel.retries == 1
+    assert crew.requests["inputs"] == 0
     result = await travel(GIVEN, idempotency_key=f"call {uuid4()}")
-    assert (result.output, crew.runs[-1].inputs["days"]) == ("x", "3")
+    assert result.output == "x"
+    assert crew.runs[-1].inputs["days"] == "3"
     asked = crew.requests["inputs"]
     assert asked == 1, "the check of the inputs, as for each run"
     assert "topic" in parameter_schema(travel).model_dump()["properties"]["inputs"]["properties"]
@@ -91,7 +99,8 @@ def test_a_call_in_sync_code_and_a_copy_in_another_process(crew: CrewServer):
     travel = cloudpickle.loads(cloudpickle.dumps(crew_flow("form")))
     assert asyncio.run(travel(GIVEN)).output == "x"
     copied = travel.to_deployment()
-    assert (copied.name, copied.parameters) == ("form", {"crew": "form"})
+    assert copied.name == "form"
+    assert copied.parameters == {"crew": "form"}
 
 
 DAILY = {"cron": "0 6 * * *"}
@@ -122,15 +131,20 @@ async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
     async with get_client() as client:
         stored = await client.read_deployment(await made)
         automations = await client.read_automations_by_name(f"after {pool}")
-    assert (stored.entrypoint, stored.pull_steps) == ("prefect_crew.run_deployed_crew", [])
+    assert stored.entrypoint == "prefect_crew.run_deployed_crew"
+    assert stored.pull_steps == []
     assert stored.parameters == {"crew": "form", "inputs": {**GIVEN, "days": 4}, "review": "form"}
-    assert (stored.work_queue_name, stored.job_variables) == ("urgent", {"env": {"A": "1"}})
+    assert stored.work_queue_name == "urgent"
+    assert stored.job_variables == {"env": {"A": "1"}}
     schedules = {type(entry.schedule).__name__: entry.parameters for entry in stored.schedules}
     assert schedules == {"CronSchedule": {"idempotency_key": "{scheduled_start:%F}"}, "RRuleSchedule": {}}
     assert stored.concurrency_options
     assert stored.concurrency_options.collision_strategy == "CANCEL_NEW"
-    assert (stored.tags, stored.version, stored.description) == (["prefect-crew", "mine"], "7", "All of it.")
-    assert (stored.paused, len(automations)) == (True, 1)
+    assert stored.tags == ["prefect-crew", "mine"]
+    assert stored.version == "7"
+    assert stored.description == "All of it."
+    assert stored.paused is True
+    assert len(automations) == 1
 
 
 def defaults(**parameters: Any) -> dict[str, Any]:
@@ -230,7 +244,8 @@ async def test_a_pipeline_of_a_file_is_held_by_its_deployment_with_the_defaults(
     assert deployment.parameters["pipeline"]["inputs"]["days"]["default"] == 5
     assert deployment._parameter_openapi_schema.model_dump()["properties"]["inputs"]["required"] == ["topic"]
     result = await write({"topic": "tea"})
-    assert (result["one"].output, crew.runs[-1].inputs["days"]) == ("x", "2")
+    assert result["one"].output == "x"
+    assert crew.runs[-1].inputs["days"] == "2"
     with pytest.raises(ConfigurationError, match=r"nowhere\.yaml cannot be read"):
         pipeline_flow("nowhere.yaml")
 

@@ -49,7 +49,8 @@ def test_the_text_of_every_error_with_facts_is_golden(case: dict[str, Any]):
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_an_error_survives(error: CrewError, again: Any):
     found = again(error)
-    assert (type(found), str(found)) == (type(error), str(error))
+    assert type(found) is type(error)
+    assert str(found) == str(error)
     assert repr(vars(found)) == repr(vars(error))
 
 

@@ -11,7 +11,8 @@ from prefect_crew.settings import CrewSettings
 
 
 def test_the_environment_counts_at_each_use_and_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
-    assert (CrewSettings().url, CrewSettings().token) == (None, None)
+    assert CrewSettings().url is None
+    assert CrewSettings().token is None
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_URL", "https://travel.test")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_TOKEN", "the-token")
     read = CrewSettings()
@@ -39,7 +40,9 @@ def test_other_names_are_other_crews_and_no_token_is_sent_to_another_crew(monkey
         DeployedCrew.from_env("NEWS")
     monkeypatch.setenv("NEWS_TOKEN", "of-the-news")
     news = DeployedCrew.from_env("NEWS", max_attempts=1)
-    assert (news.url, news.token.get_secret_value(), news.max_attempts) == ("https://news.test", "of-the-news", 1)
+    assert news.url == "https://news.test"
+    assert news.token.get_secret_value() == "of-the-news"
+    assert news.max_attempts == 1
     assert DeployedCrew.from_env().token.get_secret_value() == "of-travel"
     monkeypatch.delenv("NEWS_URL")
     assert DeployedCrew.from_env("NEWS").token.get_secret_value() == "of-travel"

@@ -130,7 +130,8 @@ def test_bearer_tokens_stand_in_no_url():
     hooks = [hook_urls("https://h.example", SECRET, Hook("crew", key, LATER)) for key in "ab"]
     bearers = {headers_of(one, kind)["Authorization"] for one in hooks for kind in ("human_input", "stream")}
     urls = {url_of(one, kind) for one in hooks for kind in KINDS}
-    assert (len(bearers), len(urls)) == (4, 2 * len(KINDS))
+    assert len(bearers) == 4
+    assert len(urls) == 2 * len(KINDS)
     assert not any(secret.removeprefix("Bearer ") in url for secret in (*bearers, SECRET) for url in urls)
     assert "hooks/" not in repr(hooks)
 
@@ -139,7 +140,8 @@ def test_equal_facts_give_equal_urls():
     facts: list[dict[str, Any]] = [{"attempt": 1}, {"attempt": 1}, {"attempt": 2}, {"attempt": 1, "round": 1}]
     hooks = [Hook("crew", "key", LATER, **one) for one in facts]
     urls = [hook_urls(" https://h.example/a/b/ ", SECRET, hook).crew for hook in hooks]
-    assert (urls[0] == urls[1], len(set(urls))) == (True, 3)
+    assert urls[0] == urls[1]
+    assert len(set(urls)) == 3
     assert all(str(url).startswith("https://h.example/a/b/hooks/crew/") for url in urls)
 
 
@@ -183,12 +185,17 @@ def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPat
     assert set(body) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook", "webhooks"}
     # No plain webhook tells of a failure, or of the end of a Flow.
     events = ["crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed"]
-    assert (body["webhooks"]["events"], body["webhooks"]["realtime"]) == (events, True)
+    assert body["webhooks"]["events"] == events
+    assert body["webhooks"]["realtime"] is True
     token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
-    assert (hook.idempotency_key, hook.attempt, hook.round, hook.claim) == ("key", 2, 1, claim_of("me"))
-    assert (hook.crew, hook.step) == ("crew.example.com", "research")
+    assert hook.idempotency_key == "key"
+    assert hook.attempt == 2
+    assert hook.round == 1
+    assert hook.claim == claim_of("me")
+    assert hook.crew == "crew.example.com"
+    assert hook.step == "research"
     assert hook.flow_run_id == "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
 
 

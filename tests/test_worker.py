@@ -280,7 +280,8 @@ async def test_a_flow_run_ends_before_it_begins(
     async with CrewWorker(pool.name, name="in process") as worker:
         await worker.run(*await resolve(worker, run_id))
     ended = pool.flow_run(str(run_id))["state"]
-    assert (ended["name"], ended["message"]) == (state, "In good time.")
+    assert ended["name"] == state
+    assert ended["message"] == "In good time."
 
 
 @pytest.mark.usefixtures("unwatched")
@@ -632,7 +633,8 @@ def test_a_suspended_flow_runs_crews_wait_for_its_resumption(handed: Handed, how
     handed.program.ended = True
     assert pool.wait_for(run_id)["state_name"] == "Completed"
     wait_until(lambda: "starts no crew" in pool.logs(), seconds=30, what="a refused start")
-    assert (crew.kickoffs, crew.requests["stop"]) == (3, 0)
+    assert crew.kickoffs == 3
+    assert crew.requests["stop"] == 0
 
 
 def test_a_task_without_a_wait_starts_all_its_crews(handed: Handed):
@@ -651,7 +653,8 @@ def test_a_thread_of_a_timed_out_flow_run_starts_no_more(handed: Handed):
     assert pool.wait_for(run_id)["state_name"] == "TimedOut"
     handed.program.ended = True
     wait_until(lambda: "starts no crew" in pool.logs(), seconds=30, what="a refused start")
-    assert (crew.kickoffs, crew.requests["stop"]) == (1, 0)
+    assert crew.kickoffs == 1
+    assert crew.requests["stop"] == 0
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
@@ -688,7 +691,9 @@ def test_a_suspended_flow_run_goes_on_when_it_is_resumed(handed: Handed):
     assert pool.states(run_id)[-4:] == ["Resuming", "Pending", "Running", "Completed"]
     wait_for_log(pool, run_id, "step four begins")
     assert pool.logs(run_id).count("step one begins") == 1
-    assert (quick.kickoffs, crew.kickoffs, crew.requests["stop"]) == (1, 1, 0)
+    assert quick.kickoffs == 1
+    assert crew.kickoffs == 1
+    assert crew.requests["stop"] == 0
 
 
 @pytest.mark.usefixtures("unwatched")

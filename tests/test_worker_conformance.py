@@ -79,10 +79,12 @@ async def test_a_worker_creates_and_describes_its_pool(pool: CrewPool, ran: Asyn
             await worker.client.read_work_pool(pool.name)
     async with CrewWorker(pool.name, name="first") as worker:
         found = await worker.client.read_work_pool(pool.name)
-        assert (found.type, found.base_job_template) == ("crew", CrewWorker.get_default_base_job_template())
+        assert found.type == "crew"
+        assert found.base_job_template == CrewWorker.get_default_base_job_template()
         assert found.description == CrewWorker.get_description()
         assert (await read_workers(worker.client, pool.name))["first"], "its heartbeat"
-        assert (worker.get_status()["name"], worker.get_status()["work_pool"]["name"]) == ("first", pool.name)
+        assert worker.get_status()["name"] == "first"
+        assert worker.get_status()["work_pool"]["name"] == pool.name
         assert os.environ["PREFECT__WORKER_NAME"] == "first"
     assert "PREFECT__WORKER_NAME" not in os.environ
     with pytest.raises(ValueError, match="cannot contain"):
@@ -124,7 +126,8 @@ async def test_a_worker_takes_these_flow_runs(pool: CrewPool, ran: AsyncMock, op
         assert {runs.get(run_id, "retried") for run_id in runs_of(ran)} == taken
         for run_id in runs_of(ran):
             flow_run = pool.flow_run(run_id)
-            assert (flow_run["state_name"], flow_run["infrastructure_pid"]) == ("Pending", worker.identity)
+            assert flow_run["state_name"] == "Pending"
+            assert flow_run["infrastructure_pid"] == worker.identity
 
 
 @pytest.mark.parametrize("place", ["pool", "queue"])
@@ -166,7 +169,8 @@ async def test_a_run_that_may_not_begin_gives_its_place_back(pool: CrewPool, ran
         worker._get_scheduled_flow_runs = AsyncMock(return_value=responses)
         await look(worker)
         worker._release_limit_slot(UUID(run_id))  # twice does no harm
-        assert (ran.await_count, worker.limiter.borrowed_tokens) == (0, 0)
+        assert ran.await_count == 0
+        assert worker.limiter.borrowed_tokens == 0
         if gone != "flow run":
             assert pool.flow_run(run_id)["state_name"] == "Cancelled"
 

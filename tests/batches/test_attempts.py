@@ -85,7 +85,8 @@ def test_of_two_claims_of_one_place_the_first_wins_and_may_be_made_again():
     assert answers == [True, False, True]
     assert list(changed.values()) == [mine._replace(posts_until=NOW + 30.0)]
     again, changed = decide_writes(changed.values(), writes[:1], now=NOW + 20.0)
-    assert (again, list(changed.values())) == ([True], [mine._replace(posts_until=NOW + 30.0)]), "its time goes on"
+    assert again == [True]
+    assert list(changed.values()) == [mine._replace(posts_until=NOW + 30.0)], "its time goes on"
 
 
 def test_an_uncertain_kickoff_is_on_its_way_as_long_as_its_claim_said():

@@ -154,7 +154,8 @@ async def test_a_row_stands_as_the_attempt_that_counts(ledger_address: str):
         rows = [row async for row in ledger.rows_in([RowState.UNCERTAIN, RowState.INVALID_OUTPUT, RowState.PENDING])]
         reasons = {"uncertain": "the answer never came", "misfit": "does not fit", "refused": None, "waits": None}
         assert [(row.key, row.error) for row in rows] == [*reasons.items()]
-        assert (rows[0].inputs, rows[3].record) == ({"topic": "uncertain"}, None)
+        assert rows[0].inputs == {"topic": "uncertain"}
+        assert rows[3].record is None
         lines = [line async for page in ledger.lines() for line in page]
         assert [line[0] for line in lines] == list(keys)
 
@@ -171,7 +172,8 @@ async def test_a_half_entered_batch_is_not_new(ledger: Ledger):
     assert await ledger.is_empty()
     await ledger.enter_rows([RowJob(0, "k", Inputs.of({"topic": "tea"}))], CREW)
     await ledger.enter_changed(iter(()), CREW)
-    assert (await ledger.counts(), await ledger.is_empty()) == ({}, False)
+    assert await ledger.counts() == {}
+    assert await ledger.is_empty() is False
 
 
 async def test_a_claim_whose_process_has_died_is_uncertain(ledger: Ledger, other: Ledger):
@@ -237,13 +239,18 @@ async def test_what_is_known_of_the_batch(ledger: Ledger, other: Ledger):
     assert await ledger.entry() is None
     first = await ledger.enter(crew_url="u", fingerprint="f", total=3, call={"crew": "x"})
     again = await ledger.enter(crew_url="v", fingerprint="g", total=4)
-    assert (again.ledger_id, again.crew_url, again.total) == (first.ledger_id, "v", 4)
+    assert again.ledger_id == first.ledger_id
+    assert again.crew_url == "v"
+    assert again.total == 4
     await ledger.note(bad=asdict(bad), exported={"output": "out.jsonl"})
     assert [await ledger.advance() for _ in range(2)] == [1, 2]
-    assert (await ledger.run_times(), await ledger.spending()) == ((None, None, None), pc.Spending())
+    assert await ledger.run_times() == (None, None, None)
+    assert await ledger.spending() == pc.Spending()
     entry = await other.entry()
     assert entry is not None
-    assert (entry.bad, entry.exported, entry.generation) == (bad, {"output": "out.jsonl"}, 2)
+    assert entry.bad == bad
+    assert entry.exported == {"output": "out.jsonl"}
+    assert entry.generation == 2
 
 
 async def test_several_processes_may_make_the_tables_at_once(ledger_address: str):
@@ -432,8 +439,11 @@ async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
     async with Ledger(str(path), "leads") as ledger:
         entry = await ledger.entry()
         assert entry is not None
-        assert (entry.version, entry.total, entry.generation) == (2, 13, 1)
-        assert (entry.bad.rows, entry.exported) == ([BadRow(3, "lacks topic")], {"output": "/data/leads.jsonl"})
+        assert entry.version == 2
+        assert entry.total == 13
+        assert entry.generation == 1
+        assert entry.bad.rows == [BadRow(3, "lacks topic")]
+        assert entry.exported == {"output": "/data/leads.jsonl"}
         stored = StoredBatch("leads", await ledger_address_of(str(path), ""), ledger, entry)
         assert BatchOptions(**stored.entry.call["options"]).max_in_flight == 7  # type: ignore[index]
         assert await ledger.counts() == dict.fromkeys(RowState, 1), "a row of each state, by its name"
@@ -444,8 +454,14 @@ async def test_a_ledger_of_version_2_is_read(tmp_path: Path):
         failed = await ledger.attempts(ledger.idempotency_key("failed"))
         assert [attempt.phase for attempt in failed] == ["ended", "not-started"]
         status = await stored.status()
-        assert (status.completed, status.failed, status.uncertain, status.in_flight, status.left) == (1, 8, 2, 1, 1)
-        assert (status.waiting, status.kickoffs, status.longest) == (1, 11, 2.0)
+        assert status.completed == 1
+        assert status.failed == 8
+        assert status.uncertain == 2
+        assert status.in_flight == 1
+        assert status.left == 1
+        assert status.waiting == 1
+        assert status.kickoffs == 11
+        assert status.longest == 2.0
         assert [row.key async for row in stored.failures(3)] == ["uncertain", "claimed", "failed"]
         (asks,) = [record async for record in ledger.may_ask()]
         assert [review.feedback for review in await ledger.reviews(asks)] == ["warmer"]

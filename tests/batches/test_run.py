@@ -40,8 +40,14 @@ async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServer
     spec = script(task, inputs=["topic"], usage={"total_tokens": 5})
     server, rows = crew_server(spec, response_format="union"), [*topics(20), {"topic": "bad one"}]
     report = await batch(server.crew(price=0.5), rows, name="leads")
-    assert (report.total, report.completed, report.failed, report.uncertain, report.skipped) == (21, 20, 1, 0, 0)
-    assert (report.kickoffs, report.cost, report.stopped) == (21, 10.5, None)
+    assert report.total == 21
+    assert report.completed == 20
+    assert report.failed == 1
+    assert report.uncertain == 0
+    assert report.skipped == 0
+    assert report.kickoffs == 21
+    assert report.cost == 10.5
+    assert report.stopped is None
     assert report.usage == pc.TokenUsage(total_tokens=105)
     assert [*server.kickoffs_by_key.values()] == [1] * 21
     lines = [(line["state"], line["output"], line["error"]) for line in batch.lines().values()]
@@ -51,7 +57,10 @@ async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServer
     # A second call starts nothing, and reports the same.
     before, requests = batch.output.read_bytes(), dict(server.requests)
     again = await batch(server.crew(price=0.5), rows, name="leads")
-    assert (again.completed, again.failed, again.kickoffs, again.cost) == (20, 1, 0, 10.5)
+    assert again.completed == 20
+    assert again.failed == 1
+    assert again.kickoffs == 0
+    assert again.cost == 10.5
     assert batch.output.read_bytes() == before
     beforehand = {"inputs": 0, "inspect": 0}
     assert {**server.requests, **beforehand} == {**requests, **beforehand}
@@ -69,13 +78,19 @@ async def test_a_changed_batch_asks_for_a_decision(batch: Batches, crew_server: 
     with pytest.raises(pc.BatchChangedError, match=f"crew {first.url}, not {second.url}"):
         await batch(second.crew(), topics(5), name="growing")
     report = await batch(second.crew(), topics(6), name="growing", on_change="continue")
-    assert (report.completed, report.kickoffs, first.kickoffs, second.kickoffs) == (6, 1, 5, 1)
+    assert report.completed == 6
+    assert report.kickoffs == 1
+    assert first.kickoffs == 5
+    assert second.kickoffs == 1
     assert len(batch.lines()) == 6
     # Rows that have left the data set have no line, and are not counted.
     for _ in range(2):
         report = await batch(second.crew(), topics(7)[3:], name="growing", on_change="continue")
-        assert (report.total, report.completed, len(batch.lines())) == (4, 4, 4)
-    assert (first.kickoffs, second.kickoffs) == (5, 2)
+        assert report.total == 4
+        assert report.completed == 4
+        assert len(batch.lines()) == 4
+    assert first.kickoffs == 5
+    assert second.kickoffs == 2
 
 
 async def test_another_deployment_asks_for_a_decision(batch: Batches, echo: CrewServer):
@@ -87,7 +102,8 @@ async def test_another_deployment_asks_for_a_decision(batch: Batches, echo: Crew
     await batch(echo.crew(), topics(3), name="deployed", on_change="continue")
     versions = {key: line["crew_version"] for key, line in batch.lines().items()}
     assert sorted(versions.values()).count(before) == 2
-    assert (len(set(versions.values())), echo.kickoffs) == (2, 3)
+    assert len(set(versions.values())) == 2
+    assert echo.kickoffs == 3
 
 
 @pytest.mark.parametrize("answer", ["none", "another each time"])
@@ -114,12 +130,19 @@ async def test_a_corrected_row_is_started_where_asked(batch: Batches, crew_serve
     assert (await batch(server.crew(), rows, **options)).failed == 2
     rows = [{"id": "a", "topic": "tea"}, {"id": "b", "topic": "cream"}, {"id": "c", "topic": "bad rice"}]
     report = await batch(server.crew(), rows, **options)
-    assert (report.failed, report.conflicts, report.kickoffs) == (3, 3, 0), "nobody has asked for it"
+    assert report.failed == 3
+    assert report.conflicts == 3
+    assert report.kickoffs == 0, "nobody has asked for it"
     for number in range(2):
         report = await batch(server.crew(), rows, retry_failed=["a"], **options)
-        assert (report.completed, report.conflicts, report.kickoffs) == (1, 2, 1 - number)
+        assert report.completed == 1
+        assert report.conflicts == 2
+        assert report.kickoffs == 1 - number
     report = await batch(server.crew(), rows, retry_failed=True, retries=1, **options)
-    assert (report.completed, report.failed, report.conflicts, report.kickoffs) == (1, 2, 1, 2)
+    assert report.completed == 1
+    assert report.failed == 2
+    assert report.conflicts == 1
+    assert report.kickoffs == 2
     lines = [(line["state"], line["inputs"]["topic"], line["output"]) for line in batch.lines().values()]
     assert lines == [("completed", "tea", "on tea"), ("conflict", "cream", None), ("failed", "bad rice", None)]
     assert "kicked off before with other inputs" in batch.lines()["b"]["error"]
@@ -127,7 +150,9 @@ async def test_a_corrected_row_is_started_where_asked(batch: Batches, crew_serve
         assert [record.attempt for record in await ledger.attempts(ledger.idempotency_key("c"))] == [1, 2, 3]
     rows[1]["topic"] = "milk"  # the completed run is back with its inputs
     report = await batch(server.crew(), rows, **options)
-    assert (report.completed, report.conflicts, server.kickoffs) == (2, 0, 6)
+    assert report.completed == 2
+    assert report.conflicts == 0
+    assert server.kickoffs == 6
     assert batch.lines()["b"]["output"] == "on milk"
 
 
@@ -138,7 +163,9 @@ async def test_the_ledger_of_another_machine_is_missed(batch: Batches, echo: Cre
         await batch(echo.crew(), topics(3), name="here", export=str(elsewhere))
     assert echo.kickoffs == 3
     report = await batch(echo.crew(), topics(3), name="here", export=str(elsewhere), ledger=f"{batch.output}.ledger.db")
-    assert (report.completed, echo.kickoffs, len(batch.lines(elsewhere))) == (3, 3, 3)
+    assert report.completed == 3
+    assert echo.kickoffs == 3
+    assert len(batch.lines(elsewhere)) == 3
 
 
 @pytest.mark.parametrize("place", ["{folder}/out.parquet", "memory://lost/out.jsonl"], ids=["here", "elsewhere"])
@@ -150,7 +177,8 @@ async def test_an_output_that_is_gone_is_written_again(batch: Batches, echo: Cre
     before = filesystem.cat_file(path)
     filesystem.rm(path)
     report = await batch(echo.crew(), topics(3), **options)
-    assert (report.completed, echo.kickoffs) == (3, 3)
+    assert report.completed == 3
+    assert echo.kickoffs == 3
     assert filesystem.cat_file(path) == before
 
 
@@ -228,11 +256,16 @@ async def test_bad_rows_are_in_every_report(batch: Batches, echo: CrewServer, tm
     with pytest.raises(pc.BadRowsError, match=r"2 rows cannot be run: ") as caught:
         await batch(echo.crew(), dirty, **options)
     assert [(row.line, row.reason) for row in caught.value.rows] == bad
-    assert (echo.kickoffs, batch.output.exists()) == (0, False)
+    assert echo.kickoffs == 0
+    assert batch.output.exists() is False
     rejected = Path(f"{batch.output}.rejected.jsonl")
     for number in (1, 2):
         report = await batch(echo.crew(), dirty, on_bad_row="skip", **options)
-        assert (report.total, report.completed, report.bad_count, report.skipped, report.ok) == (4, 2, 2, 2, False)
+        assert report.total == 4
+        assert report.completed == 2
+        assert report.bad_count == 2
+        assert report.skipped == 2
+        assert report.ok is False
         assert [(row.line, row.reason) for row in report.bad] == bad
         assert "2 of 4 rows completed, 2 bad in " in str(report)
         assert str(report).endswith(f"Bad rows: {rejected}")
@@ -246,13 +279,19 @@ async def test_bad_rows_are_in_every_report(batch: Batches, echo: CrewServer, tm
     assert echo.kickoffs == 2
     async with open_stored_batch("dirty") as stored:
         status = await stored.status()
-    assert (status.total, status.completed, status.bad_count, status.left) == (4, 2, 2, 0)
+    assert status.total == 4
+    assert status.completed == 2
+    assert status.bad_count == 2
+    assert status.left == 0
     assert [(row.line, row.reason) for row in status.bad] == bad
     assert status.bad_export == str(rejected)
     # Once the file is repaired nothing is left of it.
     dirty.write_text("id,topic\n1,tea\n")
     report = await batch(echo.crew(), dirty, on_change="continue", **options)
-    assert (report.total, report.bad_count, report.ok, rejected.exists()) == (1, 0, True, False)
+    assert report.total == 1
+    assert report.bad_count == 0
+    assert report.ok is True
+    assert rejected.exists() is False
     async with open_stored_batch("dirty") as stored:
         assert (await stored.status()).bad_count == 0
 
@@ -302,7 +341,9 @@ async def test_names_of_inputs_that_are_gone_start_no_row_again(batch: Batches, 
         await batch(crew, rows, name="named", on_change="continue")
     for options in ({"inputs": {"topic": "topic"}}, {}):
         report = await batch(crew, rows, name="named", on_change="continue", **options)
-        assert (report.completed, report.kickoffs, server.kickoffs) == (2, 0, 2)
+        assert report.completed == 2
+        assert report.kickoffs == 0
+        assert server.kickoffs == 2
     server.crews[""].program = load_program(script({"output": "x"}))
     with pytest.raises(pc.ConfigurationError, match="names no inputs now"):
         await batch(crew, rows, name="named", on_change="continue")
@@ -323,18 +364,23 @@ async def test_typed_results_are_data_and_misfits_have_reasons(batch: Batches, c
 
     async def lines_of(kind: Any) -> list[dict[str, Any]]:
         report = await batch(server.crew(), topics(2), name="typed", output_type=kind)
-        assert (report.completed, report.failed, server.kickoffs) == (1, 1, 2), "repairing the type starts nothing"
+        assert report.completed == 1
+        assert report.failed == 1
+        assert server.kickoffs == 2, "repairing the type starts nothing"
         async with Ledger(f"{batch.output}.ledger.db", "typed") as ledger:
             assert await ledger.counts() == {"completed": 1, "invalid-output": 1}
         return sorted(batch.lines().values(), key=lambda line: line["state"])
 
     fitting, misfit = await lines_of(lead)
-    assert (fitting["state"], fitting["data"]) == ("completed", {"name": "topic 0", "score": 7})
-    assert (misfit["state"], misfit["data"]) == ("invalid-output", None)
+    assert fitting["state"] == "completed"
+    assert fitting["data"] == {"name": "topic 0", "score": 7}
+    assert misfit["state"] == "invalid-output"
+    assert misfit["data"] is None
     assert "score" in misfit["error"]
     assert '"high"' in misfit["output"], "what the crew wrote is kept"
     fitting, misfit = await lines_of(loose)
-    assert (fitting["data"]["score"], misfit["state"]) == ("high", "invalid-output")
+    assert fitting["data"]["score"] == "high"
+    assert misfit["state"] == "invalid-output"
     # The same type by its name, before and after it was edited.
     loose.__qualname__ = lead.__qualname__
     assert (await lines_of(lead))[0]["data"]["score"] == 7
@@ -347,7 +393,9 @@ async def test_a_result_is_judged_before_its_secrets_are_masked(batch: Batches, 
     options = {"name": "masked", "key": "topic", "retries": 1}
     for kind in (create_model("Lead", year=(int, ...)), create_model("Wider", year=(int, ...), note=(str, ""))):
         report = await batch(server.crew(secret_inputs=["pin"]), rows, output_type=kind, **options)
-        assert (report.completed, report.failed, server.kickoffs) == (1, 0, 1)
+        assert report.completed == 1
+        assert report.failed == 0
+        assert server.kickoffs == 1
         assert batch.lines()["tea"]["output"] == f'{{"year": {MASK}}}'
 
 
@@ -369,7 +417,9 @@ async def test_a_misfit_stays_one_and_shows_no_secret(batch: Batches, crew_serve
     for retry_failed in (False, True):
         options: dict[str, Any] = {"name": f"misfit {batch.folder.name}", "key": "topic", "retry_failed": retry_failed}
         report = await batch(crew, rows, output_type=kind, **options)
-        assert (report.completed, report.failed, server.kickoffs) == (0, 1, 1)
+        assert report.completed == 0
+        assert report.failed == 1
+        assert server.kickoffs == 1
         assert batch.lines()["tea"]["error"] == MISFIT_WITHOUT_REASONS
     everything = b"".join(path.read_bytes() for path in batch.folder.rglob("*") if path.is_file())
     assert b"pin-of-ann" not in everything
@@ -397,12 +447,15 @@ async def test_a_raising_validator_fails_its_row_alone(
     rows = [{"topic": topic} for topic in ("other", "report", "another")]
     for errors in ({"OutputTypeError": 2}, {}):
         report = await batch(server.crew(), rows, name="strict", output_type=Strict, key="topic")
-        assert (report.completed, report.failed, dict(report.errors)) == (1, 2, errors)
+        assert report.completed == 1
+        assert report.failed == 2
+        assert dict(report.errors) == errors
         lines = batch.lines()
         assert [line["state"] for line in lines.values()] == ["invalid-output", "completed", "invalid-output"]
         assert "KeyError: 'report'" in lines["other"]["error"]
         # What its own serializer refuses is there as the crew's server gave it.
-        assert (lines["other"]["data"], lines["report"]["output"]) == (None, '{"report": {"name": "x"}}')
+        assert lines["other"]["data"] is None
+        assert lines["report"]["output"] == '{"report": {"name": "x"}}'
         batch.output.unlink()
     assert server.kickoffs == 3
 
@@ -479,7 +532,8 @@ def test_sync_code_has_the_same(batch: Batches, echo: CrewServer):
     report = pc.run_batch(echo.crew(), topics(3), name="sync", export=str(batch.output))
     assert report.completed == 3
     plan = pc.plan_batch(echo.crew(), topics(4), name="sync", export=str(batch.output))
-    assert (plan.rows, plan.done) == (4, 3)
+    assert plan.rows == 4
+    assert plan.done == 3
     assert pc.plan_batch(echo.crew(), topics(4), name="sync").done == 3, "the ledger is found by the batch's name"
 
 
@@ -513,7 +567,8 @@ async def test_a_rotated_secret_is_withheld(batch: Batches, crew_server: CrewSer
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
     held.release()
-    assert ((await run(new)).completed, server.kickoffs) == (1, 1)
+    assert (await run(new)).completed == 1
+    assert server.kickoffs == 1
     [line] = batch.lines().values()
     assert line["output"] == (WITHHELD if is_rotated else f"paid with {MASK}")
     everything = b"".join(path.read_bytes() for path in batch.folder.rglob("*") if path.is_file())
@@ -531,7 +586,8 @@ async def test_no_file_of_a_batch_has_a_secret_input(batch: Batches, crew_server
     try:
         for ending in ("jsonl.gz", "jsonl"):
             report = await batch(crew, rows, export=str(batch.folder / f"out.{ending}"), **options)
-            assert (report.completed, report.failed) == (1, 1)
+            assert report.completed == 1
+            assert report.failed == 1
     finally:
         os.umask(before)
     assert all(run.inputs.items() >= secrets.items() for run in server.runs)

@@ -32,8 +32,11 @@ def test_a_saved_crew_is_used_by_its_name(here: Command, crews: CrewServer, name
     saved = here("crews", "save", name, "--url", url, "--timeout", "77", "--max-attempts", "5", "--secret-input", "who")
     assert saved.ok.endswith(f"prefect-crew run {name} -i who=…\n")
     block = DeployedCrew.load(name)
-    assert (block.url, block.token.get_secret_value()) == (url, TOKEN)
-    assert (block.wait.timeout, block.max_attempts, block.secret_inputs) == (77, 5, ["who"])
+    assert block.url == url
+    assert block.token.get_secret_value() == TOKEN
+    assert block.wait.timeout == 77
+    assert block.max_attempts == 5
+    assert block.secret_inputs == ["who"]
     assert here("inputs", name).out == "Input\tNeeded\nwho\trequired\n"
     assert f"{name}\t{url}\n" in here("crews", "ls").out
     shown = here("crews", "inspect", name).ok
@@ -51,8 +54,13 @@ def test_an_overwritten_crew_keeps_what_is_not_given(here: Command, crews: CrewS
     assert "Kept as they were: price, budgets, wait.\n" in saved.ok
     assert saved.err == ""
     block = DeployedCrew.load(stored)
-    assert (block.url, block.show, block.wait.human_timeout) == (url, "none", 5)
-    assert (block.price, block.budgets, block.wait.timeout, block.wait.factor) == (0.25, [BUDGET], 77, 2)
+    assert block.url == url
+    assert block.show == "none"
+    assert block.wait.human_timeout == 5
+    assert block.price == 0.25
+    assert block.budgets == [BUDGET]
+    assert block.wait.timeout == 77
+    assert block.wait.factor == 2
 
 
 def test_a_token_is_renewed_alone(here: Command, crews: CrewServer, stored: str, monkeypatch: pytest.MonkeyPatch):
@@ -61,7 +69,9 @@ def test_a_token_is_renewed_alone(here: Command, crews: CrewServer, stored: str,
     monkeypatch.setenv("CREW_TOKEN", "renewed-token")
     assert here("crews", "save", stored, "--overwrite").code == 0
     block = DeployedCrew.load(stored)
-    assert (block.token.get_secret_value(), block.url, block.price) == ("renewed-token", f"{crews.url}/greet", 0.25)
+    assert block.token.get_secret_value() == "renewed-token"
+    assert block.url == f"{crews.url}/greet"
+    assert block.price == 0.25
 
 
 def test_a_token_is_kept_with_its_url(here: Command, crews: CrewServer, stored: str, monkeypatch: pytest.MonkeyPatch):
@@ -70,7 +80,9 @@ def test_a_token_is_kept_with_its_url(here: Command, crews: CrewServer, stored: 
     for options in ((), ("--url", f"{crews.url}/broken")):  # a new token is meant, or is for another crew
         assert "set CREW_TOKEN" in here("crews", "save", stored, *options, "--overwrite").error(2)
     block = DeployedCrew.load(stored)
-    assert (block.token.get_secret_value(), block.url, block.price) == (TOKEN, f"{crews.url}/greet", 0.5)
+    assert block.token.get_secret_value() == TOKEN
+    assert block.url == f"{crews.url}/greet"
+    assert block.price == 0.5
 
 
 @pytest.mark.parametrize("options", [(), ("--overwrite",)])

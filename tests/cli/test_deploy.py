@@ -50,11 +50,14 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here: Command, greeter: st
     assert """prefect deployment run 'deployed-crew/daily trip; date' -p 'inputs={"who": "…"}'""" in made
     assert "Nothing runs it yet" in made
     stored = deployment("deployed-crew/daily trip; date")
-    assert (stored.entrypoint, stored.pull_steps) == ("prefect_crew.run_deployed_crew", [])
-    assert (stored.parameters, stored.tags) == ({"crew": greeter}, ["prefect-crew", "mine"])
+    assert stored.entrypoint == "prefect_crew.run_deployed_crew"
+    assert stored.pull_steps == []
+    assert stored.parameters == {"crew": greeter}
+    assert stored.tags == ["prefect-crew", "mine"]
     assert stored.enforce_parameter_schema
     schema = stored.parameter_openapi_schema
-    assert (list(schema["properties"]), schema["required"]) == (["inputs", "idempotency_key", "session"], ["inputs"])
+    assert list(schema["properties"]) == ["inputs", "idempotency_key", "session"]
+    assert schema["required"] == ["inputs"]
     assert schema["properties"]["inputs"]["required"] == ["who"]
 
 
@@ -122,7 +125,8 @@ def test_a_second_deploy_keeps_parameters_and_job_variables(here: Command, greet
     assert "Its earlier parameter stays: review, wait" in here("deploy", greeter, *ADA).ok
     stored = deployment(f"deployed-crew/{greeter}")
     assert stored.parameters == {**by_hand, "crew": greeter, "inputs": {"who": "Ada"}}
-    assert (stored.work_pool_name, stored.job_variables) == (pool, of_pool["job_variables"])
+    assert stored.work_pool_name == pool
+    assert stored.job_variables == of_pool["job_variables"]
     moved = here("deploy", greeter, "--pool", work_pool("process"))
     assert f"Its job variables are gone: they belonged to work pool {pool}." in moved.err
 
@@ -161,7 +165,8 @@ def test_a_secret_input_is_a_block_loaded_in_the_run(
     stored = deployment(f"deployed-crew/{greeter}")
     assert stored.parameters["inputs"] == {"who": block}
     who = stored.parameter_openapi_schema["properties"]["inputs"]["properties"]["who"]
-    assert (who["type"], who["description"][:51]) == ("string", "The name of the Prefect Secret block with the value")
+    assert who["type"] == "string"
+    assert who["description"][:51] == "The name of the Prefect Secret block with the value"
     asyncio.run(run_of(stored, {}))
     assert {"who": secret} in [run.inputs for run in crews.runs]
 
@@ -174,15 +179,19 @@ def test_a_pipeline_asks_for_its_inputs_and_runs(
     assert f"Deployed deployed-pipeline/{greeter}, which asks for who, times, tone." in made
     assert f"""prefect deployment run deployed-pipeline/{greeter} -p 'inputs={{"who": "…"}}'""" in made
     stored = deployment(f"deployed-pipeline/{greeter}")
-    assert (stored.entrypoint, stored.pull_steps) == ("prefect_crew.run_deployed_pipeline", [])
-    assert (stored.work_pool_name, stored.tags) == (pool, ["prefect-crew", "mine"])
+    assert stored.entrypoint == "prefect_crew.run_deployed_pipeline"
+    assert stored.pull_steps == []
+    assert stored.work_pool_name == pool
+    assert stored.tags == ["prefect-crew", "mine"]
     assert stored.description == "Greets twice."
     inputs = stored.parameter_openapi_schema["properties"]["inputs"]
     assert inputs["required"] == ["who"]
     who, times, tone = inputs["properties"].values()
-    assert (who["title"], who["description"]) == ("who", "Whom to greet.")
+    assert who["title"] == "who"
+    assert who["description"] == "Whom to greet."
     assert [kind["type"] for kind in who["anyOf"]] == ["string", "number", "boolean"]  # a number becomes its text
-    assert (times["default"], times["anyOf"]) == (3, [{"type": "integer"}, {"type": "null"}])
+    assert times["default"] == 3
+    assert times["anyOf"] == [{"type": "integer"}, {"type": "null"}]
     assert tone["default"] == "warm"
     person = f"Ada of {greeter}"
     asyncio.run(run_of(stored, {"inputs": {"who": person}}))

@@ -69,7 +69,8 @@ async def test_what_is_found_of_a_crew():
 async def test_inputs_that_cannot_be_asked_for(fault: str, level: str):
     with CrewServer("echo", faults=[fault]) as server:
         *others, last = await look_at_crew(server.url, server.token)
-    assert (last.subject, last.level) == ("inputs", level)
+    assert last.subject == "inputs"
+    assert last.level == level
     assert last.fix
     assert {finding.level for finding in others} == {"ok"}
 
@@ -77,7 +78,8 @@ async def test_inputs_that_cannot_be_asked_for(fault: str, level: str):
 async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServer, tmp_path: Path):
     with CrewPool(prefect_api, tmp_path, f"doctor-{uuid4().hex[:8]}") as pool:
         (finding,) = await look_at_prefect(f"crew pool {pool.name}")
-        assert (finding.level, finding.fact) == ("warning", "workers online: none; flow runs begun: 0")
+        assert finding.level == "warning"
+        assert finding.fact == "workers online: none; flow runs begun: 0"
         assert finding.fix == f"prefect worker start --pool {pool.name}"
         deployment = pool.deploy("a")
         for name in ("here", "there"):
@@ -96,7 +98,8 @@ async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServe
                 pool.call("PATCH", f"/flow_runs/{run_id}", {"infrastructure_pid": f"{owner}/1"})
         (finding,) = await look_at_prefect(f"crew pool {pool.name}")
     left = "workers online: here, there; flow runs begun: 4, 2 of them left by workers that are gone (gone)"
-    assert (finding.level, finding.fact) == ("warning", left)
+    assert finding.level == "warning"
+    assert finding.fact == left
     assert "within two heartbeats" in finding.fix
     assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
 
@@ -152,7 +155,8 @@ def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch)
 
 def test_findings_are_written_line_by_line(here: Command, alone: Command, prefect_api: object, crews: CrewServer):
     done = here("doctor", f"{crews.url}/greet", "--token", "wrong-token", "-o", "json")
-    assert (done.code, done.json["problems"]) == (1, 1)
+    assert done.code == 1
+    assert done.json["problems"] == 1
     (problem,) = [finding for finding in done.json["findings"] if finding["level"] == "problem"]
     assert problem["subject"] == "token"
     assert "prefect-crew crews save" in problem["fix"]

@@ -37,7 +37,9 @@ def test_a_session_is_run_listed_and_inspected(here: Command, journal: str, sess
     assert done.out == "2 rain after 1 tea\n"
     (listed,) = [line for line in here("sessions", "ls").out.splitlines() if line.startswith(session)]
     _, crew, turns, state, since = listed.split("\t")
-    assert (crew, turns, state) == (journal.partition("://")[2], "3", "completed")
+    assert crew == journal.partition("://")[2]
+    assert turns == "3"
+    assert state == "completed"
     assert since.endswith(" s")
     shown = here("sessions", "inspect", f" {session} ").out.splitlines()
     assert shown[0] == f"{session}: 3 turns of crew {crew}"

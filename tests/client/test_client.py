@@ -65,7 +65,8 @@ async def test_resume_sends_the_answer_and_webhooks(router: respx.MockRouter, cl
     answer = await client.resume("k1", "t1", "Shorter", False, webhooks=WEBHOOKS)
     body = {"execution_id": "k1", "task_id": "t1", "human_feedback": "Shorter", "is_approve": False}
     assert json.loads(router.calls[0].request.content) == body | WEBHOOKS.to_json()
-    assert (answer.status, answer.message) == ("resumed", "ok")
+    assert answer.status == "resumed"
+    assert answer.message == "ok"
     router.post("/resume").respond(422, json={"detail": "Not pending"})
     with pytest.raises(pc.CrewAPIError, match=r"Not pending.*crew's page") as caught:
         await client.resume("k1", "t1", "", True)
@@ -111,12 +112,15 @@ async def test_both_status_paths_are_tried(router: respx.MockRouter, client: Cre
     second = router.get(SECOND)
     second.side_effect = [NOT_FOUND, httpx.Response(502), NOT_FOUND, RUNNING, RUNNING]
     unknown = await client.status("k1")
-    assert (unknown.state, unknown.message, unknown.raw) == (CrewState.UNKNOWN, "Not Found", {"detail": "Not Found"})
+    assert unknown.state == CrewState.UNKNOWN
+    assert unknown.message == "Not Found"
+    assert unknown.raw == {"detail": "Not Found"}
     with pytest.raises(pc.ServerError):  # says nothing of the path
         await client.status("k1")
     states = [(await client.status("k1")).state for _ in range(3)]
     assert states == [CrewState.UNKNOWN, CrewState.RUNNING, CrewState.RUNNING]
-    assert (first.call_count, second.call_count) == (4, 5)
+    assert first.call_count == 4
+    assert second.call_count == 5
 
 
 @pytest.mark.parametrize(("path", "other", "missing"), [(FIRST, SECOND, 404), (SECOND, FIRST, 405)])
@@ -190,8 +194,11 @@ async def test_a_kickoffs_status_becomes_its_error(
     with pytest.raises(pc.CrewAPIError) as caught:
         await client.kickoff({"a": "b"})
     error = caught.value
-    assert (type(error), kickoff_fate(error)) == (kind, fate)
-    assert (error.status_code, error.method, error.path) == (status, "POST", "/kickoff")
+    assert type(error) is kind
+    assert kickoff_fate(error) == fate
+    assert error.status_code == status
+    assert error.method == "POST"
+    assert error.path == "/kickoff"
     assert error.message == REDIRECTS.get(status, "Short: Long")
     assert error.retry_after == (None if after is None else float(after))
     # Of any other 5xx nobody knows whether it started a run, whatever time it names.
@@ -246,7 +253,8 @@ async def test_whether_a_request_may_have_left(router: respx.MockRouter, client:
     assert caught.value.sent is (kind in SENT)
     assert kickoff_fate(caught.value) is (KickoffFate.UNCERTAIN if kind in SENT else KickoffFate.RETRY)
     assert type(caught.value.__cause__) is kind
-    assert (caught.value.method, caught.value.url) == ("POST", f"{URL}/kickoff")
+    assert caught.value.method == "POST"
+    assert caught.value.url == f"{URL}/kickoff"
 
 
 async def test_what_cannot_be_written_is_never_sent(router: respx.MockRouter, client: CrewClient):

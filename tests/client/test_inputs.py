@@ -70,7 +70,9 @@ def test_neither_repr_nor_frame_shows_a_value():
 
 def test_other_processes_get_it():
     sent = pickle.loads(pickle.dumps(kept()))
-    assert (sent.encoded, sent.secret_names, sent.digest) == (kept().encoded, kept().secret_names, kept().digest)
+    assert sent.encoded == kept().encoded
+    assert sent.secret_names == kept().secret_names
+    assert sent.digest == kept().digest
 
 
 def test_a_crew_masks_tokens_and_secret_inputs():

@@ -71,7 +71,10 @@ def test_a_secret_like_a_count_or_a_field_masks_a_model(secret: Any):
     tasks = [TaskResult(name=f"as {secret}", data=[1234], execution_time=12.5)]
     result = StoredResult(output=f"{secret}", data={"pin": secret}, tasks=tasks, execution_time=12.5, usage=usage)
     masked = of(pin=secret).model(result)
-    assert (masked.output, masked.data, masked.usage, masked.execution_time) == (MASK, {"pin": MASK}, usage, 12.5)
+    assert masked.output == MASK
+    assert masked.data == {"pin": MASK}
+    assert masked.usage == usage
+    assert masked.execution_time == 12.5
     task = TaskResult(name=f"as {MASK}", data=[MASK if secret == "1234" else 1234], execution_time=12.5)
     assert masked.tasks == [task]
 

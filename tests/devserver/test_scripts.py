@@ -68,7 +68,8 @@ def test_a_file_goes_before_a_bundled_script(tmp_path: Path, monkeypatch: pytest
 def test_all_fields_of_a_script_are_described() -> None:
     for name in BUNDLED:
         script = load_script(name)
-        assert (script.name, bool(script.description)) == (name, True)
+        assert script.name == name
+        assert bool(script.description) is True
     schema = CrewScript.model_json_schema()
     for part in [schema, *(one for name, one in schema["$defs"].items() if name != "TokenUsage")]:
         for name, field in part["properties"].items():
@@ -162,9 +163,11 @@ def test_a_flow_keeps_its_states() -> None:
 )
 def test_structured_results(data: str, expected: Any) -> None:
     outcome, _ = run(one_task(f"data: {data}"), n=7)
-    assert (outcome.data, outcome.output) == (expected, json.dumps(expected, ensure_ascii=False))
+    assert outcome.data == expected
+    assert outcome.output == json.dumps(expected, ensure_ascii=False)
     at_the_end, _ = run(f"{one_task('output: text')}data: {data}", n=7)
-    assert (at_the_end.data, at_the_end.output) == (expected, "text")
+    assert at_the_end.data == expected
+    assert at_the_end.output == "text"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def test_bodies_of_a_generation(receiver: Receiver, serve: Serve, generation: st
         assert research.pop("execution_time") >= 0
         ended = {"kickoff_id": id_, "task_id": "research_task", "status": "completed", "agent": "Researcher"}
         assert research == {**ended, "output": WRITTEN}
-        assert (write["task_id"], write["output"]) == ("write_task", "text")
+        assert write["task_id"] == "write_task"
+        assert write["output"] == "text"
         step = {"kickoff_id": id_, "task_id": "research_task", "agent": "Researcher"}
         assert {**step, "step_type": "tool", "content": "found"} in receiver.at("/step")
         assert human == {"execution_id": id_, "task_id": "write_task", "task_output": "text", "meta": META}
@@ -85,7 +86,9 @@ def test_bodies_of_a_generation(receiver: Receiver, serve: Serve, generation: st
     assert research == {**told, **about, "output_json": {"topic": "ants"}}
     tool = next(step for step in receiver.at("/step") if step["tool"])
     assert set(tool) == {"prompt", "thought", "tool", "tool_input", "result", "kickoff_id", "meta"}
-    assert (tool["tool"], tool["result"], tool["meta"]) == ("search", "found", META)
+    assert tool["tool"] == "search"
+    assert tool["result"] == "found"
+    assert tool["meta"] == META
     assert human == told | {"task_id": "write_task", "output": "text"}
     usage = {"total_tokens": 9, "prompt_tokens": 5, "completion_tokens": 4}
     assert crew == told | {"result": "text", "result_json": {"words": 1}, "token_usage": usage}
@@ -176,7 +179,8 @@ def test_faults(receiver: Receiver, serve: Serve, faults: list[str], tasks: list
     time.sleep(0.1)
     came = [body["task_id"] for body in receiver.at("/task")]
     # Only a delay makes a certain order: each delivery has a connection of its own.
-    assert (came if "delay" in faults[0] else sorted(came), len(receiver.at("/crew"))) == (tasks, crews)
+    assert (came if "delay" in faults[0] else sorted(came)) == tasks
+    assert len(receiver.at("/crew")) == crews
 
 
 @pytest.mark.parametrize(("answer", "delay"), [(200, 3), (500, 0)], ids=["slow", "failing"])

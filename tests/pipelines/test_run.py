@@ -228,7 +228,8 @@ async def test_the_same_key_repeats_only_what_failed(crew_server: CrewServerFact
     fails_first, idempotency_key = crew_server(FailsFirst()), key()
     with pytest.raises(pc.PipelineFailedError, match="out for lunch"):
         await pc.arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
-    assert (echo.kickoffs, fails_first.kickoffs) == (2, 1)
+    assert echo.kickoffs == 2
+    assert fails_first.kickoffs == 1
     result = await pc.arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
     assert result["c"].output == "abc"
     again = await pc.arun_pipeline(chain(echo, fails_first), name="repaired", idempotency_key=idempotency_key)
@@ -293,7 +294,9 @@ async def test_a_step_keeps_its_inputs_whatever_began_before(crew_server: CrewSe
     with pytest.raises(pc.PipelineFailedError, match="repeats"):  # it began after `uses`, which has a secret input
         await pc.arun_pipeline(steps, idempotency_key=idempotency_key)
     again = await pc.arun_pipeline(steps, idempotency_key=idempotency_key)  # here it may begin before
-    assert (again["repeats"].output, repeats.kickoffs, server.kickoffs) == ("token-4711 1", 2, 3)
+    assert again["repeats"].output == "token-4711 1"
+    assert repeats.kickoffs == 2
+    assert server.kickoffs == 3
 
 
 async def test_a_step_may_start_from_a_state(echo: CrewServer):
@@ -342,7 +345,8 @@ async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory,
         assert isinstance(raised.value.errors["b"], pc.KickoffUncertainError)
         assert raised.value.skipped == ["c"]
         assert sorted(raised.value.results) == ["a", "d"]
-    assert (echo.kickoffs, dropping.kickoffs) == (2, 1)
+    assert echo.kickoffs == 2
+    assert dropping.kickoffs == 1
 
 
 @pytest.mark.parametrize("is_suspended", [False, True], ids=["cancelled", "suspended"])

@@ -26,7 +26,8 @@ MIB = 1024 * 1024
 async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.AsyncClient, kept: Kept, urls: Any):
     kind, hooks = which.partition("-")[0], urls()
     answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
-    assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "accepted"}
     assert {event.name.partition(".")[0] for event in kept.events} == {kind}
     assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
 
@@ -91,7 +92,8 @@ async def test_bodies_that_are_taken_or_refused(
 ):
     sent = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     answer = await client.post(url_of(urls(), "crew"), content=content, headers=sent)
-    assert (answer.status_code, len(kept.events)) == (status, int(status == 200))
+    assert answer.status_code == status
+    assert len(kept.events) == int(status == 200)
     if "content-length" not in headers:  # in chunks, which do not tell their length before
         assert (await client.post(url_of(urls(), "crew"), content=parts(content), headers=sent)).status_code == status
 

@@ -111,7 +111,8 @@ def test_unknown_ids_and_times_have_to_look_like_such(names: bool):
 def test_long_names_are_cut_and_long_ids_left_out():
     body = {"kickoff_id": "k" * 301, "task_id": "t" * 301, "agent": "a\n" * 1000, "status": "done"}
     (event,) = read("task", body)
-    assert (set(event.facts), event.kickoff_id) == ({"state", "agent"}, None)
+    assert set(event.facts) == {"state", "agent"}
+    assert event.kickoff_id is None
     assert event.facts["agent"] == ("a " * 50)
 
 
@@ -127,7 +128,8 @@ def test_the_same_delivery_has_the_same_id_and_another_one_another():
 
 def test_the_key_that_a_body_claims_is_kept_apart():
     (event,) = read("crew", {**BODIES["crew-first"], "meta": {"idempotency_key": "another"}})
-    assert (event.hook.idempotency_key, event.said_key) == ("city/lisbon", "another")
+    assert event.hook.idempotency_key == "city/lisbon"
+    assert event.said_key == "another"
 
 
 json_values = st.recursive(

@@ -122,7 +122,8 @@ async def test_a_turn_that_is_not_over_is_in_the_way(session: str, phase: Record
     first, second = await taken(session, phase=phase, kickoff_id=kickoff_id), await claimed(session)
     earlier = await take(second)
     assert earlier is not None
-    assert (earlier.number, earlier.idempotency_key) == (1, first.idempotency_key)
+    assert earlier.number == 1
+    assert earlier.idempotency_key == first.idempotency_key
     assert second.turn is None
     assert (await last_turn(URL, session)) == earlier
 
@@ -131,7 +132,8 @@ async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
     first, second = await taken(session), await claimed(session)
     await RECORDS.withdraw(first)
     assert await take(second) is None
-    assert (second.turn, second.restored) == (2, None)
+    assert second.turn == 2
+    assert second.restored is None
     assert second.state_id != first.state_id
 
 
@@ -145,7 +147,8 @@ async def test_a_repeated_request_takes_the_same_turn(session: str, monkeypatch:
     repeated = record.model_copy()
     monkeypatch.setattr(sessions, "last_turn", nothing)
     assert await take(repeated) is None
-    assert (repeated.turn, repeated.state_id) == (1, record.state_id)
+    assert repeated.turn == 1
+    assert repeated.state_id == record.state_id
 
 
 async def test_sessions_of_two_crews_are_apart(session: str) -> None:

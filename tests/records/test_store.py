@@ -82,7 +82,8 @@ async def test_all_permits_of_a_claim_are_read(monkeypatch: pytest.MonkeyPatch):
         (read,) = await RECORDS.attempts(record.idempotency_key)
         assert read.entries == number
     permits = {one.ref: one.entries async for one in RECORDS.all(CLAIMED)}
-    assert (permits[record.ref], permits[other.ref]) == (12, 0)
+    assert permits[record.ref] == 12
+    assert permits[other.ref] == 0
 
 
 async def test_a_late_withdrawal_spares_the_next_claim():
@@ -93,7 +94,8 @@ async def test_a_late_withdrawal_spares_the_next_claim():
     assert await RECORDS.claim(second)
     await RECORDS.withdraw(first)
     (record,) = await RECORDS.attempts(first.idempotency_key)
-    assert (record.ref, record.phase) == (second.ref, CLAIMED)
+    assert record.ref == second.ref
+    assert record.phase == CLAIMED
 
 
 async def test_a_withdrawal_outlasts_a_busy_server(proxy: Proxy):
@@ -229,7 +231,8 @@ async def closed(stored: StoredResult | None, **fields: Any) -> RunRecord:
 async def test_a_large_result_is_an_artifact(output: str, data: Any, is_kept: bool):
     saved = await closed(result(output, data=data))
     assert saved.result is None
-    assert (saved.phase, saved.state) == (ENDED, CrewState.COMPLETED)
+    assert saved.phase == ENDED
+    assert saved.state == CrewState.COMPLETED
     assert await results.stored_result(saved) == (result(output, data=data) if is_kept else None)
     await RECORDS.delete(saved)
     assert await results.stored_result(saved) is None
@@ -239,7 +242,9 @@ async def test_a_large_result_is_an_artifact(output: str, data: Any, is_kept: bo
 async def test_an_end_is_kept_without_its_large_result(proxy: Proxy, caplog: pytest.LogCaptureFixture, answer: str):
     proxy.refuse, proxy.answer = "POST /api/artifacts/", answer
     saved = await closed(result("x" * 6000))
-    assert (saved.phase, saved.state, saved.result_id) == (ENDED, CrewState.COMPLETED, None)
+    assert saved.phase == ENDED
+    assert saved.state == CrewState.COMPLETED
+    assert saved.result_id is None
     assert "Later calls read it from the crew's server" in caplog.text
 
 
@@ -275,7 +280,8 @@ async def test_long_texts_are_cut():
     record.error = "\N{PARTY POPPER}" * 500
     await RECORDS.save(record)
     (saved,) = await RECORDS.attempts(key)
-    assert (saved.idempotency_key, saved.owner) == (key, record.owner)
+    assert saved.idempotency_key == key
+    assert saved.owner == record.owner
     assert saved.step
     assert record.step
     assert record.step.startswith(saved.step)
@@ -331,7 +337,8 @@ async def test_an_answer_whose_reply_was_lost_is_ones_own(monkeypatch: pytest.Mo
     monkeypatch.setattr(variables, "request_soon", losing)  # so Prefect's client repeats it, and is answered 409
     assert await RECORDS.add_review(record, 1, review()), "nobody else answers"
     assert not await RECORDS.add_review(record, 1, review()), "somebody else's words may be the same"
-    assert (replies, len(await RECORDS.reviews(record))) == (1, 1)
+    assert replies == 1
+    assert len(await RECORDS.reviews(record)) == 1
 
 
 async def test_a_repeated_removal_spares_the_next_answer(monkeypatch: pytest.MonkeyPatch):
@@ -349,7 +356,8 @@ async def test_a_repeated_removal_spares_the_next_answer(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(httpx.AsyncClient, "send", lose_reply)  # Prefect's client sends the request again
     await RECORDS.remove_review(record, 1, adas)
-    assert (lost, [answer.nonce for answer in await RECORDS.reviews(record)]) == (["204"], ["Bob"])
+    assert lost == ["204"]
+    assert [answer.nonce for answer in await RECORDS.reviews(record)] == ["Bob"]
     await RECORDS.remove_review(record, 1, adas)
     assert len(await RECORDS.reviews(record)) == 1
     await RECORDS.delete(record)

@@ -258,7 +258,8 @@ async def test_a_signal_leaves_an_id_on_record(server: CrewServer, key: str, mon
     with pytest.raises(TerminationSignal):
         await start(server, key)
     (record,) = await attempts(key)
-    assert (record.phase, record.kickoff_id) == (phase, next((run.id for run in server.runs), None))
+    assert record.phase == phase
+    assert record.kickoff_id == next((run.id for run in server.runs), None)
 
 
 async def test_an_endless_post_is_not_waited_for(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
@@ -321,7 +322,8 @@ def end_the_loop(server: CrewServer, key: str, is_time: Callable[[], Any]) -> li
 def test_an_ended_loop_sees_its_kickoff_to_the_end(server: CrewServer, key: str):
     server.faults.add("kickoff:latency=1.0@1")
     (record,) = end_the_loop(server, key, lambda: server.requests["kickoff"])
-    assert (record.phase, record.kickoff_id) == (STARTED, server.runs[0].id)
+    assert record.phase == STARTED
+    assert record.kickoff_id == server.runs[0].id
 
 
 @pytest.mark.parametrize(
@@ -376,8 +378,11 @@ async def test_a_retry_knows_its_own_claim(server: CrewServer, key: str, proxy: 
     kickoff_id = await asyncio.wait_for(calling, 20)
     assert server.requests["kickoff"] == 1
     given_up, started = await attempts(key)
-    assert (given_up.phase, given_up.entries) == (NOT_STARTED, {"claim": 1, "permit": 2}[what])
-    assert (started.phase, started.kickoff_id, started.owner) == (STARTED, kickoff_id, given_up.owner)
+    assert given_up.phase == NOT_STARTED
+    assert given_up.entries == {"claim": 1, "permit": 2}[what]
+    assert started.phase == STARTED
+    assert started.kickoff_id == kickoff_id
+    assert started.owner == given_up.owner
 
 
 async def test_a_try_after_a_sent_kickoff_has_a_new_nonce(server: CrewServer, key: str, monkeypatch: Any):
@@ -386,7 +391,8 @@ async def test_a_try_after_a_sent_kickoff_has_a_new_nonce(server: CrewServer, ke
     retried = pc.kickoff_crew.with_options(retry_delay_seconds=[0.1])
     await retried(server.crew(), {"text": "a"}, idempotency_key=key)
     refused, started = await attempts(key)
-    assert (refused.phase, started.phase) == (NOT_STARTED, STARTED)
+    assert refused.phase == NOT_STARTED
+    assert started.phase == STARTED
     assert refused.owner != started.owner
 
 

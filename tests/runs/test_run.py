@@ -76,14 +76,17 @@ def test_secrets_are_masked_in_every_text():
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
     assert masked.output == f"the output of {MASK}"
     assert masked.tasks[0].name == f"for {MASK}"
-    assert (masked.state, masked.execution_time, masked.raw) == (CrewState.COMPLETED, 2.0, None)
+    assert masked.state == CrewState.COMPLETED
+    assert masked.execution_time == 2.0
+    assert masked.raw is None
     shown = render_run(run.view(None))
     assert "hunter22" not in shown
     assert "the-token" not in shown
     assert "https://me:" in shown
     run = LiveRun(crew(), "r1", request=asked({"flag": "completed"}, "flag"))
     masked = run.redact_status(STATUS.model_copy(update={"output": "completed"}))
-    assert (masked.state, masked.output) == (CrewState.COMPLETED, MASK)
+    assert masked.state == CrewState.COMPLETED
+    assert masked.output == MASK
     assert "✓ completed" in render_run(run.view(STATUS))
 
 
@@ -93,8 +96,11 @@ def test_secrets_are_masked_in_every_text():
     ids=["of the block", "of the record"],
 )
 def test_unknown_secrets_show_no_text(run: LiveRun):
-    assert (run.is_blind, run.show, run.redact_text("hunter22 failed")) == (True, "summary", WITHHELD)
-    assert (run.redact_name("task-1"), run.redact_name("log in as hunter22")) == ("task-1", "(withheld)")
+    assert run.is_blind is True
+    assert run.show == "summary"
+    assert run.redact_text("hunter22 failed") == WITHHELD
+    assert run.redact_name("task-1") == "task-1"
+    assert run.redact_name("log in as hunter22") == "(withheld)"
     masked = run.redact_status(STATUS)
     assert "hunter22" not in repr(masked) + masked.model_dump_json()
     assert "22 characters" in render_run(run.view(STATUS))
@@ -142,7 +148,9 @@ async def test_a_read_record_is_not_of_this_process():
     request = asked({"pin": "4711"}, "pin", webhooks=webhooks)
     run = LiveRun(crew(), "r1", record(), request, owned=True)
     await read_record(run)
-    assert (run.record, run.owned, run.request) == (None, False, request)
+    assert run.record is None
+    assert run.owned is False
+    assert run.request == request
     assert run.redact_text("4711") == MASK
     stored = record()
     assert await run.records.claim(stored)

@@ -467,7 +467,9 @@ async def test_a_stopped_run_is_closed_on_record(server: CrewServer, monkeypatch
     assert [answer.accepted for answer in answers] == [True, False]
     assert answers[1].raw is None
     record = await record_of(run.kickoff_id)
-    assert (record.phase, record.state, record.cost) == (RecordPhase.ENDED, CrewState.STOPPED, 0.25)
+    assert record.phase == RecordPhase.ENDED
+    assert record.state == CrewState.STOPPED
+    assert record.cost == 0.25
     assert record.ended_at is not None
     with pytest.raises(pc.CrewStoppedError):
         await run.await_for_completion()

@@ -65,7 +65,8 @@ async def test_a_turn_starts_from_the_turn_before(journal: CrewServer) -> None:
     assert [run.restore_from for run in runs] == [None, runs[0].inputs["id"], runs[1].inputs["id"]]
     assert [run.inputs["id"] for run in runs] == [turn.state_id for turn in await turns(journal)] == [*states(journal)]
     (record,) = await attempts((await turns(journal))[2].idempotency_key)
-    assert (record.session, record.turn) == (SESSION, 3)
+    assert record.session == SESSION
+    assert record.turn == 3
 
 
 @pytest.mark.parametrize("name", ["Zoë", "客户 42", "x" * 200, "a/b (c) %", "🦊"])
@@ -81,7 +82,8 @@ async def test_a_key_finds_its_turn(journal: CrewServer, key: str) -> None:
     first = await note(journal, "tea", idempotency_key=key)
     await note(journal, "rain")
     again = await note(journal, "tea", idempotency_key=key)
-    assert (again.kickoff_id, journal.kickoffs) == (first.kickoff_id, 2)
+    assert again.kickoff_id == first.kickoff_id
+    assert journal.kickoffs == 2
     for other in ("other", None):
         with pytest.raises(pc.IdempotencyConflictError):
             await note(journal, "tea", idempotency_key=key, session=other)
@@ -118,10 +120,13 @@ async def test_an_uncertain_turn_blocks_its_session(journal: CrewServer, key: st
     first = (await own(journal, RecordPhase.UNCERTAIN)).idempotency_key
     with pytest.raises(SessionBlockedError) as caught:
         await note(journal, "tea", idempotency_key=key)
-    assert (caught.value.turn, caught.value.run, caught.value.idempotency_key) == (1, first, key)
+    assert caught.value.turn == 1
+    assert caught.value.run == first
+    assert caught.value.idempotency_key == key
     assert f"the kickoff of run '{first}' is uncertain. Nothing was started." in str(caught.value)
     assert f"prefect-crew runs resolve '{first}' --kickoff-id ID, or --never-started" in str(caught.value)
-    assert (journal.kickoffs, await attempts(key)) == (0, [])
+    assert journal.kickoffs == 0
+    assert await attempts(key) == []
     assert (await note(journal, "rain", session="other")).output == "1 rain"
     await resolve_never_started(await unresolved(first, RECORDS), RECORDS)
     assert (await note(journal, "tea", idempotency_key=key)).output == "1 tea"
@@ -215,7 +220,8 @@ async def test_the_time_of_a_turn_does_not_count_for_the_next(crew_server: CrewS
     await server.crew().atrigger({"note": "a"}, session=SESSION)
     await asyncio.sleep(1.5)
     again = await note(server, "b", wait=pc.WaitPolicy(timeout=3))
-    assert (again.output, server.kickoffs) == ("done", 2)
+    assert again.output == "done"
+    assert server.kickoffs == 2
 
 
 async def test_a_waiting_caller_writes_nothing(journal: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch) -> None:

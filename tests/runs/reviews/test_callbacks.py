@@ -136,7 +136,8 @@ async def test_an_uncertain_answer_is_held(hook: ReviewWebhook, key: str) -> Non
             (question,) = [one for record, one in waiting if record.idempotency_key == key]
             assert question.task_id == "publish"
             if known:
-                assert (question.options, question.output) == (OPTIONS, "Draft. ")
+                assert question.options == OPTIONS
+                assert question.output == "Draft. "
             else:
                 assert "was not asked" in str(question.withheld), "a crew that is not stored cannot be asked"
         with pytest.raises(ConfigurationError, match="has the outcomes approve, needs_revision"):
