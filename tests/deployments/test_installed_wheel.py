@@ -1,7 +1,8 @@
 """The built wheel, alone in a fresh environment: what someone gets who has no clone of the repository.
 
 The demonstration, and a project that `prefect-crew init` wrote: its README from top to bottom, with its own tests, its
-deployments on a crew worker, and the automations. WHEEL_PYTHON=3.12 chooses another Python than that of the tests.
+deployments on a crew worker, and the automations. WHEEL_PYTHON=3.12 chooses another Python than that of the tests,
+WHEEL=dist/… a wheel that is built already.
 """
 
 import os
@@ -52,8 +53,9 @@ def installed(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory, n
     def uv(*arguments: str | Path) -> None:
         command("uv", *arguments, env=online(), timeout=300)
 
-    uv("build", "--quiet", "--wheel", "--out-dir", folder / "dist")
-    (wheel,) = (folder / "dist").glob("*.whl")
+    if not (wheel := os.environ.get("WHEEL")):
+        uv("build", "--quiet", "--wheel", "--out-dir", folder / "dist")
+        (wheel,) = (folder / "dist").glob("*.whl")
     uv("venv", "--quiet", "--python", os.environ.get("WHEEL_PYTHON") or program("python"), venv)
     uv("pip", "install", "--quiet", "--python", venv / "bin" / "python", "-c", "constraints.txt", wheel, "pytest")
     installed = Installed(folder, server)
