@@ -77,6 +77,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
 from prefect_crew.records.budgets import check_estimates
 from prefect_crew.records.keys import render_key, scheduled_start
+from prefect_crew.records.owners import Owner, crash_dead_owner, this_owner
 from prefect_crew.runs.limits import SlotPool
 from prefect_crew.webhooks import webhooks_for
 
@@ -431,8 +432,11 @@ class _Batch:
         self.before = before = await ledger.entry()  # what the ledger knew before this call
         check_bound(before, await read_binding(job.name), ledger)
         version = await self.session.version()
-        by = {"flow_run_id": flow_run_id(), "names_inputs": self._names_inputs(before, expected)}
+        owner = this_owner().model_dump(mode="json")
+        by = {"flow_run_id": flow_run_id(), "owner": owner, "names_inputs": self._names_inputs(before, expected)}
         if before is not None and before.call is not None:
+            if "owner" in before.call:
+                await crash_dead_owner(Owner.model_validate(before.call["owner"]), work="batch")
             await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
         self.exported = {} if before is None else before.exported or {}
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does

@@ -11,6 +11,7 @@ import secrets
 import shlex
 import socket
 import struct
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -119,6 +120,7 @@ class CrewServer:
         requests: Requests by place: inputs, kickoff, status, resume, stop, health, inspect.
         unauthorized: How many requests had a missing or wrong token; they count nowhere else.
         accepted: The kickoffs that started a run: kickoff id to meta.
+        on_kickoff: Called with the kickoff id of each run that starts, in the server's event loop.
         crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
 
     Raises:
@@ -143,6 +145,7 @@ class CrewServer:
         self.requests: Counter[str] = Counter()
         self.unauthorized: int = 0
         self.accepted: dict[str, Any] = {}
+        self.on_kickoff: Callable[[str], None] = lambda kickoff_id: None
         self.crashed: threading.Event = threading.Event()
         self._format = FORMATS[response_format]
         self._tasks: set[asyncio.Task[None]] = set()
@@ -398,6 +401,7 @@ class CrewServer:
         run.faults |= request.state.faults_of_run
         crew.start(run)
         self.accepted[run.id] = run.meta
+        self.on_kickoff(run.id)
         return _JSON({"kickoff_id": run.id})
 
     async def _status(self, request: Request, crew: CrewRuns) -> Response:
@@ -564,8 +568,8 @@ def serve(
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM, which cancel the runs in flight. Returns 0.
 
-    Once the server answers, standard output gets one line with its URL and the command that runs the crew. The other
-    arguments are those of `CrewServer`.
+    Once the server answers, standard output gets a line with its URL and the command that runs the crew. A terminal
+    also gets a line with the kickoff id of each run. The other arguments are those of `CrewServer`.
 
     Args:
         spec: The crew.
@@ -581,6 +585,8 @@ def serve(
         OSError: The port is taken, or the host is not this machine's.
     """
     server = CrewServer(spec, **options)
+    if sys.stdout.isatty():  # a pipe that nobody reads would block the server once it is full
+        server.on_kickoff = lambda kickoff_id: print_line(f"Started run {kickoff_id}")
     with contextlib.closing(open_listener(host, port)) as listener:
         path, served = next(iter(server.crews.items()))
         inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in served.program.inputs() if item.required)

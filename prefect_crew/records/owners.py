@@ -7,18 +7,20 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
+from pydantic import BaseModel
 
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.records.model import RunRecord
+from prefect_crew.records.model import RunRecord, utcnow
 
 CLOCKS_APART = timedelta(minutes=5)
 """The most by which two clocks may differ: the clock of the process that suspended a flow run, and the clock of the
@@ -39,6 +41,23 @@ def this_process() -> str | None:
         return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()} {os.getpid()}"
     except OSError:  # as on Windows, where `os.kill(pid, 0)` would end the process
         return None
+
+
+class Owner(BaseModel):
+    """The attempt of a flow run that works on a batch, its process, and when it began."""
+
+    flow_run_id: str | None
+    flow_run_count: int
+    process: str | None
+    claimed_at: datetime
+
+
+def this_owner() -> Owner:
+    """Return this call's own attempt and process."""
+    context = FlowRunContext.get()
+    flow_run = None if context is None else context.flow_run
+    flow_run_count = 0 if flow_run is None else flow_run.run_count
+    return Owner(flow_run_id=flow_run_id(), flow_run_count=flow_run_count, process=this_process(), claimed_at=utcnow())
 
 
 def process_is_gone(name: str) -> bool:
@@ -74,14 +93,14 @@ def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
     return attempts, before_last
 
 
-async def crash_dead_owner(record: RunRecord) -> None:
-    """Set the flow run that started a run to Crashed if its process ran on this machine and has ended.
+async def crash_dead_owner(claim: RunRecord | Owner, *, work: str = "crew's run") -> None:
+    """Set the flow run of a claim to Crashed if its process ran on this machine and has ended.
 
     The function leaves a flow run alone that was started again or suspended since, or that is paused. If the Prefect
-    API cannot be reached, it logs that and returns, and the caller goes on with the run.
+    API cannot be reached, it logs that and returns, and the caller goes on with the work.
     """
-    own, owner = flow_run_id(), record.flow_run_id
-    if owner is None or owner == own or record.process is None or not process_is_gone(record.process):
+    own, owner = flow_run_id(), claim.flow_run_id
+    if owner is None or owner == own or claim.process is None or not process_is_gone(claim.process):
         return
     try:
         async with get_client() as client:
@@ -90,15 +109,15 @@ async def crash_dead_owner(record: RunRecord) -> None:
             if state is None or not state.is_running():
                 return
             states = await client.read_flow_run_states(flow_run.id)
-            since = record.claimed_at - CLOCKS_APART
+            since = claim.claimed_at - CLOCKS_APART
             if any(state.state_details.pause_reschedule and state.timestamp > since for state in states):
                 return  # somebody has suspended the flow run since, and another process goes on with it
-            if flow_run.run_count != record.flow_run_count:
+            if flow_run.run_count != claim.flow_run_count:
                 attempts, before_last = count_attempts(states)
-                if before_last or attempts != record.flow_run_count:
+                if before_last or attempts != claim.flow_run_count:
                     return  # the flow run has begun again since, or the states do not say
             went_on = f"flow run {own}" if own else "a script"
-            message = f"Its process ended. Its crew's run continues with {went_on}."
+            message = f"Its process ended. Its {work} continues with {went_on}."
             await client.set_flow_run_state(flow_run.id, Crashed(message=message))
     except ObjectNotFound:
         return
@@ -106,5 +125,5 @@ async def crash_dead_owner(record: RunRecord) -> None:
         run_logger().debug("It is not known whether flow run %s is dead: %s", owner, error)
     else:
         run_logger().warning(
-            "Flow run %s was set to Crashed: its process has ended. This process now waits for the crew's run.", owner
+            "Flow run %s was set to Crashed: its process has ended. This process goes on with its %s.", owner, work
         )

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 import tomllib
 import uuid
 from importlib.metadata import version
@@ -17,6 +18,7 @@ from support.commands import Command, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
+from support.terminals import Terminal
 
 
 @pytest.mark.programs
@@ -46,6 +48,18 @@ def test_only_a_random_token_is_shown(tmp_path: Path, token: str, shown: bool):
         assert ("CREW_TOKEN=" in process.wait_for("Stop: Ctrl-C")) is shown
         process.send(signal.SIGTERM)
         assert process.wait(15) == 0
+
+
+@pytest.mark.programs
+@pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
+def test_a_terminal_shows_each_kickoff_id(tmp_path: Path):
+    command = [program("prefect-crew"), "serve", "echo", "--port", "0", "--token", "given-token"]
+    with Terminal(command, env=environment(tmp_path)) as terminal:
+        terminal.wait_for("Stop: Ctrl-C")
+        url = re.search(r"http://127\.0\.0\.1:\d+", terminal.output)[0]  # type: ignore[index]
+        headers = {"Authorization": "Bearer given-token"}
+        kickoff_id = httpx.post(f"{url}/kickoff", headers=headers, json={"inputs": {"text": "a"}}).json()["kickoff_id"]
+        terminal.wait_for(f"Started run {kickoff_id}")
 
 
 @pytest.mark.programs

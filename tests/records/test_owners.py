@@ -14,7 +14,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
 from prefect.states import Failed, Paused, Pending, Running, Scheduled, Suspended
 
-from prefect_crew import arun_crew
+from prefect_crew import arun_batch, arun_crew
+from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.records.model import RunRecord, utcnow
 from prefect_crew.records.owners import crash_dead_owner, process_is_gone, this_process
 from prefect_crew.testing import CrewServerFactory
@@ -86,6 +87,35 @@ async def test_a_killed_scripts_flow_run_crashes(
     assert state.is_crashed()
     assert "Its process ended. Its crew's run continues with flow run" in str(state.message)
     assert server.kickoffs == 1
+
+
+BATCH = """
+import sys
+from prefect_crew import DeployedCrew, run_batch
+
+url, token, name, export = sys.argv[1:]
+run_batch(DeployedCrew(url=url, token=token), [{"n": 1}], name=name, export=export)
+"""
+
+
+@pytest.mark.programs
+async def test_a_killed_batchs_flow_run_crashes(
+    crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path
+):
+    server, name, export = crew_server(slow(5)), str(uuid.uuid4()), str(tmp_path / "out.jsonl")
+    command = [sys.executable, "-c", BATCH, server.url, server.token, name, export]
+    with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
+        await until(lambda: server.requests["status"], "the row is waited for", seconds=60)
+        process.kill()
+    async with open_stored_batch(name) as stored:
+        before = stored.flow_run_id
+    assert (await flow_run(before)).state_name == "Running"
+    report = await arun_batch(server.crew(), [{"n": 1}], name=name, export=export)
+    assert report.completed == 1
+    state = (await flow_run(before)).state
+    assert state is not None
+    assert state.is_crashed()
+    assert "Its process ended. Its batch continues with flow run" in str(state.message)
 
 
 async def test_a_flow_run_that_may_live_is_left_alone():
