@@ -204,7 +204,7 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
                 is_of_server = self.held.ending in ("lost", "suspended")  # the server's state must not be overwritten
                 if is_of_server or (self.held.ending == "handed over" and not state.is_completed()):
                     raise asyncio.CancelledError  # again: the flow may have swallowed the first one
-                if is_repeat and current is not None and _is_retried_here(current):
+                if is_repeat and state.is_final() and current is not None and _is_retried_here(current):
                     # The server has taken an earlier try, whose answer was lost. Another try would end the flow run.
                     self.flow_run.state = current.state
                     return self.state

@@ -145,7 +145,8 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
             cancelled_id = await cancelled_on_server(run_id)
     except (*PREFECT_ERRORS, TimeoutError):
         return False
-    cancelled, at = cancelled_id is not None, time.monotonic()
+    at = time.monotonic()
+    cancelled = cancelled_id is not None or _asked.get(key, (at, False))[1]  # another wait may know it already
     _asked[key] = at, cancelled
     # A flow run above may be the cancelled one: it starts nothing more either.
     _asked.update({attempt: (at, True) for attempt in _attempts_around() if attempt[0] == cancelled_id})

@@ -240,6 +240,37 @@ async def test_a_state_whose_answer_is_lost_is_kept(
     assert state.type.value == ("COMPLETED" if fails == 1 else "FAILED")
 
 
+async def test_a_retry_whose_begin_waits_is_made(
+    prefect_api: PrefectServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(flow_engine, "AWAY_PAUSE", 0.2)
+    calls, begins = 0, 0
+
+    @flow(retries=1)
+    async def fails_once() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("the mail server is down")
+
+    async def confirm(held: HeldFlowRun, state: State[Any]) -> FlowRun | None:
+        """Read the flow run before each state, as a worker does that was away for long."""
+        nonlocal begins
+        if calls == 1 and state.is_running():
+            begins += 1
+            proxy.answer, proxy.refuse = "", WRITE if begins == 1 else None
+        async with AsyncClientContext.get_or_create() as context:
+            return await context.client.read_flow_run(held.flow_run.id)
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        async with AsyncClientContext.get_or_create() as context:
+            flow_run = await context.client.create_flow_run(fails_once)
+            state = await run_held_flow(fails_once, HeldFlowRun(flow_run, confirm))
+    assert begins == 2
+    assert calls == 2
+    assert state.type.value == "COMPLETED"
+
+
 @pytest.mark.parametrize("is_cancelled_first", [False, True])
 async def test_an_ended_flow_is_not_handed_over(
     prefect_api: PrefectServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch, is_cancelled_first: bool

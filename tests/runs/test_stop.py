@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -126,6 +127,16 @@ def test_a_cancelled_flow_starts_nothing_more(server: CrewServer, seen: Seen, pl
     assert server.kickoffs == 1
     assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.FlowRunCancelledError, pc.FlowRunCancelledError]
     assert "was cancelled, so no run was started" in str(ends[1])
+
+
+async def test_a_late_answer_forgets_no_cancellation(monkeypatch: pytest.MonkeyPatch):
+    flow_run_id = str(uuid.uuid4())
+
+    async def late(run_id: str | None) -> None:
+        stop._asked[flow_run_id, 0] = time.monotonic(), True  # a subflow's wait has a later answer
+
+    monkeypatch.setattr(stop, "cancelled_on_server", late)
+    assert await stop.is_cancelled(flow_run_id, every=0.0)
 
 
 @pytest.mark.parametrize("fault", ["status:429@1-", None])
