@@ -105,20 +105,17 @@ def _attempt(run_id: str) -> tuple[str, int]:
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
-def _attempts_around() -> list[tuple[str, int]]:
-    """Return the attempts of the flow runs around this call, the innermost first: a subflow has an id of its own."""
-    flow_runs = [context.flow_run for context in contexts_around(FlowRunContext)]
-    return [(str(flow_run.id), flow_run.run_count) for flow_run in flow_runs if flow_run is not None]
-
-
 def is_known_cancelled(caller: Caller) -> bool:
     """Return whether this process already knows that a caller's flow run was cancelled or has ended. It makes no
     request."""
     held = held_flow_run.get()
     if held is not None and (held.was_cancelled or held.is_left):
         return True
-    attempts = [(str(caller.flow_run_id), caller.flow_run_count), *_attempts_around()]
-    return any(_asked.get(attempt, (0.0, False))[1] for attempt in attempts)
+    # A subflow has an id of its own.
+    around = [context.flow_run for context in contexts_around(FlowRunContext)]
+    attempts = [(str(flow_run.id), flow_run.run_count) for flow_run in around if flow_run is not None]
+    attempts.append((str(caller.flow_run_id), caller.flow_run_count))
+    return True in [_asked.get(attempt, (0.0, False))[1] for attempt in attempts]
 
 
 async def is_cancelled(run_id: str | None, *, every: float | None = None) -> bool:
@@ -148,8 +145,9 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     at = time.monotonic()
     cancelled = cancelled_id is not None or _asked.get(key, (at, False))[1]  # another wait may know it already
     _asked[key] = at, cancelled
-    # A flow run above may be the cancelled one: it starts nothing more either.
-    _asked.update({attempt: (at, True) for attempt in _attempts_around() if attempt[0] == cancelled_id})
+    for context in contexts_around(FlowRunContext):
+        if (flow_run := context.flow_run) is not None and str(flow_run.id) == cancelled_id:
+            _asked[cancelled_id, flow_run.run_count] = at, True  # a flow run above starts nothing more either
     return cancelled
 
 

@@ -1,6 +1,7 @@
 """A batch that is cancelled, killed or interrupted: what is stopped, what is left, and how it goes on."""
 
 import asyncio
+import uuid
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -148,7 +149,7 @@ async def test_a_cancelled_task_leaves_its_runs(
     batch: Batches, crew_server: CrewServerFactory, ledger_address: str, way: str
 ):
     server = crew_server(slow(4.0))
-    call = partial(batch, server.crew(), ROWS, name=way, ledger=ledger_address)
+    call = partial(batch, server.crew(), ROWS, name=f"{way} {uuid.uuid4()}", ledger=ledger_address)
 
     async def run() -> None:
         # A timeout of Prefect cancels at every await until its flow is left.
