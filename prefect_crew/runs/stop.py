@@ -147,7 +147,7 @@ async def is_cancelled(run_id: str | None, *, every: float | None = None) -> boo
     _asked[key] = at, cancelled
     for context in contexts_around(FlowRunContext):
         if (flow_run := context.flow_run) is not None and str(flow_run.id) == cancelled_id:
-            _asked[cancelled_id, flow_run.run_count] = at, True  # a flow run above starts nothing more either
+            _asked[str(flow_run.id), flow_run.run_count] = at, True  # a flow run above starts nothing more either
     return cancelled
 
 
