@@ -106,9 +106,11 @@ async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFact
 )
 def test_an_impossible_option_is_refused(options: dict[str, Any], says: str, crew_server: CrewServerFactory):
     server = crew_server("echo")
+    run: Any = partial(pc.run_crew, server.crew(), {"text": "a"}, idempotency_key=key())
     with pytest.raises(pc.ConfigurationError, match=rf"{says}.*Nothing was started"):
-        pc.run_crew(server.crew(), {"text": "a"}, **options)
+        run(**options)
     assert not server.requests
+    assert run().output == "a", "the key is not used up"
 
 
 # Where it is called

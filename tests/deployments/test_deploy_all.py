@@ -73,13 +73,13 @@ def test_a_second_deploy_changes_nothing_and_doubles_nothing(site: Site):
 
 # Started by a schedule or an event
 
-EVERY_TEN_SECONDS = """
+EVERY_TWENTY_SECONDS = """
 deployments:
-  - name: every-ten-seconds
+  - name: every-twenty-seconds
     entrypoint: flows/report_pipeline.py:report_pipeline
     work_pool: {name: processes}
     schedules:
-      - interval: 10
+      - interval: 20
         parameters:
           topic: tea
           idempotency_key: "tea-{scheduled_start:%Y-%m-%dT%H:%M:%S}"
@@ -88,9 +88,9 @@ deployments:
 
 def test_a_scheduled_run_ends_and_its_keys_are_of_its_time(site: Site, worker: Worker, tmp_path: Path):
     file = tmp_path / "prefect.yaml"
-    file.write_text(EVERY_TEN_SECONDS)
+    file.write_text(EVERY_TWENTY_SECONDS)
     site.run("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", file)
-    deployment = site.deployment("report-pipeline/every-ten-seconds")["id"]
+    deployment = site.deployment("report-pipeline/every-twenty-seconds")["id"]
 
     def ended() -> dict[str, Any] | None:
         runs = site.seen.flow_runs("report-pipeline")

@@ -96,6 +96,38 @@ def test_a_run_killed_where_a_flow_is_served_is_retried(site: Site, tmp_path: Pa
     assert crew.kickoffs == 1
 
 
+ALL = {"limit": 20, "exclude_keys": []}
+
+
+def form_of(site: Site, flow_run_id: str, *, not_key: str | None = None) -> dict[str, Any]:
+    """Wait until a form is up, under another pause key than this one, and return the details of the state."""
+
+    def look() -> dict[str, Any] | None:
+        run = site.seen.flow_run(flow_run_id)
+        details = run["state"]["state_details"]
+        if run["state_type"] != "PAUSED" or details["pause_key"] == not_key:
+            return None
+        body = {**ALL, "prefix": details["run_input_keyset"]["description"]}
+        return details if site.call("POST", f"/flow_runs/{flow_run_id}/input/filter", body) else None
+
+    return wait_until(look, seconds=120, what="a form")
+
+
+def test_a_run_killed_with_its_form_up_shows_it_again(site: Site, worker: Worker):
+    crew = site.crews["draft"]
+    run_id = site.start("reviewed-report/by-form")
+    first = form_of(site, run_id)
+    kill_flow(worker.process, run_id)
+    again = form_of(site, run_id, not_key=first["pause_key"])
+    assert again["run_input_keyset"] == first["run_input_keyset"]
+    assert len(site.call("POST", f"/flow_runs/{run_id}/input/filter", {**ALL, "prefix": "crew-review-"})) == 2
+    answer = site.call("POST", f"/flow_runs/{run_id}/resume", {"run_input": {"decision": "approve", "name": "Ada"}})
+    assert answer["status"] == "ACCEPT"
+    assert wait_for_state(site.seen, run_id)["state_name"] == "Completed"
+    assert crew.requests["resume"] == 1
+    assert crew.kickoffs == 1
+
+
 LONG_WRITE = """
 name: write
 inputs: [topic, audience, notes]

@@ -131,6 +131,12 @@ async def test_a_form_that_was_answered_is_no_attempt():
 
 
 @pytest.mark.usefixtures("prefect_api")
+async def test_a_run_that_dies_with_its_form_up_goes_on():
+    run_id = await new_run(Running(), Paused(), Crashed(), force=True)
+    assert await recovered(run_id, max_attempts=2) == "scheduled again, attempt 2 of 2"
+
+
+@pytest.mark.usefixtures("prefect_api")
 async def test_up_to_prefect_3_9_2_a_form_takes_a_retry():
     run_id = await new_run()
     async with get_client() as client:
