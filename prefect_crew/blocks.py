@@ -59,7 +59,7 @@ if TYPE_CHECKING:
         budgets: Sequence[Budget]
         show: Literal["full", "summary", "none"]
         secret_inputs: list[str] | tuple[str, ...] | set[str] | frozenset[str]
-        inputs_as_json: bool
+        flow: bool
         allow_extra_inputs: bool
         request_timeout: float
         allow_http: bool
@@ -129,10 +129,10 @@ class DeployedCrew(JobBlock[CrewResult]):
     secret_inputs: list[str] = Field(
         default_factory=list, description="Names of inputs whose values are masked wherever this package shows them."
     )
-    inputs_as_json: bool = Field(
+    flow: bool = Field(
         default=False,
-        title="Inputs as JSON",
-        description="Whether numbers, lists and objects are sent as JSON values instead of as text.",
+        description="Whether this is a Flow: no input is required, numbers, lists and objects are sent as JSON values "
+        "instead of as text, and its runs may belong to a session.",
     )
     allow_extra_inputs: bool = Field(
         default=False,

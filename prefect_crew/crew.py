@@ -60,7 +60,7 @@ class Crew:
     token: SecretStr
     request_timeout: float
     allow_http: bool
-    inputs_as_json: bool
+    flow: bool
     allow_extra_inputs: bool
     wait: WaitPolicy
     max_attempts: int
@@ -85,19 +85,25 @@ class Crew:
         """Return inputs for this crew: with its secret inputs, its encoding, and the Flow state or session.
 
         Raises:
-            ConfigurationError: The inputs have an `id`, which a session gives itself.
+            ConfigurationError: A session of a crew that is no Flow, or with an `id` among the inputs.
         """
+        if session is not None and not self.flow:
+            raise ConfigurationError(
+                f"Crew {self.label} is not saved as a Flow, and only a Flow keeps a state for session {session!r}. "
+                "Nothing was started. Leave session out; or save the crew as a Flow, with --flow, or "
+                "DeployedCrew(flow=True)."
+            )
         if session is not None and STATE_ID in inputs.values:
             raise ConfigurationError(
-                f"The input {STATE_ID!r} names the state of a Flow, and session {session!r} names it itself. Nothing "
-                f"was started. Leave the input {STATE_ID!r} out, or leave session out."
+                f"The input {STATE_ID!r} names the state of a Flow, and so does session {session!r}. Nothing was "
+                f"started. Leave the input {STATE_ID!r} out, or leave session out."
             )
-        own = (self.inputs_as_json, restore_from, session)
+        own = (self.flow, restore_from, session)
         is_same = (inputs.as_json, inputs.restore_from, inputs.session) == own
         if is_same and inputs.secret.issuperset(self.secret_inputs):
             return inputs  # the same object, with its cached properties
         own_inputs = inputs.keep_secret(self.secret_inputs)
-        return replace(own_inputs, as_json=self.inputs_as_json, restore_from=restore_from, session=session)
+        return replace(own_inputs, as_json=self.flow, restore_from=restore_from, session=session)
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
         """Return a copy whose runs also count in these budgets; a budget without a name gets `name`."""
@@ -113,7 +119,7 @@ class Crew:
             self.token,
             request_timeout=self.request_timeout,
             allow_http=self.allow_http,
-            inputs_as_json=self.inputs_as_json,
+            flow=self.flow,
             transport=transport,
         )
 
@@ -305,6 +311,14 @@ class WaitPolicy(BaseModel):
         ge=0,
         title="Grace period",
         description="Seconds after the kickoff in which the server may not know the run yet.",
+    )
+    lost_after: float = Field(
+        default=300.0,
+        ge=0,
+        description=(
+            "Seconds for which a run that the server no longer knows is polled before the wait gives up. A hosted crew "
+            "that waits for a person looks the same, until a webhook brings its question."
+        ),
     )
     on_timeout: Literal["leave", "stop"] = Field(
         default="leave", description="On timeout: leave the crew running, or stop it."

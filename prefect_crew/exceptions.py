@@ -190,6 +190,8 @@ class InvalidInputsError(CrewAPIError):
         missing = f"Missing inputs: {listed_names(self.missing_inputs)}. " if self.missing_inputs else ""
         if not self.before_kickoff:
             return f"{super()._text()} {missing}".rstrip()
+        if self.missing_inputs:
+            missing += "A Flow needs none of its inputs: save it with --flow, or DeployedCrew(flow=True). "
         if not self.unknown_inputs:
             return f"{missing}{self.advice}"
         unknown = with_guesses(self.unknown_inputs, self.known_inputs)
@@ -476,8 +478,9 @@ class CrewLostError(_RunError):
             key = shlex.quote(self.idempotency_key)
             again += f", and so does the key after prefect-crew runs resolve {key} --lost"
         return (
-            f"{self._run} is not known to the server: {last_sight}. Check the URL, then the crew's page. The run is "
-            f"not started again automatically: {again}."
+            f"{self._run} is not known to the server: {last_sight}. Check the URL, then the crew's page. A hosted crew "
+            "that waits for a person looks the same: with webhooks to a receiver its question arrives, and the same "
+            f"call then finds it. The run is not started again automatically: {again}."
         )
 
 

@@ -41,8 +41,8 @@ MAX_TOKEN = 6144
 """Characters of a token. An idempotency key of 500 characters takes up to 2,700 of them, 4,000 if none is printable."""
 LONGEST_NAME = 80
 """Characters of a crew's or a step's name that a token holds: up to 430 of its own."""
-BEARER_KINDS: tuple[WebhookKind, ...] = ("human_input", "stream")
-"""The kinds for which the crew API can send a bearer token, and so has to."""
+BEARER_KINDS: tuple[WebhookKind, ...] = ("stream",)
+"""The kinds for which crews send a bearer token, and so have to. Hosted crews send none for human input."""
 ASKED = "crew.webhook.human_input"
 COMPLETED = "crew.webhook.crew"
 WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS))
@@ -181,7 +181,7 @@ def token_of(hook: Hook, secret: SecretStr | str) -> str:
 
 
 def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
-    """Return the bearer token that a human-input or stream webhook has to bring with its URL."""
+    """Return the bearer token that a stream webhook has to bring with its URL."""
     return _signature(_secrets(secret)[0], "bearer", _payload(hook))
 
 

@@ -157,4 +157,6 @@ def progress(status: CrewStatus) -> str:
     """Return the progress in a status for the end of a line, "" if the status has none."""
     if status.total_tasks:
         return f" ({status.completed_tasks or 0} of {status.total_tasks} tasks done)"
+    if status.completed_tasks is not None:  # a hosted Flow counts its steps, and does not say how many there are
+        return f" ({status.completed_tasks} steps done)"
     return f" ({status.progress:.0%})" if status.progress is not None else ""

@@ -214,6 +214,8 @@ class RunView:
     failed_task: str | None = None
     attempt: str | None = None
     advice: str | None = None
+    current_id: str | None = None
+    """The id under which the run goes on after an answer, if it has another one then."""
     tasks_seen: Mapping[str, datetime] = field(default_factory=dict[str, datetime])
     """The time of the first status that named a task, by the task's name."""
 
@@ -269,6 +271,7 @@ def _facts(view: RunView, status: CrewStatus | None) -> str:
     latest = view.status
     rows = {
         "Run": code(view.kickoff_id),
+        "Goes on as": code(view.current_id) if view.current_id not in (None, view.kickoff_id) else None,
         "Crew": view.page_url and link(view.crew, view.page_url),
         "Flow run": view.flow_run_id and flow_run_link(view.flow_run_id),
         "Idempotency key": view.idempotency_key and code(view.idempotency_key),

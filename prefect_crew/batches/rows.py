@@ -159,7 +159,7 @@ class RowPlan:
             return None
         how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding, data.delimiter]
         how += [options.key, options.session, options.inputs is None, self._mapping, options.rows, self._expected]
-        how += [crew.inputs_as_json, crew.allow_extra_inputs, crew.secret_inputs]
+        how += [crew.flow, crew.allow_extra_inputs, crew.secret_inputs]
         try:
             return hashlib.sha256(to_json(how)).hexdigest()
         except PydanticSerializationError:

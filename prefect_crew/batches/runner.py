@@ -64,8 +64,8 @@ from prefect_crew.runs.listener import Waker, waker_for
 from prefect_crew.runs.options import RunOptions, RunRequest
 from prefect_crew.runs.polling import Phases, Watcher, poll
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import LiveRun, close_run
-from prefect_crew.runs.stop import cancelled_on_server, close_stopped, is_cancelled
+from prefect_crew.runs.run import LiveRun, close_run, read_status
+from prefect_crew.runs.stop import cancelled_on_server, close_stopped, is_cancelled, newest_id
 from prefect_crew.runs.turns import EarlierTurnError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -510,7 +510,8 @@ class Runner:
         with withholding(run.redact_text):
             async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
                 status = await poll(
-                    lambda: self.session.call(lambda client: client.status(kickoff_id)),
+                    lambda: read_status(run),
+                    was_alive=first_look,
                     kickoff_id=kickoff_id,
                     crew=record.crew,
                     policy=self.policy,
@@ -518,7 +519,7 @@ class Runner:
                     watcher=_RowWatcher(self, run, record, waker),
                     first_look=first_look,
                 )
-                status = status if waker is None else await waker.with_usage(status)
+                status = status if waker is None else await waker.with_usage(status, run.current_id)
         end = end_of_row(run, record, status, phases.human_seconds, self._options.output_type)
         if record.phase is RecordPhase.ENDED:  # our stop has closed it, and the status has more facts about the end
             for name, value in end.items():
@@ -620,6 +621,10 @@ class _RowWatcher(Watcher):
         if phases.human_since is None:
             emit("resumed", self._record)
 
+    async def on_unknown(self, seconds: float) -> None:
+        text = "Run %s is not known to its server now. Such runs are polled for %g s."
+        self._runner.log_seldom("unknown", text, self._record.kickoff_id, seconds)
+
     async def on_error(self, error: CrewError) -> None:
         self._runner.log_seldom("trouble", "%s The runs may be fine; they are polled again.", error)
 
@@ -639,7 +644,8 @@ async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, 
     # First: a poll may see the end before the answer comes, or the answer may be lost. The end then has this reason.
     await note(reason)
     try:
-        answer = await session.call(lambda client: client.stop(str(record.kickoff_id)))
+        newest = await newest_id(record, ledger)
+        answer = await session.call(lambda client: client.stop(newest))
     except CrewError as error:
         if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
             await note(before)

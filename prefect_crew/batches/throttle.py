@@ -262,7 +262,7 @@ class BatchClient(CrewClient):
             crew.token,
             request_timeout=crew.request_timeout,
             allow_http=crew.allow_http,
-            inputs_as_json=crew.inputs_as_json,
+            flow=crew.flow,
         )
         self._throttle = throttle
         at_once = max(REQUESTS_AT_ONCE, throttle.kickoffs_at_once)

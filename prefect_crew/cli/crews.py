@@ -29,6 +29,7 @@ class BlockFields:
     """Fields of the block, with the block's names. A field that is left out has the block's default.
 
     Args:
+        flow: It is a Flow: no input is required, and inputs keep their JSON types.
         allow_extra_inputs: Also send inputs that the crew does not name.
         max_attempts: How many runs one idempotency key may start.
         concurrency_limit: The Prefect concurrency limit of its runs.
@@ -38,6 +39,7 @@ class BlockFields:
         page_url: The crew's page for people, to which artifacts link.
     """
 
+    flow: bool | None = None
     allow_extra_inputs: Annotated[bool | None, Parameter(name="--allow-extra")] = None
     max_attempts: int | None = None
     concurrency_limit: str | None = None

@@ -45,8 +45,9 @@ from prefect_crew.records.resolve import (
 )
 from prefect_crew.records.sessions import note_given_up, note_over
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.stop import crew_option, stop_run
+from prefect_crew.runs.reviews.answer import answer_without_id, resolve_answer
+from prefect_crew.runs.run import LiveRun, read_status
+from prefect_crew.runs.stop import crew_option, newest_id, stop_run
 from prefect_crew.states import CrewState
 
 
@@ -138,15 +139,22 @@ def short_name(record: RunRecord) -> str:
 
 
 @asynccontextmanager
-async def _status_call(record: RunRecord, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
+async def _status_call(record: RunRecord, records: RecordStore, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
     """Yield the method that asks a run's crew for a status. If the crew is not known, write a note and yield None."""
     loaded_crew = await crew.find(record)
     if loaded_crew is None:
         _output.note(f"The crew's server was not asked. {crew.missing(record)}")
         yield None
     else:
-        async with loaded_crew.client() as client:
-            yield client.status
+        run = LiveRun(loaded_crew, str(record.kickoff_id), record, records=records)
+        async with run.session as session:
+            yield (
+                lambda kickoff_id: (
+                    read_status(run)
+                    if kickoff_id == record.kickoff_id
+                    else session.call(lambda client: client.status(kickoff_id))
+                )
+            )
 
 
 app = App(name="runs")
@@ -205,10 +213,11 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
     """Show every attempt at one idempotency key, and ask the crew about an attempt in flight."""
     records = PrefectRecords()
     attempts = await _attempts(run, records)
-    lines, status = [await look_at(attempt, records) for attempt in attempts], None
+    lines, status, newest = [await look_at(attempt, records) for attempt in attempts], None, None
     latest = latest_start(attempts) or attempts[-1]
     if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
-        async with _status_call(latest, crew) as look:
+        newest = await newest_id(latest, records)
+        async with _status_call(latest, records, crew) as look:
             try:
                 status = await look(latest.kickoff_id) if look else None
             except CrewError as error:
@@ -217,7 +226,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
         documents = [_as_json(line) for line in lines]
         if status is not None:
             document = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
-            documents[attempts.index(latest)]["status"] = document
+            documents[attempts.index(latest)] |= {"status": document, "goes_on_as": newest}
         _output.put_json(documents)
         return
     for line in lines:
@@ -229,6 +238,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
                 "Crew": f"{record.crew} at {record.crew_url}",
                 "Version": record.crew_version,
                 "Kickoff id": record.kickoff_id,
+                "Goes on as": newest if record is latest and newest != record.kickoff_id else None,
                 "Since": f"{line.since:%Y-%m-%d %H:%M:%S} UTC ({ago(line.since)} ago)",
                 "Flow run": page_url(record.flow_run_id) or record.flow_run_id,
                 "Inputs": f"digest {record.inputs_digest}",
@@ -245,6 +255,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
                 "The crew's server": f"{word}{odd}",
                 "Task": status.current_task,
                 "Tasks done": f"{status.completed_tasks or 0} of {status.total_tasks}" if status.total_tasks else None,
+                "Steps done": None if status.total_tasks else status.completed_tasks,
                 "Progress": None if status.progress is None or status.total_tasks else f"{status.progress:.0%}",
                 "Error": status.error,
             }
@@ -328,7 +339,7 @@ def resolve(
     """Record the outcome of an uncertain kickoff, or of a lost run. First look for the run on the crew's page.
 
     Args:
-        kickoff_id: The kickoff started the run with this id.
+        kickoff_id: The kickoff started the run with this id; or the run goes on with this id after a person's answer.
         never_started: The kickoff started no run.
         lost: The kickoff started a run, and the crew's server has forgotten the run. KEY may be the run's kickoff id.
     """
@@ -340,12 +351,13 @@ def resolve(
     async def write() -> None:
         async with _open_store(key, ledger) as (records, batch):
             again = f"prefect-crew batch resume {shlex.quote(batch)}" if batch else "A call with this key"
-            record = await (in_flight if lost else unresolved)(key, records)
+            answered = None if kickoff_id is None else await answer_without_id(key, records)
+            record = answered or await (in_flight if lost else unresolved)(key, records)
             if never_started:
                 await resolve_never_started(record, records)
                 sentence = f"{key} never started. {again} starts it."
             elif kickoff_id is None:
-                async with _status_call(record, crew) as look:
+                async with _status_call(record, records, crew) as look:
                     await resolve_lost(record, records, look=look)
                 if batch:
                     row = shlex.quote(key.removeprefix(f"batch/{escape_name(batch)}/"))
@@ -354,10 +366,12 @@ def resolve(
             else:
                 if batch:  # a ledger does not know the runs outside of its batches
                     await check_unused(kickoff_id, record, PrefectRecords())
-                async with _status_call(record, crew) as look:
-                    state = await resolve_started(record, kickoff_id, records, look=look)
+                resolve_run = resolve_started if answered is None else resolve_answer
+                async with _status_call(record, records, crew) as look:
+                    state = await resolve_run(record, kickoff_id, records, look=look)
                 now = f", {state} now" if state else ""
-                sentence = f"{key} is run {kickoff_id}{now}. {again} waits for it and gets its result."
+                is_now = "is" if answered is None else f"was {record.kickoff_id} and goes on as"
+                sentence = f"{key} {is_now} run {kickoff_id}{now}. {again} waits for it and gets its result."
             if batch:
                 with suppress(*PREFECT_ERRORS, UnreadableRecordError):  # a later call of the batch does it
                     await note_over([record])

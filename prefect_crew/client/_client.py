@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -18,7 +17,6 @@ from pydantic import SecretStr
 from prefect_crew._text import EXCERPT
 from prefect_crew.client import _parsing
 from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
-from prefect_crew.client.encoding import is_uuid
 from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import Redactor
@@ -43,7 +41,6 @@ _KINDS = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
 VERSION_WITHIN = 5.0
 """Seconds that a look at a crew's version may take."""
-_HEALTHY = re.compile(rb"\A[^<]*\bhealthy\b", re.IGNORECASE)
 
 
 class CrewClient:
@@ -62,7 +59,7 @@ class CrewClient:
         request_timeout: Seconds for which the server may send nothing. To connect may take half of these, 10 s at most;
             a whole GET ten times as long, a whole POST twice. A POST that takes longer counts as sent.
         allow_http: Allow plain http beyond loopback. The token then crosses the network in plain text.
-        inputs_as_json: Send inputs as JSON values instead of the text that the API documents.
+        flow: Whether this is a Flow: no input is required, and inputs are sent as JSON values instead of as text.
         transport: An httpx transport that carries requests instead of the network. This client does not close it.
 
     No error shows the token or the webhooks of a call, even if the server repeats them.
@@ -83,18 +80,19 @@ class CrewClient:
         *,
         request_timeout: float = 30.0,
         allow_http: bool = False,
-        inputs_as_json: bool = False,
+        flow: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         if not request_timeout > 0:
             raise ConfigurationError(f"The request timeout is {request_timeout!r} seconds; it must be more than 0.")
         self.url: str = checked_url(url, allow_http=allow_http)
         self.request_timeout: float = request_timeout
-        self.inputs_as_json: bool = inputs_as_json
+        self.flow: bool = flow
         self._token = checked_token(token)
         self._transport = transport
         self._connections: Connections | None = None
         self._status_path: str | None = None
+        self._refused_fields = frozenset[str]()
 
     def __repr__(self) -> str:
         return f"CrewClient({self.url!r})"
@@ -113,13 +111,14 @@ class CrewClient:
             await connections.aclose()
 
     async def inputs(self) -> list[CrewInput]:
-        """Return the inputs of the crew, from `GET /inputs`.
+        """Return the inputs of the crew, from `GET /inputs`. A Flow lists the fields of its state, and needs none.
 
         Raises:
             NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
         """
         call = self._call("GET", "/inputs")
-        return await self._parsed(call, await self._send(call), "the crew's inputs", _parsing.parse_inputs)
+        inputs = await self._parsed(call, await self._send(call), "the crew's inputs", _parsing.parse_inputs)
+        return [item.model_copy(update={"required": False}) for item in inputs] if self.flow else inputs
 
     async def version(self) -> str | None:
         """Return a digest of the deployed definition, 16 hexadecimal digits; None if the server does not report it.
@@ -148,20 +147,19 @@ class CrewClient:
     ) -> str:
         """Start a run and return its id. It costs money and cannot be undone.
 
-        `meta` is any JSON object; webhooks contain it. `restore_from` is the id (a UUID) of the Flow state from which
-        the run starts; the API ignores an id that it does not know. The client calls `before_sending` when it has a
-        connection, right before the first byte. If that raises, the client passes the error on and sends nothing.
+        `meta` is any JSON object; webhooks contain it. `restore_from` is the id of the Flow state from which the run
+        starts, which is the kickoff id of an earlier run; the API ignores an id that it does not know. The client calls
+        `before_sending` when it has a connection, right before the first byte. If that raises, the client passes the
+        error on and sends nothing.
 
         Raises:
             InvalidInputsError: 400 or 422. It has `missing_inputs` if the server names them.
         """
-        inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs, as_json=self.inputs_as_json)
+        inputs = inputs if isinstance(inputs, Inputs) else Inputs(inputs, as_json=self.flow)
         body: dict[str, Any] = {"inputs": inputs.encoded}
         if meta is not None:
             meta = body["meta"] = Unshown(meta)
         if restore_from is not None:
-            if not is_uuid(restore_from):
-                raise ConfigurationError("The id of the state to restore must be a UUID. Nothing was started.")
             body["restoreFromStateId"] = restore_from
         call = self._call("POST", "/kickoff", None, body, webhooks, before_sending=before_sending)
         answer = await self._send(call)
@@ -194,6 +192,8 @@ class CrewClient:
         """Send a person's answer: `approve` the output of task `task_id`, or have the task done again with `feedback`.
 
         Pass the kickoff's webhooks again, since the server does not keep them. Like a kickoff, do not send this twice.
+        A hosted crew continues under a new id, which the answer has. The documentation and hosted crews name the fields
+        differently: this sends both, and once more in one spelling where a server's validation refuses the other.
 
         Raises:
             NotFoundError: No such run or task.
@@ -201,9 +201,20 @@ class CrewClient:
         """
         encoded_id(kickoff_id)
         body = {"execution_id": kickoff_id, "task_id": task_id, "human_feedback": feedback, "is_approve": approve}
-        call = self._call("POST", "/resume", kickoff_id, body, webhooks)
-        del feedback, body  # error reporters show the local variables of all frames
-        return await self._parsed(call, await self._send(call), "the answer to a resume", _parsing.parse_resume)
+        body |= {"executionId": kickoff_id, "taskId": task_id, "humanFeedback": feedback, "isApprove": approve}
+        body |= webhooks.to_json() if webhooks else {}
+        del feedback  # error reporters show the local variables of all frames
+        answer, call = await self._send_resume(kickoff_id, Unshown(body), webhooks)
+        if answer.status == 422 and (refused := _parsing.other_spelling(answer.text)):
+            self._refused_fields |= refused
+            answer, call = await self._send_resume(kickoff_id, Unshown(body), webhooks)
+        del body
+        return await self._parsed(call, answer, "the answer to a resume", _parsing.parse_resume)
+
+    async def _send_resume(self, kickoff_id: str, body: Unshown, webhooks: Webhooks | None) -> tuple[Answer, Call]:
+        known = {name: value for name, value in body.items() if name not in self._refused_fields}
+        call = self._call("POST", "/resume", kickoff_id, Unshown(known), webhooks)
+        return await self._send(call), call
 
     async def stop(self, kickoff_id: str) -> StopAnswer:
         """Ask the server to stop a run, and return the outcome. `/stop` is not documented and may be missing.
@@ -228,18 +239,17 @@ class CrewClient:
         return stop_answer.model_copy(update=masked)
 
     async def health(self) -> bool:
-        """Return whether `GET /` answers with the word "healthy" and no web page.
+        """Return whether `GET /inputs` is answered with the inputs of a crew. Hosted crews have no `GET /`.
 
         Raises only AuthenticationError and CrewConnectionError.
         """
-        call = self._call("GET", "/")
         try:
-            answer = await self._send(call)
-        except ResponseFormatError:
+            await self.inputs()
+        except (CrewAPIError, ResponseFormatError) as error:
+            if isinstance(error, AuthenticationError):
+                raise
             return False
-        if answer.status in (401, 403):
-            raise self._error(call, answer)
-        return httpx.codes.is_success(answer.status) and _HEALTHY.search(answer.body[:1000]) is not None
+        return True
 
     def _call(
         self,

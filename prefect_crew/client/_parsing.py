@@ -186,6 +186,11 @@ def _is_deep(value: Any) -> bool:
 
 _LONG = 2000
 """The most characters of an error's message."""
+DOCUMENTED_FIELDS = frozenset({"execution_id", "task_id", "human_feedback", "is_approve", "humanInputWebhook"})
+LIVE_FIELDS = frozenset({"executionId", "taskId", "humanFeedback", "isApprove", "humanInputWebhookUrl"})
+"""The fields of `/resume` in the two spellings: of the documentation, and of hosted crews."""
+_MISSING = "Missing inputs: "
+"""The beginning of a hosted crew's refusal, before the names."""
 
 
 class ErrorFacts(NamedTuple):
@@ -205,8 +210,31 @@ def parse_error(text: str) -> ErrorFacts:
     parts = (pick(error_text, raw, key) for key in ("error", "message", "detail"))
     message = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(raw) or ""
     places = (f"{place}missing_inputs" for place in ("details.", "", "detail.", "detail.details."))
-    listed = next(values_at(raw, *places), None)
-    return ErrorFacts(as_text(message[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, as_list(listed))))), raw)
+    listed = as_list(next(values_at(raw, *places), None))
+    if not listed and (sentence := as_text(as_object(raw).get("detail")) or "").startswith(_MISSING):
+        listed = [name.strip() for name in sentence.removeprefix(_MISSING).split(",")]
+    return ErrorFacts(as_text(message[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, listed)))), raw)
+
+
+def other_spelling(text: str) -> frozenset[str]:
+    """Return the fields of `/resume` in the spelling that a server's validation refuses.
+
+    The source is FastAPI, which answers with a list of `{"loc": ["body", NAME], …}` before it does anything. Any other
+    answer gives no names.
+    """
+    try:
+        problems = [as_object(problem) for problem in as_list(as_object(_loads(text)).get("detail"))]
+    except (ValueError, RecursionError):
+        return frozenset()
+    unwanted = set[frozenset[str]]()
+    for problem in problems:
+        match problem.get("loc"):
+            case ["body", str(name)] if name in DOCUMENTED_FIELDS | LIVE_FIELDS:
+                is_asked_for = "missing" in f"{problem.get('type')}" or "required" in f"{problem.get('msg')}"
+                unwanted.add(DOCUMENTED_FIELDS if (name in LIVE_FIELDS) == is_asked_for else LIVE_FIELDS)
+            case _:
+                return frozenset()
+    return unwanted.pop() if len(unwanted) == 1 else frozenset()
 
 
 def parse_retry_after(value: str | None) -> float | None:
@@ -249,7 +277,7 @@ _TASK_LISTS = ("tasks", "tasks_output", "task_outputs")
 _TASKS = (*(f"result.{key}" for key in _TASK_LISTS), *_TASK_LISTS)
 AGENT = ("agent", "agent.role", "agent.name", "agent.id")
 SECONDS = "execution_time"
-USAGE = ("token_usage", "result.token_usage")
+USAGE = ("token_usage", "usage_metrics", "result.token_usage")
 _RESULT_KEYS = {"output", "raw", "result", *_TASK_LISTS, "json_dict", "pydantic", "token_usage"}
 """With one of these keys, the object under `result` is an envelope of the result and not the result itself."""
 _ERROR_KEYS = {"error", "error_message", "message", "detail", "details", "type", "code", "status", "state", "traceback"}
@@ -354,7 +382,7 @@ def _error_of(body: Mapping[str, Any], state: CrewState, sentence: str | None) -
 # Answers
 
 _TASK_KEYS = ("name", "task_name", "task_id", "id", "description")
-_CURRENT_TASK = tuple(f"current_task.{key}" for key in _TASK_KEYS)
+_CURRENT_TASK = (*(f"current_task.{key}" for key in _TASK_KEYS), "progress.current")
 _LAST_TASK = tuple(f"last_executed_task.{key}" for key in _TASK_KEYS)
 _STEP_KEYS = ("description", "thought", "content", "text", "output", "result", "prompt", "name", "tool")
 _LAST_STEP = ("last_step", *(f"last_step.{key}" for key in _STEP_KEYS))
@@ -445,6 +473,9 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
         "error": _error_of(source, state, state_word.sentence) if has_failed else None,
         "execution_time": pick(as_number, source, SECONDS),
         "usage": pick(tokens_of, source, *USAGE),
+        "idempotency_key": pick(
+            as_text, source, *(f"{place}meta.idempotency_key" for place in ("", "last_executed_task."))
+        ),
         "raw": value,
     }
     # Without missing fields, to save memory: each wait keeps its last status, and pydantic keeps the names of set
@@ -454,8 +485,8 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
 
 def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
     """Return the number of completed tasks, the number of all tasks, and the fraction 0..1."""
-    completed = pick(_as_count, source, "progress.completed_tasks")
-    total = pick(_as_count, source, "progress.total_tasks")
+    completed = pick(_as_count, source, "progress.completed_tasks", "progress.completed")
+    total = pick(_as_count, source, "progress.total_tasks", "progress.total")
     if completed is not None and total:
         return completed, total, min(completed / total, 1.0)
     number = pick(as_number, source, "progress.progress", "progress.percentage", "progress.percent", "progress")

@@ -17,8 +17,8 @@ from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.exceptions import ConfigurationError
 
 STATE_ID = "id"
-"""The name of the input that a Flow uses as the id of its state. It must be a UUID. A UUID that was used before leads
-to the existing execution, so two runs must not share it by accident."""
+"""The name of the input that a Flow uses as the id of its state. An id that was used before leads to the existing
+state, so two runs must not share it by accident."""
 NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
 """Inputs that a crew takes but `GET /inputs` does not list. The platform gives the second one to a triggered run."""
 
@@ -75,10 +75,6 @@ class Inputs:
     def keep_secret(self, names: Iterable[str], texts: Iterable[SecretStr] = ()) -> Inputs:
         """Return a copy with further secret inputs and secret texts."""
         return replace(self, secret=self.secret.union(names), secret_texts=(*self.secret_texts, *texts))
-
-    def with_state(self, state_id: str) -> Inputs:
-        """Return a copy with the id of a Flow's state among the inputs."""
-        return replace(self, values=Unshown({**self.values, STATE_ID: state_id}))
 
     @cached_property
     def encoded(self) -> Mapping[str, Any]:

@@ -98,8 +98,8 @@ class CrewStatus(_Model):
     `raw_state` is the server's own word for the state; if no documentation has it, `known_state` is False and the run
     counts as running. `last_task` is the task that ended last, if the server names it. `progress` is 0..1.
     `human_task_id` is the task that waits for a person, if the server names it. `output` and `data` are None until
-    there is a result; an output that the server left empty is "". `usage_by_model` comes from a stream of events. The
-    repr shows no text of the crew.
+    there is a result; an output that the server left empty is "". `idempotency_key` is the key in the run's `meta`.
+    `usage_by_model` comes from a stream of events. The repr shows no text of the crew.
     """
 
     kickoff_id: str
@@ -120,6 +120,7 @@ class CrewStatus(_Model):
     error: str | None = Field(default=None, repr=False)
     execution_time: float | None = None
     usage: TokenUsage | None = None
+    idempotency_key: str | None = Field(default=None, repr=False)
     usage_by_model: Mapping[str, TokenUsage] = Field(default_factory=dict[str, TokenUsage])
     raw: Any = Field(default=None, repr=False)
 
@@ -190,7 +191,8 @@ class Review(BaseModel):
     is masked. `task_digest` is of the crew's own id of the task, `shown_task_digest` of the task in the status,
     `output_digest` of the output in the status: these distinguish the next question from this question. `question_id`
     is the id of a Flow's question. `call` names the call that answered, and is the same on every retry of it. `nonce`
-    names the attempt to answer: two callers may answer in the same words.
+    names the attempt to answer: two callers may answer in the same words. `continued_as` is the kickoff id under which
+    the run goes on after this answer; None if it keeps its id.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -210,6 +212,7 @@ class Review(BaseModel):
     question_id: str | None = None
     call: str | None = None
     nonce: str = ""
+    continued_as: str | None = None
 
     def is_older_than(self, seconds: float | None, now: datetime) -> bool:
         """Return whether the answer was stored at least `seconds` ago; False if `seconds` is None."""

@@ -92,10 +92,16 @@ class Webhooks(_Model):
         return cls.model_validate({name: body[key] for name, key in keys.items() if key in body})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the keys of these targets in the body of a kickoff or a resume, with their secrets."""
+        """Return the keys of these targets in the body of a kickoff or a resume, with their secrets.
+
+        The human-input webhook has both of its names: the documented one, and that of hosted crews, a plain URL.
+        """
         body = self.model_dump(by_alias=True, exclude_none=True)
-        if isinstance(self.human_input, str):
-            body["humanInputWebhook"] = {"url": self.human_input}
+        if (human := self.human_input) is not None:
+            url = human if isinstance(human, str) else human.url
+            body |= {"humanInputWebhookUrl": url}
+            if isinstance(human, str):
+                body["humanInputWebhook"] = {"url": url}
         return encode_inputs(body, as_json=True)
 
     def secrets(self) -> list[str]:

@@ -50,11 +50,11 @@ from prefect_crew.exceptions import (
 from prefect_crew.receiver.bodies import BodyError, read_body
 from prefect_crew.records.model import RecordPhase, RecordStore
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, answers_record, current_question
+from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, current_question
 from prefect_crew.runs.reviews.links import AnswerLink, is_about, read_link
 from prefect_crew.runs.reviews.questions import describe_answer, digest, place_of
 from prefect_crew.runs.reviews.reviewer import NOBODY
-from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.run import LiveRun, answers_record
 from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import fingerprint, seal, unseal
 

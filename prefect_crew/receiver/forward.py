@@ -31,7 +31,7 @@ from prefect_crew.blocks import find_crew
 from prefect_crew.client.models import ReviewRequest
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
-from prefect_crew.records.notes import MAX_OUTPUT, keep_output, keep_question
+from prefect_crew.records.notes import MAX_OUTPUT, Note, keep_note, keep_question
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.webhooks import CALLED, REPORTED, WAKING
@@ -181,8 +181,11 @@ class Forwarder:
             self._keep((item.kickoff_id, None, 0), item)  # a Flow waits for one answer at a time: the latest counts
             return
         hook = item.hook
-        if item.output and len(item.output) <= MAX_OUTPUT and hook.attempt is not None:
-            self._keep((hook.idempotency_key, hook.attempt, hook.round), item)
+        name = hook.idempotency_key, hook.attempt, hook.round
+        is_question = hook.kind == "human_input"
+        # A hosted crew goes on under another id after each answer, and may show its question nowhere else.
+        if hook.attempt is not None and item.kickoff_id and (is_question or (hook.round and not self._has_note(name))):
+            self._keep(name, item)
         else:
             self._report(item)
         self._note_run(replace(item, output=None))
@@ -273,12 +276,18 @@ class Forwarder:
         self._report(note)
         return True
 
+    def _has_note(self, name: NoteName) -> bool:
+        return name in self._notes or name in self._stored
+
     async def _store_output(self, name: NoteName, event: WebhookEvent) -> None:
-        digest = hash(event.output)
+        task_id = event.facts.get("task_id") if event.hook.kind == "human_input" else None
+        output = event.output if len(event.output or "") <= MAX_OUTPUT else None
+        note = Note(event.kickoff_id, task_id, output)
+        digest = hash(note)
         # A server may send it again and again, also after it was answered and forgotten.
         if self._stored.get(name) == digest:
             return
-        await keep_output(event.hook.idempotency_key, event.hook.attempt or 1, event.hook.round, event.output or "")
+        await keep_note(event.hook.idempotency_key, event.hook.attempt or 1, event.hook.round, note)
         if len(self._stored) >= REMEMBERED:
             del self._stored[next(iter(self._stored))]
         self._stored[name] = digest

@@ -210,10 +210,8 @@ class RunRecord(Outcome):
     """Seconds from the last change of the claim or of one of its entries to this read, by the store's clock."""
     strongest: Entry | None = Field(default=None, exclude=True)
     """The entry with the highest rank (`fold`). Callers write to it until the run ends."""
-    state_id: str | None = Field(default=None, exclude=True)
-    """The id that the run of a session pins for its state; set by the owner when it takes the turn."""
     restored: str | None = Field(default=None, exclude=True)
-    """The id of the state from which the run of a session starts; set with `state_id`."""
+    """The kickoff id of the run whose state the run of a session takes up; set when the owner takes the turn."""
     open_for: float = Field(default=0.0, exclude=True)
     """Seconds for which the owner may still send the kickoff or have it on its way, by the store's clock; else 0."""
 

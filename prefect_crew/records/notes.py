@@ -4,7 +4,8 @@ The text to judge may be long and is not for everyone, and the callback URL of a
 Everybody with access to the server can read a Variable, and it holds 5,000 characters. A block is encrypted; a crew's
 token is in a block as well. Each block is read by its exact name:
 
-- `crew-question-KEY-ATTEMPT-ANSWERS` is the output to judge after so many answers, of a human-input webhook.
+- `crew-question-KEY-ATTEMPT-ANSWERS` is what the webhooks after so many answers brought: the run's id by then, and of a
+  human-input webhook the task that waits and the output to judge.
 - `crew-question-RUN` is the question of a Flow. A Flow waits for one answer at a time, so a later question replaces it.
 
 Every function raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
@@ -29,6 +30,14 @@ PAGE = 200
 """Names in one request, at most."""
 NUMBERS = 256
 """A webhook's URL has the number of answers before its question, modulo this."""
+
+
+class Note(NamedTuple):
+    """What the webhooks after one number of answers brought. `task_id` is None if no person was asked."""
+
+    kickoff_id: str | None
+    task_id: str | None = None
+    output: str | None = None
 
 
 class _Block(NamedTuple):
@@ -75,17 +84,16 @@ async def _delete(*blocks: _Block) -> None:
                 continue
 
 
-async def keep_output(idempotency_key: str, attempt: int, answers: int, output: str) -> None:
-    """Store the text to judge of the question that came after this number of answers."""
-    if len(output) <= MAX_OUTPUT:
-        await _save(_output_name(idempotency_key, attempt, answers), {"output": output})
+async def keep_note(idempotency_key: str, attempt: int, answers: int, note: Note) -> None:
+    """Store what the webhooks after this number of answers brought."""
+    await _save(_output_name(idempotency_key, attempt, answers), note._asdict())
 
 
-async def kept_output(record: RunRecord, answers: int) -> str | None:
-    """Return the stored text to judge of the question after this number of answers, or None."""
+async def kept_note(record: RunRecord, answers: int) -> Note:
+    """Return what the webhooks after this number of answers brought."""
     name = _output_name(record.idempotency_key, record.attempt, answers)
     block = (await _read([name])).get(name)
-    return None if block is None else block.value["output"]
+    return Note(None) if block is None else Note(**block.value)
 
 
 async def keep_question(question: ReviewRequest) -> None:

@@ -69,7 +69,13 @@ async def resolve_started(
     """
     encoded_id(kickoff_id)  # raises if the text cannot be an id
     await check_unused(kickoff_id, record, records)
-    state = None if look is None else (await look(kickoff_id)).state
+    status = None if look is None else await look(kickoff_id)
+    state = None if status is None else status.state
+    if status is not None and status.idempotency_key not in (None, record.idempotency_key):
+        raise ConfigurationError(
+            f"Run {kickoff_id} is of the idempotency key {status.idempotency_key!r}, by its own meta. Nothing was "
+            "changed. Look for another run on the crew's page, or give --never-started if there is none."
+        )
     if state is CrewState.UNKNOWN:
         raise ConfigurationError(
             f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id on "

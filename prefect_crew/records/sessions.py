@@ -1,8 +1,8 @@
 """The turns of a session: the order of its runs, and the state from which the next run starts.
 
 A session belongs to one crew. `crew_turn_SESSION_NUMBER` is a Variable that gives one claim the turn of this number:
-of two callers that create it, one succeeds. It names the claim, the id of the state that the run pins, and the state
-of the last turn before that completed. A turn is over once its claim has ended, or surely started nothing. Only then a
+of two callers that create it, one succeeds. It names the claim, and the state of the last turn before that completed:
+the kickoff id of that turn. A turn is over once its claim has ended, or surely started nothing. Only then a
 caller creates the next turn. So two turns of a session are never in flight.
 
 Nobody changes a turn, but for the turn of a row: its claim is in the ledger of a batch, which other callers cannot
@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import ClassVar
-from uuid import NAMESPACE_URL, uuid5
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -43,9 +42,9 @@ _NAME = re.compile(r"crew_turn_([0-9a-f]{32})_(\d+)")
 class Turn(BaseModel):
     """One turn: the value of its Variable.
 
-    `claim` is the id of the claim, an attempt at `idempotency_key`. `state_id` is the id of the
-    state that its run pins, `restored` the state from which it starts, None for an empty one. `outcome` is the state in
-    which the run of a row ended, or its phase; None while the turn is not over.
+    `claim` is the id of the claim, an attempt at `idempotency_key`. `restored` is the kickoff id of the run whose state
+    its run takes up, None for an empty one. `outcome` is the state in which the run of a row ended, or its phase, and
+    `kickoff_id` that run's id; both are None while the turn is not over.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -57,7 +56,7 @@ class Turn(BaseModel):
     crew_url: str
     idempotency_key: str
     claim: str
-    state_id: str
+    kickoff_id: str | None = None
     restored: str | None = None
     is_row: bool = False
     outcome: str | None = None
@@ -70,12 +69,14 @@ class Turn(BaseModel):
         return _name(self.crew_url, self.session, self.number)
 
     def completed_state(self, record: RunRecord | None) -> str | None:
-        """Return the id of the state of the last completed turn, None if no turn has completed.
+        """Return the kickoff id of the last completed turn, None if no turn has completed.
 
         This turn is over. `record` is its claim; without it, the turn's own `outcome` decides.
         """
-        state = self.outcome if record is None else record.state
-        return self.state_id if state == CrewState.COMPLETED else self.restored
+        state, kickoff_id = self.outcome, self.kickoff_id
+        if record is not None:
+            state, kickoff_id = record.state, record.kickoff_id
+        return kickoff_id if state == CrewState.COMPLETED else self.restored
 
 
 def is_over(turn: Turn, record: RunRecord | None) -> bool:
@@ -175,7 +176,8 @@ async def note_given_up(records: Iterable[RunRecord], store: RecordStore) -> Non
 
 async def _note_over(turn: Turn, record: RunRecord) -> None:
     if turn.outcome is None and is_over(turn, record):
-        value = {**turn.model_dump(mode="json"), "outcome": str(record.state or record.phase)}
+        outcome = {"outcome": str(record.state or record.phase), "kickoff_id": record.kickoff_id}
+        value = {**turn.model_dump(mode="json"), **outcome}
         await patch_variable(str(turn.ref), {"value": value}, give_up_after=BUSY_FOR)
 
 
@@ -211,7 +213,6 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
         idempotency_key=record.idempotency_key,
         claim=claim_id(record),
         is_row=record.ref is None,
-        state_id=str(uuid5(NAMESPACE_URL, f"{record.crew_url}/{session}/{number}/{claim_id(record)}")),
         restored=None if last is None else last.completed_state(before),
     )
     name = _name(record.crew_url, session, number)

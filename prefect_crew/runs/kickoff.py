@@ -289,7 +289,7 @@ class _Start:
             with self.work.uncut():
                 turn = await take_turn(record, self.records)
                 if turn is not None and turn.claim == claim_id(record):  # a batch finds the turn by the record
-                    record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
+                    record.turn, record.restored = turn.number, turn.restored
             self._raise_if_cancelled()
             # This call may have slept since it read the turn before. Others then went on, and if they were pruned, the
             # number was free again.
@@ -300,7 +300,7 @@ class _Start:
             if self.request.is_row:
                 await self.records.save(record)
                 return
-            start = "an empty state" if turn.restored is None else f"state {turn.restored}"
+            start = "an empty state" if turn.restored is None else f"the state of run {turn.restored}"
             run_logger().info("Session %r: turn %d starts from %s.", turn.session, turn.number, start)
 
     # Post
@@ -391,7 +391,7 @@ class _Start:
                 # With the attempt, a person finds the run of a record among several runs of one key.
                 names = {"idempotency_key": record.idempotency_key, "run_attempt": record.attempt}
                 kickoff_id = await self.session.client.kickoff(
-                    request.inputs if record.state_id is None else request.inputs.with_state(record.state_id),
+                    request.inputs,
                     meta=Unshown({**(request.options.meta or {}), **names}),
                     webhooks=webhooks,
                     restore_from=record.restored or request.inputs.restore_from,

@@ -70,27 +70,28 @@ class Waker:
         """
         return (attempt, answers % 256) in self._asked
 
-    async def with_usage(self, status: CrewStatus) -> CrewStatus:
-        """Return the status of an ended run. If it has no tokens, it gets the tokens that webhooks reported.
+    async def with_usage(self, status: CrewStatus, kickoff_id: str) -> CrewStatus:
+        """Return the status of an ended run, with the tokens that webhooks reported if it has none of its own.
 
-        If a webhook with tokens may still come, this waits for a moment.
+        `kickoff_id` is the id by which the webhooks name the run. If a webhook with tokens may still come, this waits
+        for a moment.
         """
         if not status.state.ended:
             return status
         self._has_ended = True
         try:
             async with asyncio.timeout(USAGE_WITHIN):
-                while self._may_hear_more(status):
+                while self._may_hear_more(status, kickoff_id):
                     await self._event.wait()
                     self._event.clear()
         except TimeoutError:
             self._hub.note_silent(self._crew)
-        tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
+        tokens = self._hub.tokens(self._idempotency_key, kickoff_id)
         return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
 
-    def _may_hear_more(self, status: CrewStatus) -> bool:
+    def _may_hear_more(self, status: CrewStatus, kickoff_id: str) -> bool:
         """Return whether a webhook with the tokens of an ended run may still come."""
-        tokens = self._hub.tokens(self._idempotency_key, status.kickoff_id)
+        tokens = self._hub.tokens(self._idempotency_key, kickoff_id)
         if status.usage or not self._hub.may_hear_of(self._crew):
             return False
         if self._calls:

@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
-from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 
 from prefect_crew.budgets import Budget
-from prefect_crew.client.encoding import is_uuid
 from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, WaitPolicy
@@ -29,12 +27,6 @@ SHOWN = ("review", "restore_from", "session")
 
 def _unshown(meta: Any) -> Any:
     return Unshown(cast("Mapping[str, Any]", meta)) if isinstance(meta, Mapping) else meta
-
-
-def _state_id(state: Any) -> Any:
-    if state is None or isinstance(state, UUID) or is_uuid(state):
-        return None if state is None else str(UUID(str(state)))
-    raise ValueError("no UUID")
 
 
 def _session(name: Any) -> Any:
@@ -79,8 +71,8 @@ class RunOptions(BaseModel):
     )
     review: Literal["form"] | Callable[..., Any] | None = Field(default=None, description="'form' or a function")
     webhooks: InstanceOf[Webhooks] | None = Field(default=None, repr=False, description="Webhooks(task=…, crew=…)")
-    restore_from: Annotated[str | None, BeforeValidator(_state_id)] = Field(
-        default=None, description="the UUID of a Flow's state"
+    restore_from: Annotated[str, AfterValidator(_whole)] | None = Field(
+        default=None, description="the kickoff id of the run whose state a Flow takes up, a text"
     )
     session: Annotated[str, BeforeValidator(_session), AfterValidator(_whole)] | None = Field(
         default=None, description=f"a name of 1 to {MAX_SESSION} characters, without braces or control characters"

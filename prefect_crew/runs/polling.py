@@ -96,6 +96,9 @@ class Watcher:
     async def on_human_wait(self, phases: Phases) -> None:
         """Handle that a wait for a person began (`human_since` is set) or ended (it is None), for a later process."""
 
+    async def on_unknown(self, seconds: float) -> None:
+        """Handle that the server knows a run no more that was alive. It is polled for some seconds."""
+
     async def on_error(self, error: CrewError) -> None:
         """Handle the error of a status call."""
 
@@ -132,6 +135,7 @@ async def poll(
     crew: str | None = None,
     idempotency_key: str | None = None,
     first_look: bool = False,
+    was_alive: bool = False,
     now: Callable[[], float] = time.time,
     rng: Callable[[], float] = random.random,
 ) -> CrewStatus:
@@ -149,16 +153,20 @@ async def poll(
         phases: The time of the kickoff, and the seconds that people have taken, to which `poll` adds.
         first_look: Make the first status call at once instead of after `initial` seconds: for a run that was kicked off
             some time ago.
+        was_alive: Whether the server has known the run: an unknown run is then polled for `policy.lost_after` seconds,
+            since a hosted crew that waits for a person looks the same. Else for `policy.grace` from the kickoff.
         now, rng: The clock of `phases`, in seconds, and numbers in [0, 1) for the jitter.
 
     Raises:
         CrewTimeoutError: A time limit of the policy is over. The run may go on.
-        CrewLostError: The server does not know the run any more, or still not after `policy.grace` seconds.
+        CrewLostError: The server does not know the run any more, or still does not know it.
         AuthenticationError: The server refused the token.
         CrewError: No status call succeeded for `error_timeout` seconds. This is the last call's error.
     """
     names: dict[str, Any] = {"kickoff_id": kickoff_id, "crew": crew, "idempotency_key": idempotency_key}
-    state = _Poll(names, policy, phases, watcher, now, rng, began=now(), delays=poll_delays(policy, rng))
+    state = _Poll(
+        names, policy, phases, watcher, now, rng, began=now(), delays=poll_delays(policy, rng), was_alive=was_alive
+    )
     if not first_look:
         # Counted from the kickoff: the time for writing records must not delay the first status call.
         await state.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
@@ -195,8 +203,9 @@ class _Poll:
     rng: Callable[[], float]
     began: float
     delays: Iterator[float]
+    was_alive: bool
     seen: CrewState | None = None
-    unknown: int = 0
+    unknown_since: float | None = None
     waits: bool = False
     failing_for: float = 0.0
     """Seconds of failed status calls since the last successful one."""
@@ -242,15 +251,19 @@ class _Poll:
         """Handle a status. Return True if the run has ended. Check its end first, then the clock."""
         self.failing_for, self.failed_at = 0.0, None
         if status.state is CrewState.UNKNOWN:
-            self.unknown += 1
-            # Right after the kickoff a run may not be visible yet. Later two answers in a row are needed: one answer
-            # proves nothing, since it may come from an old server during a release.
-            if self.seen is not None or self.now() - self.phases.kicked_off_at >= self.policy.grace:
-                if self.unknown >= 2:
+            # One answer proves nothing, since it may come from an old server during a release.
+            is_first, since = self.unknown_since is None, self.unknown_since or self.now()
+            self.unknown_since, limit = since, self.policy.lost_after
+            if not self.was_alive:  # right after the kickoff a run may not be visible yet
+                since, limit = self.phases.kicked_off_at, self.policy.grace
+            elif is_first:
+                await self.watcher.on_unknown(limit)
+            if self.now() - since >= limit:
+                if not is_first:
                     raise CrewLostError(**self.names, last_state=self.last)
                 return False
         else:
-            self.unknown = 0
+            self.unknown_since, self.was_alive = None, True
             if self.seen is not None and status.state is not self.seen:
                 self.begin_anew()
             self.seen = status.state

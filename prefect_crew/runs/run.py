@@ -35,6 +35,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.prices import cost_of
 from prefect_crew.records.budgets import change, corrections
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, StoredResult, utcnow
+from prefect_crew.records.notes import Note, kept_note, kept_questions
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.runs.limits import release
@@ -106,6 +107,7 @@ class LiveRun:
         self.tasks_seen = dict[str, datetime]()
         """The time of the first status that named a task, by the task's name."""
         self._redactor: tuple[Crew, Redactor] | None = None
+        self._continued_as: str | None = None
 
     @classmethod
     def of(cls, crew: Crew, kickoff_id: str) -> LiveRun:
@@ -117,7 +119,7 @@ class LiveRun:
         """Return the same run with a session of its own, for another call, which may be on another event loop."""
         record = None if self.record is None else self.record.model_copy(deep=True)
         run = LiveRun(crew, self.kickoff_id, record, self.request, is_found=self.is_found)
-        run.advice = self.advice
+        run.advice, run._continued_as = self.advice, self._continued_as
         return run
 
     def remember(self) -> None:
@@ -141,6 +143,15 @@ class LiveRun:
     def crew(self) -> Crew:
         """Its crew, with the newest token."""
         return self.session.crew
+
+    @property
+    def current_id(self) -> str:
+        """The id under which the run goes on: a hosted crew gives another one with each answer of a person."""
+        return self._continued_as or self.kickoff_id
+
+    @current_id.setter
+    def current_id(self, kickoff_id: str) -> None:
+        self._continued_as = kickoff_id
 
     @property
     def idempotency_key(self) -> str | None:
@@ -255,6 +266,7 @@ class LiveRun:
         return RunView(
             crew=self.crew.label,
             kickoff_id=self.kickoff_id,
+            current_id=self.current_id,
             idempotency_key=self.idempotency_key,
             state=CrewState.PENDING if status is None else status.state,
             started_at=None if record is None else record.kicked_off_at,
@@ -306,6 +318,85 @@ async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
             f"Nothing was sent. Give the crew {record.crew} with this kickoff id."
         )
     run.record, run.owned = record, False
+
+
+def answers_record(run: LiveRun) -> RunRecord:
+    """Return the record that answers are stored under: the run's record, or a stand-in for a run that has no record.
+
+    The stand-in itself is never stored.
+    """
+    return run.record or RunRecord(
+        idempotency_key=f"kickoff id {run.kickoff_id}",
+        attempt=1,
+        crew=run.crew.label,
+        crew_url=run.crew.url,
+        inputs_digest="",
+        owner="",
+        claimed_at=utcnow(),
+        kickoff_id=run.kickoff_id,
+    )
+
+
+async def read_status(run: LiveRun) -> CrewStatus:
+    """Make the status call for a run in an open session, and return the answer.
+
+    A hosted crew answers NOT FOUND while it waits for a person, and goes on under another id after the answer. So this
+    asks for the run's newest id, and a run with an open question that a webhook brought waits for a person. The status
+    has the run's first id. Where the Prefect API does not answer, it says what the crew's server said.
+    """
+    status = await _status_of(run)
+    if status.state is CrewState.UNKNOWN or (was_asked(run.record) and status.state not in _GOES_ON):
+        before, task_id = run.current_id, None
+        try:
+            task_id = await follow(run)
+        except (*PREFECT_ERRORS, CrewError) as error:
+            run_logger().debug("The questions of run %s could not be read: %r", run.kickoff_id, error)
+        if run.current_id != before:
+            status = await _status_of(run)
+        if status.state is CrewState.UNKNOWN and task_id is not None:
+            status = status.model_copy(update={"state": CrewState.WAITING, "human_task_id": task_id})
+    return status.model_copy(update={"kickoff_id": run.kickoff_id})
+
+
+_GOES_ON = (CrewState.PENDING, CrewState.RUNNING)
+
+
+def was_asked(record: RunRecord | None) -> bool:
+    """Return whether a record says that its run has waited for a person, or does."""
+    return record is not None and bool(record.human_since or record.human_seconds or record.human_task)
+
+
+async def _status_of(run: LiveRun) -> CrewStatus:
+    return await run.session.call(lambda client: client.status(run.current_id))
+
+
+async def follow(run: LiveRun) -> str | None:
+    """Set the id under which a run goes on. Return the task of an open question that a webhook brought, or None.
+
+    The answer to `/resume` has the id. If that answer was lost, a webhook of the next round has it: its signed URL
+    names the round.
+    """
+    record = answers_record(run)
+    answers = await run.records.reviews(record)
+    note = await kept_note(record, len(answers)) if record.has_webhooks else Note(None)
+    known_ids = [run.kickoff_id, *(answer.continued_as for answer in answers if answer.continued_as)]
+    if answers and answers[-1].continued_as is None and note.kickoff_id not in (None, known_ids[-1]):
+        update = {"continued_as": note.kickoff_id, "outcome": "sent", "moved_on": True}
+        await run.records.save_review(record, len(answers), answers[-1].model_copy(update=update))
+        known_ids.append(str(note.kickoff_id))
+    goes_on_as(run, known_ids[-1])
+    if note.task_id is not None:
+        return note.task_id
+    question = (await kept_questions(run.current_id)).get(run.current_id)
+    is_open = question is not None and all(answer.question_id != question.id for answer in answers)
+    return question.task_id if question is not None and is_open else None
+
+
+def goes_on_as(run: LiveRun, kickoff_id: str) -> None:
+    """Set the id under which a run goes on, and log a new one."""
+    if kickoff_id != run.current_id:
+        run_logger().info("Crew run %s goes on as run %s.", run.kickoff_id, kickoff_id)
+        run.current_id = kickoff_id
 
 
 # Ends
@@ -442,7 +533,7 @@ async def read_result(run: LiveRun) -> CrewResult:
         if (stored := await stored_result(record)) is not None:
             return record.completed(stored.result(run.kickoff_id))
     with withholding(run.redact_text):
-        status = await run.session.call(lambda client: client.status(run.kickoff_id))
+        status = await read_status(run)
     if status.state is CrewState.UNKNOWN:
         raise CrewLostError(**run.names, last_state=last)
     return result_of(run, status)

@@ -234,7 +234,8 @@ async def stop_run(run: LiveRun, *, idempotency_key: str | None = None, is_repea
         if not is_repeated and run.record is not None and stop_was_asked(run.record):
             return StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED)
         with withholding(run.redact_text):
-            answer = await session.call(lambda client: client.stop(kickoff_id))
+            newest = kickoff_id if run.record is None else await newest_id(run.record, run.records)
+            answer = await session.call(lambda client: client.stop(newest))
             if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
                 try:
                     await close_stopped(session.client, run.crew, run.record, answer, run.records)
@@ -321,8 +322,9 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
         if (stored := await _note_stop(record, records)) is not None:
             log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
             return stored.state is CrewState.STOPPED or stored.reason in _TAKEN
+        newest = await newest_id(record, records)
         try:
-            answer = await session.call(lambda client: client.stop(kickoff_id))
+            answer = await session.call(lambda client: client.stop(newest))
         except CrewError as error:
             if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
                 await _save_reason(before, record, records)
@@ -339,6 +341,16 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
             await _save_reason(before, record, records)
         await close_stopped(session.client, session.crew, record, answer, records)
         return answer.accepted
+
+
+async def newest_id(record: RunRecord, records: RecordStore) -> str:
+    """Return the id under which a run goes on; its first one if the record's store does not answer within seconds."""
+    try:
+        answers = await asyncio.wait_for(records.reviews(record), LOOK_WITHIN)
+    except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
+        run_logger().debug("The answers to run %s could not be read: %r", record.kickoff_id, error)
+        answers = []
+    return next((answer.continued_as for answer in reversed(answers) if answer.continued_as), str(record.kickoff_id))
 
 
 @asynccontextmanager
@@ -405,7 +417,7 @@ async def close_stopped(
             record.reason = f"{_STOP_ASKED}: {answer.outcome}"
             await records.save(record)
         return
-    status = CrewStatus(kickoff_id=str(record.kickoff_id), state=CrewState.STOPPED)
+    status = CrewStatus(kickoff_id=answer.kickoff_id, state=CrewState.STOPPED)
     with suppress(CrewError, TimeoutError):  # without an answer, the use of the run stays unknown
         status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
     if status.state is CrewState.COMPLETED:

@@ -27,7 +27,7 @@ from prefect_crew.records.sessions import Turn, is_over, record_of, turn_again
 from prefect_crew.runs import stop
 from prefect_crew.runs.claims import OtherClaim, take_back_shared_id
 from prefect_crew.runs.polling import Phases, Watcher, poll
-from prefect_crew.runs.run import LiveRun, close_run
+from prefect_crew.runs.run import LiveRun, close_run, read_status
 from prefect_crew.runs.wait import end_and_report
 
 LOOK_AGAIN = 2.0
@@ -124,12 +124,13 @@ async def _watch(
         with withholding(run.redact_text):
             try:
                 status = await poll(
-                    lambda: run.session.call(lambda client: client.status(run.kickoff_id)),
+                    lambda: read_status(run),
                     **run.names,
                     policy=policy,
                     phases=phases,
                     watcher=bystander,
                     first_look=True,
+                    was_alive=True,
                 )
             except CrewConnectionError as error:
                 error.sent = False  # of the kickoff, which Prefect may try again

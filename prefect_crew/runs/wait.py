@@ -17,7 +17,7 @@ from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import WaitPolicy, known_version
+from prefect_crew.crew import Crew, WaitPolicy, known_version
 from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
@@ -26,6 +26,7 @@ from prefect_crew.exceptions import (
     FlowRunCancelledError,
 )
 from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
+from prefect_crew.records.resolve import Resolution, resolve_from_webhook
 from prefect_crew.runs import stop
 from prefect_crew.runs.limits import slot_of
 from prefect_crew.runs.listener import Waker, waker_for
@@ -40,6 +41,7 @@ from prefect_crew.runs.run import (
     parse_data,
     read_record,
     read_result,
+    read_status,
     result_of,
 )
 from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, stop_once
@@ -51,6 +53,12 @@ NOT_SHOWN = "not shown"
 """The error, in the record and the event, of a run whose crew has `show="none"`."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
+
+
+NO_WEBHOOKS = (
+    "hosted crews tell of their questions by webhook only, and this run has no webhooks to a receiver of ours "
+    "(PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL)."
+)
 
 
 async def wait_for_run(run: LiveRun, options: RunOptions | None = None) -> CrewResult[Any]:
@@ -67,6 +75,9 @@ async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> Cre
         if not run.is_fresh:
             # The key in the options may be a template; the record has the rendered key.
             await read_record(run, run.idempotency_key or options.idempotency_key)
+        is_started = run.record is not None and run.record.phase is RecordPhase.STARTED
+        if options.review is not None and is_started and not (run.record and run.record.has_webhooks):
+            run_logger().info("Crew run %s: %s", run.kickoff_id, NO_WEBHOOKS)
         waiting = _result(_Waiter(run, options.wait or run.crew.wait, options.review, work))
         # No variable holds the result: error reporters show the local variables of all frames.
         return parse_data(await waiting, options.output_type, run=run)
@@ -159,15 +170,16 @@ class _Waiter(Watcher):
             run.is_fresh = False  # from here on, this wait stops the crew of a cancelled flow run
             try:
                 status = await poll(
-                    lambda: run.session.call(lambda client: client.status(run.kickoff_id)),
+                    lambda: read_status(run),
                     **run.names,
                     policy=self.policy,
                     phases=self.phases,
                     watcher=self,
                     first_look=not run.owned,
+                    was_alive=record is not None and not run.owned,
                 )
                 ended = True
-                status = status if self.waker is None else await self.waker.with_usage(status)
+                status = status if self.waker is None else await self.waker.with_usage(status, run.current_id)
             except ENDINGS:
                 await self._end_showing()  # the request may still be queued
                 await self._stop_if_asked()
@@ -211,6 +223,8 @@ class _Waiter(Watcher):
     async def on_status(self, status: CrewStatus) -> None:
         run, before, self.last = self.run, self.last, status
         run.notify(status)
+        if run.record is None and status.idempotency_key is not None and (before is None or not before.idempotency_key):
+            await self._resolve(status.idempotency_key)
         is_new_state = before is None or before.state is not status.state
         is_new_task = status.current_task is not None and (before is None or before.current_task != status.current_task)
         if self._in_trouble:
@@ -240,6 +254,21 @@ class _Waiter(Watcher):
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
 
+    async def _resolve(self, key: str) -> None:
+        """Resolve the uncertain kickoff of the key that a status names: then this is the run of that key."""
+
+        async def crew_of(record: RunRecord) -> Crew | None:
+            return self.run.crew if record.crew_url == self.run.crew.url else None
+
+        run = self.run
+        try:
+            outcome = await resolve_from_webhook(key, run.kickoff_id, run.records, said_key=key, load=crew_of)
+            if outcome is Resolution.RESOLVED:
+                await read_record(run, key)
+                self.log.info("Idempotency key %s is resolved: its kickoff started run %s.", key, run.kickoff_id)
+        except (*PREFECT_ERRORS, CrewError) as error:
+            self.log.debug("It could not be looked whether key %s is uncertain: %r", key, error)
+
     async def on_human_wait(self, phases: Phases) -> None:
         record = self.run.record
         if record is None:
@@ -264,6 +293,14 @@ class _Waiter(Watcher):
         if noting is not None:
             await asyncio.wait({noting}, timeout=within)
             await cancel_and_wait(noting)
+
+    async def on_unknown(self, seconds: float) -> None:
+        self.log.warning(
+            "Crew run %s is not known to its server now. It is polled for %g s: a hosted crew that waits for a person "
+            "looks the same.",
+            self.run.kickoff_id,
+            seconds,
+        )
 
     async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:

@@ -192,7 +192,7 @@ def test_a_failed_run_says_why_and_in_which_tasks(crew_server: CrewServerFactory
     ("state", "faults", "wait", "error"),
     [
         ("stopped", [], pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"), pc.CrewTimeoutError),
-        ("unknown", ["status:forgotten@3"], pc.WaitPolicy(), pc.CrewLostError),
+        ("unknown", ["status:forgotten@3"], pc.WaitPolicy(lost_after=0.5), pc.CrewLostError),
     ],
     ids=["stopped", "unknown"],
 )

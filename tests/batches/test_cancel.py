@@ -120,7 +120,10 @@ async def test_a_stopped_row_runs_again(
 
 
 async def test_a_stopped_run_that_is_forgotten_is_lost(batch: Batches, crew_server: CrewServerFactory):
-    server, quick = crew_server(Held(), faults=["stop:504-after-accept"]), WaitPolicy(grace=0, error_timeout=0.5)
+    server, quick = (
+        crew_server(Held(), faults=["stop:504-after-accept"]),
+        WaitPolicy(grace=0, lost_after=0.5, error_timeout=0.5),
+    )
     await cancelled(batch, server, ROWS[:20], name="forgotten", on_cancel="stop")
     server.faults.add("status:forgotten")
     await batch(server.crew(), ROWS[:20], name="forgotten", wait=quick)

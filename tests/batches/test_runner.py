@@ -412,7 +412,7 @@ async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_serve
 
 async def test_a_lost_run_is_started_only_by_its_key(batch: Batches, crew_server: CrewServerFactory):
     server, rows = crew_server(slow(0.2), faults=["status:forgotten@2"]), topics(3)
-    quick = pc.WaitPolicy(initial=0.05, factor=1, grace=0.1)
+    quick = pc.WaitPolicy(initial=0.05, factor=1, grace=0.1, lost_after=0.5)
     report = await batch(server.crew(), rows, name="lost", wait=quick, max_in_flight=1)
     assert report.completed == 2
     assert dict(report.errors) == {"CrewLostError": 1}

@@ -48,7 +48,7 @@ def test_it_is_made_once_and_of_a_mapping_only():
 
 def test_it_has_them_as_the_crew_takes_them():
     assert kept().encoded == {"city": "Lisbon", "password": "hunter22", "login": '{"pin":"4711"}', "days": "3"}
-    assert kept(inputs_as_json=True).encoded["login"] == {"pin": "4711"}
+    assert kept(flow=True).encoded["login"] == {"pin": "4711"}
 
 
 def test_crew_caller_or_pipeline_name_the_secrets():

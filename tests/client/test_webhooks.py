@@ -25,6 +25,7 @@ SENT: dict[str, Any] = {
         "url": "https://hooks.example.com/human",
         "authentication": {"strategy": "basic", "username": "ana", "password": "p4ssword"},
     },
+    "humanInputWebhookUrl": "https://hooks.example.com/human",
     "webhooks": {
         "events": ["crew_kickoff_started"],
         "url": "https://hooks.example.com/stream",
@@ -56,6 +57,7 @@ def test_only_what_is_given_is_sent():
     stream = StreamWebhook(url="https://h.example.com", events=["a", "b"])
     assert Webhooks(human_input="https://h.example.com", stream=stream).to_json() == {
         "humanInputWebhook": {"url": "https://h.example.com"},
+        "humanInputWebhookUrl": "https://h.example.com",
         "webhooks": {"events": ["a", "b"], "url": "https://h.example.com", "realtime": False},
     }
 

@@ -39,7 +39,7 @@ from support.scripts import JOURNAL, script
 from support.servers import at_random
 
 PICKY = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
-WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeout": 60}
+WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeout": 60, "lost_after": 1}
 KICKOFF_FAULTS = (
     *(
         "400",

@@ -28,7 +28,9 @@ from proof.tables import Case, cases
 from support.scripts import script
 
 T = TypeVar("T")
-POLICY = WaitPolicy(initial=0.1, max_interval=0.1, timeout=TIMEOUT, human_timeout=TIMEOUT, error_timeout=30, grace=2)
+POLICY = WaitPolicy(
+    initial=0.1, max_interval=0.1, timeout=TIMEOUT, human_timeout=TIMEOUT, error_timeout=30, grace=2, lost_after=2
+)
 
 
 def test_the_tables_name_every_fault_of_every_place() -> None:

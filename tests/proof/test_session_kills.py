@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.sessions import last_turn, latest_turns
+from prefect_crew.records.sessions import last_turn
 from proof.kills import Kill
 from proof.resolve import resolve
 from proof.zygote import Ended, Script, Zygote
@@ -70,14 +70,12 @@ def test_fifty_turns_have_fifty_states(zygote: Zygote, seen: Seen, idempotency_k
                 left = [key for key, one in zip(left, ended, strict=True) if one.output is None]
         states = server.crews[""].program.states  # pyright: ignore[reportAttributeAccessIssue]
         assert server.kickoffs_by_key == dict.fromkeys(keys, 1)
-        ids = [run.inputs["id"] for run in server.runs]
+        ids = [run.id for run in server.runs]
         assert [run.restore_from for run in server.runs] == [None, *ids[:-1]]
         assert [states[id_]["turn"] for id_ in ids] == [*range(1, TURNS + 1)]
         assert len(states) == TURNS
         last = asyncio.run(last_turn(server.url, session))
         assert last is not None
-        turns = asyncio.run(latest_turns(last, 200))
-        assert [turn.state_id for turn in turns if turn.state_id in states] == ids
     print(f"{killed} callers were killed, {uncertain} met an uncertain turn, {last.number} numbers were taken")
     print(f"the records of their keys after that: {dict(phases)}")
     assert killed > TURNS / 4

@@ -125,7 +125,9 @@ async def _take_turn_as_before(record: RunRecord, records: Any) -> Any:
 
 
 async def _build_on_each(record: RunRecord, records: Any) -> Any:
-    with mock.patch.object(sessions.Turn, "completed_state", lambda turn, _: turn.state_id):
+    with mock.patch.object(
+        sessions.Turn, "completed_state", lambda turn, record: record.kickoff_id if record else turn.restored
+    ):
         return await _take_turn(record, records)
 
 

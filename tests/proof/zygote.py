@@ -160,7 +160,7 @@ def _script(script: dict[str, Any]) -> None:
     if script["dies_after"] is not None:
         die_after(script["dies_after"])
     kickoff.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
-    crew = DeployedCrew(**script["crew"])
+    crew = DeployedCrew(flow=script["session"] is not None, **script["crew"])
     try:
         options = {name: script[name] for name in ("idempotency_key", "session")}
         result = run_crew(crew, script["inputs"], **options)

@@ -35,7 +35,6 @@ async def write(session: str, *numbers: int) -> None:
             crew_url=URL,
             idempotency_key=f"{session}/{number}",
             claim=str(uuid.uuid4()),
-            state_id=str(uuid.uuid4()),
             restored=f"state before {number}",
         )
         assert await create_variable({"name": name_of(session, number), "value": turn.model_dump(mode="json")})
@@ -51,7 +50,7 @@ async def take(record: RunRecord) -> Turn | None:
     assert turn is not None
     if turn.claim != record.ref:
         return turn
-    record.turn, record.state_id, record.restored = turn.number, turn.state_id, turn.restored
+    record.turn, record.restored = turn.number, turn.restored
     return None
 
 
@@ -107,13 +106,9 @@ async def test_a_turn_starts_from_the_last_completed_one(session: str) -> None:
         restored.append(record.restored)
         assert await RECORDS.permit(record, 10.0)
         assert (await RECORDS.attempts(record.idempotency_key))[0].turn == record.turn == len(restored)
-        assert await RECORDS.end(record, state=state)
-    last = await last_turn(URL, session)
-    assert last is not None
-    first = (await latest_turns(last, 5))[0]
-    assert restored == [None, *[first.state_id] * 4]
-    assert uuid.UUID(first.state_id).version == 5
-    assert (await taken(session)).restored not in (None, first.state_id)
+        assert await RECORDS.end(record, state=state, kickoff_id=f"run {len(restored)}")
+    assert restored == [None, *["run 1"] * 4]
+    assert (await taken(session)).restored == "run 5"
 
 
 @pytest.mark.parametrize("phase", [CLAIMED, UNCERTAIN, STARTED])
@@ -134,7 +129,6 @@ async def test_a_claim_that_was_given_back_is_over(session: str) -> None:
     assert await take(second) is None
     assert second.turn == 2
     assert second.restored is None
-    assert second.state_id != first.state_id
 
 
 async def nothing(*_: Any) -> None:
@@ -148,7 +142,6 @@ async def test_a_repeated_request_takes_the_same_turn(session: str, monkeypatch:
     monkeypatch.setattr(sessions, "last_turn", nothing)
     assert await take(repeated) is None
     assert repeated.turn == 1
-    assert repeated.state_id == record.state_id
 
 
 async def test_sessions_of_two_crews_are_apart(session: str) -> None:

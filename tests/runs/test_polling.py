@@ -298,11 +298,19 @@ CASES = {
     "an unknown run is lost after its grace": Case(
         each([UNKNOWN]), {"grace": 60.0}, pc.CrewLostError, "this call got no status of the run", last_look=60
     ),
-    "a run that was seen alive is lost at the second unknown": Case(
-        each([RUNNING, UNKNOWN, RUNNING, UNKNOWN, UNKNOWN]), {"grace": 3600.0}, pc.CrewLostError, "last seen running",
-        last_look=50,
+    "a run that was seen alive is polled for lost_after": Case(
+        each([RUNNING, UNKNOWN, RUNNING, UNKNOWN]), {"lost_after": 60.0}, pc.CrewLostError, "last seen running",
+        last_look=100,
     ),
-    "an old run is lost at the second look": Case(each([UNKNOWN]), raises=pc.CrewLostError, looks=[0, 10], passed=7200),
+    "a run that is known again is not lost": Case(
+        each([RUNNING, UNKNOWN, UNKNOWN, COMPLETED]), {"lost_after": 60.0}, last_look=40,
+    ),
+    "one unknown answer proves nothing": Case(
+        each([RUNNING, UNKNOWN, COMPLETED]), {"lost_after": 0.0}, last_look=30
+    ),
+    "an old run is polled for lost_after": Case(
+        each([UNKNOWN]), {"lost_after": 20.0}, pc.CrewLostError, looks=[0, 10, 20], passed=7200
+    ),
 }  # fmt: skip
 
 
@@ -311,7 +319,12 @@ async def test_what_comes_of_a_wait(case: Case):
     world = World(case.at, news=case.news, answers=[*case.answers])
     seconds, since = case.human
     phases = Phases(world.started - (case.passed or 0), seconds, None if since is None else world.started - since)
-    waiting = world.wait(STEADY.model_copy(update=case.policy), phases=phases, first_look=case.passed is not None)
+    waiting = world.wait(
+        STEADY.model_copy(update=case.policy),
+        phases=phases,
+        first_look=case.passed is not None,
+        was_alive=case.passed is not None,
+    )
     if case.raises is None:
         assert (await waiting).state.ended
     else:

@@ -62,8 +62,8 @@ async def test_a_turn_starts_from_the_turn_before(journal: CrewServer) -> None:
     outputs = [(await note(journal, text)).output for text in ("tea", "rain", "bread")]
     assert outputs == ["1 tea", "2 rain after 1 tea", "3 bread after 2 rain after 1 tea"]
     runs = journal.runs
-    assert [run.restore_from for run in runs] == [None, runs[0].inputs["id"], runs[1].inputs["id"]]
-    assert [run.inputs["id"] for run in runs] == [turn.state_id for turn in await turns(journal)] == [*states(journal)]
+    assert [run.restore_from for run in runs] == [None, runs[0].id, runs[1].id]
+    assert [run.id for run in runs] == [*states(journal)]
     (record,) = await attempts((await turns(journal))[2].idempotency_key)
     assert record.session == SESSION
     assert record.turn == 3
@@ -142,7 +142,7 @@ async def test_a_claim_of_a_dead_caller_is_voided(journal: CrewServer) -> None:
 
 async def test_a_lost_turn_blocks_its_session(journal: CrewServer, key: str) -> None:
     journal.faults.add("status:forgotten@1")
-    wait = pc.WaitPolicy(grace=0.1)
+    wait = pc.WaitPolicy(grace=0.1, lost_after=1)
     with pytest.raises(pc.CrewLostError):
         await note(journal, "slow", idempotency_key=key, wait=wait)
     with pytest.raises(SessionBlockedError, match=r"is not known to the server.*--lost") as caught:

@@ -121,7 +121,7 @@ async def events_of(seen: Seen, run: pc.CrewRun) -> list[str]:
 
 async def test_a_forgotten_run_is_reported_as_lost(slow_server: CrewServer, seen: Seen):
     slow_server.faults.add("status:forgotten@3")
-    run = await slow_server.crew().atrigger({})
+    run = await slow_server.crew(wait=pc.WaitPolicy(lost_after=1)).atrigger({})
     with pytest.raises(pc.CrewLostError, match="last seen running"):
         await run.await_for_completion()
     assert "crew.lost" in await events_of(seen, run)

@@ -22,6 +22,7 @@ from prefect_crew._text import one_line
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client._callbacks import post_answer
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.client._transport import encoded_id
 from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, WaitPolicy
@@ -37,7 +38,8 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
-from prefect_crew.records.notes import forget_question, kept_output, kept_questions
+from prefect_crew.records.notes import forget_question, kept_note, kept_questions
+from prefect_crew.records.resolve import check_unused
 from prefect_crew.runs.reviews.questions import (
     describe_answer,
     digest,
@@ -48,7 +50,7 @@ from prefect_crew.runs.reviews.questions import (
     waiting_task,
     where_to_look,
 )
-from prefect_crew.runs.run import LiveRun, read_record
+from prefect_crew.runs.run import LiveRun, answers_record, goes_on_as, read_record, read_status
 from prefect_crew.states import CrewState
 from prefect_crew.webhooks import webhooks_for
 
@@ -128,7 +130,7 @@ async def answer_question(
         if answers and answers[-1].nonce == nonce and answers[-1].outcome == "intended":
             answers.pop()  # this attempt has stored the answer and has not sent it
         of_flow = await open_question_of_flow(run.kickoff_id, answers)
-    status = await run.session.call(lambda client: client.status(run.kickoff_id))
+    status = await read_status(run)
     current = _question_to_answer(run, status, answers, of_flow, task_id, question)
     where = f"Run {run.kickoff_id}, task {run.redact_name(current.task_id)},"
     if round is not None and round != current.round:
@@ -187,10 +189,12 @@ async def _send_answer(
         else:
             await _note(run, records.remove_review(record, number, written))
         raise
+    new_id = accepted.kickoff_id if question.callback_url is None and accepted.kickoff_id != run.current_id else None
+    written = written.model_copy(update={"outcome": "sent", "continued_as": new_id})
+    goes_on_as(run, new_id or run.current_id)
     # At once, since a fast crew soon asks again.
     looking = asyncio.ensure_future(_has_moved_on(run, looks))
     try:
-        written = written.model_copy(update={"outcome": "sent"})
         await _note(run, records.save_review(record, number, written))
         if run.record is not None:
             facts = written.model_dump(include={"task_id", "round", "approve", "by"})
@@ -217,7 +221,7 @@ async def _post(
         if webhooks is None and run.request is not None:
             webhooks = run.request.options.webhooks
         return await run.session.client.resume(
-            run.kickoff_id, question.task_id, review.feedback, review.approve, webhooks=webhooks
+            run.current_id, question.task_id, review.feedback, review.approve, webhooks=webhooks
         )
     try:
         answer = await post_answer(question, review, allow_http=run.crew.allow_http)
@@ -248,7 +252,7 @@ async def _has_moved_on(run: LiveRun, looks: int) -> bool:
         if look:
             await asyncio.sleep(LOOK_AGAIN)
         try:
-            state = (await run.session.client.status(run.kickoff_id)).state
+            state = (await run.session.client.status(run.current_id)).state
         except CrewError as error:
             run_logger().debug("It is not known whether run %s continues: %s", run.kickoff_id, error)
             return False
@@ -270,7 +274,7 @@ async def current_question(run: LiveRun) -> ReviewRequest:
     with naming_prefect_errors(f"The question of run {run.kickoff_id} cannot be read. Nothing was sent."):
         answers = await run.records.reviews(answers_record(run))
         of_flow = await open_question_of_flow(run.kickoff_id, answers)
-    status = await run.session.call(lambda client: client.status(run.kickoff_id))
+    status = await read_status(run)
     question = _question_to_answer(run, status, answers, of_flow, None, None)
     with naming_prefect_errors(f"The output of run {run.kickoff_id} cannot be read. Nothing was sent."):
         return await with_kept_output(run, question)
@@ -298,25 +302,8 @@ async def with_kept_output(run: LiveRun, question: ReviewRequest) -> ReviewReque
     """
     if question.output_digest or question.id or run.record is None or not run.record.has_webhooks:
         return question
-    output = await kept_output(run.record, len(question.answers))
+    output = (await kept_note(run.record, len(question.answers))).output
     return question if output is None else question.model_copy(update={"output": output})
-
-
-def answers_record(run: LiveRun) -> RunRecord:
-    """Return the record that answers are stored under: the run's record, or a stand-in for a run that has no record.
-
-    The stand-in itself is never stored.
-    """
-    return run.record or RunRecord(
-        idempotency_key=f"kickoff id {run.kickoff_id}",
-        attempt=1,
-        crew=run.crew.label,
-        crew_url=run.crew.url,
-        inputs_digest="",
-        owner="",
-        claimed_at=utcnow(),
-        kickoff_id=run.kickoff_id,
-    )
 
 
 def _unsent(run: LiveRun, review: Review, reason: str) -> str:
@@ -331,7 +318,9 @@ def uncertain_error(run: LiveRun, last: Review) -> CrewError:
     return AnswerUncertainError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, question {last.round} (by {describe_answer(last)}) "
         f"was sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If "
-        "the run still waits, answer on that page. In either case, then wait for the run again under the same key."
+        "the run still waits, answer on that page. If it goes on under another id, run: prefect-crew runs resolve "
+        f"{shlex.quote(answers_record(run).idempotency_key)} --kickoff-id ID. Then wait for the run again under the "
+        "same key."
     )
 
 
@@ -354,7 +343,8 @@ def _question_to_answer(
 ) -> ReviewRequest:
     """Return the question that a run asks at this moment. Raise if it asks none, or another one than `last_seen`."""
     kickoff_id, label, state = run.kickoff_id, run.crew.label, status.state
-    is_over = state.ended or state is CrewState.UNKNOWN
+    # A hosted crew that waits is not known to the status call: a person who names its task knows more.
+    is_over = state.ended or (state is CrewState.UNKNOWN and task_id is None)
     # A Flow that has asked waits, whatever its status says.
     waits = state is CrewState.WAITING or (of_flow is not None and not is_over)
     if last_seen is not None:
@@ -391,6 +381,45 @@ def _check_unanswered(run: LiveRun, where: str, current: ReviewRequest, last_see
             f"{describe_answer(last)}), but the crew's server still shows the same question. Nothing was sent. Look "
             "again in a moment: prefect-crew reviews ls."
         )
+
+
+# An answer that may have arrived
+
+
+async def answer_without_id(name: str, records: RecordStore) -> RunRecord | None:
+    """Return the run in flight of a key or id to whose last answer nobody knows the reply; None if there is none."""
+    attempts = await records.attempts(name)
+    record = (latest_start(attempts) or attempts[-1]) if attempts else await records.of_kickoff(name)
+    if record is None or record.phase is not RecordPhase.STARTED:
+        return None
+    answers = await records.reviews(record)
+    return record if answers and answers[-1].outcome != "sent" else None
+
+
+async def resolve_answer(
+    record: RunRecord,
+    kickoff_id: str,
+    records: RecordStore,
+    *,
+    look: Callable[[str], Awaitable[CrewStatus]] | None = None,
+) -> CrewState | None:
+    """Store that the last answer arrived, and that the run goes on as `kickoff_id`. Return its state, None without
+    `look`.
+
+    Raises:
+        ConfigurationError: The crew's server does not know the id, or it is another run's. Nothing is changed.
+    """
+    await check_unused(encoded_id(kickoff_id) and kickoff_id, record, records)
+    state = None if look is None else (await look(kickoff_id)).state
+    if state is CrewState.UNKNOWN:
+        raise ConfigurationError(
+            f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed."
+        )
+    answers = await records.reviews(record)
+    new_id = None if kickoff_id == record.kickoff_id else kickoff_id
+    sent = answers[-1].model_copy(update={"outcome": "sent", "continued_as": new_id, "moved_on": True})
+    await records.save_review(record, len(answers), sent)
+    return state
 
 
 # Answering from outside of a wait
@@ -490,8 +519,8 @@ async def read_question(
     if run is not None:
         # If the server does not answer, only the record counts.
         with contextlib.suppress(CrewError), withholding(run.redact_text):
-            async with run.session as session:
-                status = await session.call(lambda client: client.status(kickoff_id))
+            async with run.session:
+                status = await read_status(run)
     waits = record.human_since is not None if status is None else status.state is CrewState.WAITING
     is_over = status is not None and (status.state.ended or status.state is CrewState.UNKNOWN)
     if is_over or not (waits or of_flow):

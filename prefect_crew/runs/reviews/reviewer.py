@@ -30,7 +30,6 @@ from prefect_crew.records.notes import forget_notes
 from prefect_crew.runs.listener import Waker
 from prefect_crew.runs.reviews.answer import (
     answer_question,
-    answers_record,
     is_refusal,
     open_question_of_flow,
     uncertain_error,
@@ -51,6 +50,7 @@ from prefect_crew.runs.reviews.questions import (
     question_of,
     waiting_task,
 )
+from prefect_crew.runs.run import answers_record
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 

@@ -165,6 +165,7 @@ class World:
         budget = self.scenario.budget
         return crew_of(
             DeployedCrew(
+                flow=bool(self.scenario.session),
                 url=f"https://{HOST}",
                 token=SecretStr(token),
                 request_timeout=REQUEST_TIMEOUT,

@@ -1,0 +1,157 @@
+"""What CrewAI saw on its hosted platform in October 2026, row by row; the bodies of answers are in the corpus."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+import respx
+
+import prefect_crew as pc
+from prefect_crew.client import CrewClient, Webhooks
+from prefect_crew.states import CrewState
+
+URL = "https://crew.example.com"
+TOKEN = "t0ken-0123456789"
+FORBIDDEN = {"kind": "extra_forbidden", "says": "Extra inputs are not permitted"}
+HUMAN = Webhooks(human_input="https://hooks.example.com/h")
+DOCUMENTED = {"execution_id": "k1", "task_id": "t1", "human_feedback": "ok", "is_approve": True}
+LIVE = {"executionId": "k1", "taskId": "t1", "humanFeedback": "ok", "isApprove": True}
+
+
+@pytest.fixture
+def router() -> Any:
+    with respx.mock(base_url=URL, assert_all_called=False) as routes:
+        yield routes
+
+
+@pytest.fixture
+async def client(router: respx.MockRouter) -> AsyncIterator[CrewClient]:
+    async with CrewClient(URL, TOKEN) as opened:
+        yield opened
+
+
+def bodies(router: respx.MockRouter) -> list[dict[str, Any]]:
+    return [json.loads(call.request.content) for call in router.calls if call.request.method == "POST"]
+
+
+def refusal(*names: str, kind: str = "missing", says: str = "Field required") -> httpx.Response:
+    problems = [{"loc": ["body", name], "msg": says, "type": kind} for name in names]
+    return httpx.Response(422, json={"detail": problems})
+
+
+async def test_an_unknown_id_is_a_200(router: respx.MockRouter, client: CrewClient):
+    body = {"state": "NOT FOUND", "status": "Task not found or Invalid kickoff id", "result": None}
+    router.get("/status/k1").respond(json=body)
+    assert (await client.status("k1")).state is CrewState.UNKNOWN
+
+
+async def test_a_kickoff_names_the_human_webhook_in_both_ways(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+    await client.kickoff({"topic": "x"}, webhooks=HUMAN)
+    assert bodies(router)[0]["humanInputWebhookUrl"] == "https://hooks.example.com/h"
+    assert bodies(router)[0]["humanInputWebhook"] == {"url": "https://hooks.example.com/h"}
+
+
+async def test_an_answer_has_both_names_of_each_field_and_the_new_id(router: respx.MockRouter, client: CrewClient):
+    router.post("/resume").respond(json={"kickoff_id": "k2"})
+    answer = await client.resume("k1", "t1", "ok", True)
+    assert bodies(router) == [DOCUMENTED | LIVE]
+    assert answer.kickoff_id == "k2"
+
+
+@pytest.mark.parametrize(
+    ("refused", "taken"),
+    [
+        (refusal("executionId", "taskId"), LIVE),
+        (refusal("execution_id", **FORBIDDEN), LIVE),
+        (
+            refusal("executionId", "isApprove", **FORBIDDEN),
+            DOCUMENTED,
+        ),
+        (refusal("humanInputWebhookUrl", kind="value_error.extra", says="extra fields not permitted"), DOCUMENTED),
+    ],
+    ids=["asks-for-camel", "forbids-snake", "forbids-camel", "forbids-a-webhook"],
+)
+async def test_a_refused_spelling_is_left_out_once_and_for_the_session(
+    router: respx.MockRouter, client: CrewClient, refused: httpx.Response, taken: dict[str, Any]
+):
+    route = router.post("/resume").mock(side_effect=[refused, *[httpx.Response(200, json={"kickoff_id": "k2"})] * 2])
+    await client.resume("k1", "t1", "ok", True)
+    await client.resume("k1", "t1", "ok", True)
+    assert bodies(router)[1:] == [taken, taken]
+    assert route.call_count == 3
+
+
+@pytest.mark.parametrize(
+    "final",
+    [
+        httpx.Response(422, json={"detail": "Not pending"}),
+        httpx.Response(422, json={"detail": [{"loc": ["body", "note"], "msg": "Field required"}]}),
+        httpx.Response(422, json={"detail": [{"loc": ["query", "executionId"], "msg": "Field required"}]}),
+        httpx.Response(422, text="<html>"),
+        httpx.Response(400, json={"detail": [{"loc": ["body", "executionId"], "msg": "Field required"}]}),
+        httpx.Response(500, text="Internal Server Error"),
+    ],
+    ids=["sentence", "other-field", "other-place", "page", "other-status", "failure"],
+)
+async def test_any_other_refusal_of_an_answer_is_final(
+    router: respx.MockRouter, client: CrewClient, final: httpx.Response
+):
+    route = router.post("/resume").mock(return_value=final)
+    with pytest.raises(pc.CrewAPIError):
+        await client.resume("k1", "t1", "ok", True)
+    assert route.call_count == 1
+
+
+async def test_a_second_refusal_is_final(router: respx.MockRouter, client: CrewClient):
+    route = router.post("/resume").mock(return_value=refusal("executionId"))
+    with pytest.raises(pc.CrewAPIError, match="executionId"):
+        await client.resume("k1", "t1", "ok", True)
+    assert route.call_count == 2
+
+
+async def test_missing_inputs_are_named(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(422, json={"detail": "Missing inputs: audience, topic"})
+    with pytest.raises(pc.InvalidInputsError) as caught:
+        await client.kickoff({})
+    assert caught.value.missing_inputs == ["audience", "topic"]
+
+
+@pytest.mark.parametrize("says", ["Invalid or missing authentication credentials", "Not authenticated"])
+async def test_a_wrong_token_is_known(router: respx.MockRouter, client: CrewClient, says: str):
+    router.get("/inputs").respond(401, json={"detail": says})
+    with pytest.raises(pc.AuthenticationError, match=says):
+        await client.inputs()
+
+
+async def test_a_crew_without_a_root_page_is_healthy(router: respx.MockRouter, client: CrewClient):
+    router.get("/").respond(404, json={"detail": "Not Found"})
+    router.get("/inputs").respond(json={"inputs": ["topic"]})
+    assert await client.health()
+
+
+async def test_a_flow_needs_no_input_and_gets_values_with_their_types(router: respx.MockRouter):
+    router.get("/inputs").respond(json={"inputs": ["count", "id", "history"]})
+    router.post("/kickoff").respond(json={"kickoff_id": "k1"})
+    async with CrewClient(URL, TOKEN, flow=True) as client:
+        assert [item.required for item in await client.inputs()] == [False] * 3
+        await client.kickoff({"history": ["a"], "count": 3})
+    assert bodies(router)[0] == {"inputs": {"history": ["a"], "count": 3}}
+
+
+async def test_a_state_is_restored_by_any_id(router: respx.MockRouter, client: CrewClient):
+    router.post("/kickoff").respond(json={"kickoff_id": "k2"})
+    await client.kickoff({}, restore_from="run 7/ä")
+    assert bodies(router)[0]["restoreFromStateId"] == "run 7/ä"
+
+
+async def test_usage_and_the_key_of_a_run_are_in_the_status(router: respx.MockRouter, client: CrewClient):
+    last = {"name": "write", "output": "Done.", "kickoff_id": "k1", "meta": {"idempotency_key": "daily"}}
+    body = {"state": "SUCCESS", "result": "Done.", "usage_metrics": {"total_tokens": 12}, "last_executed_task": last}
+    router.get("/status/k1").respond(json=body)
+    status = await client.status("k1")
+    assert status.usage is not None
+    assert status.usage.total_tokens == 12
+    assert status.idempotency_key == "daily"
