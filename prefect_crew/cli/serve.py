@@ -49,7 +49,6 @@ def serve(
     port: ListenPort = 8000,
     token: Annotated[str | None, Parameter(env_var="CREW_TOKEN")] = None,
     response_format: Literal["documented", "union", "live"] = "documented",
-    generation: Literal["first", "later"] = "first",
     fault: list[str] | None = None,
     speed: float = 1.0,
     no_stop: bool = False,
@@ -62,7 +61,6 @@ def serve(
         spec: A bundled crew (travel, echo), a YAML script, or CrewAI code as module:factory.
         token: The token that the server accepts; a random one if left out. Other users see it on the command line.
         response_format: How the server words its answers.
-        generation: How the server words its webhooks.
         fault: A fault to inject, such as kickoff:500; can be repeated.
         speed: How many times faster a script runs than its seconds say.
         no_stop: Serve without /stop, as some servers do.
@@ -79,7 +77,6 @@ def serve(
                 port=port,
                 token=token or None,
                 response_format=response_format,
-                generation=generation,
                 faults=fault or (),
                 speed=speed,
                 stop=not no_stop,

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack, cast, get_args
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack, cast
 
 from anyio.abc import TaskStatus
 from anyio.from_thread import start_blocking_portal
@@ -37,7 +37,7 @@ from prefect_crew.devserver._faults import Fault, Faults
 from prefect_crew.devserver._response_formats import FORMATS, WORDS, FormatName
 from prefect_crew.devserver._runs import Answer, CrewRuns, Run
 from prefect_crew.devserver._scripts import Spec, load_program
-from prefect_crew.devserver._webhooks import CALLBACKS, Generation, ReviewWebhook, WebhookSender
+from prefect_crew.devserver._webhooks import CALLBACKS, ReviewWebhook, WebhookSender
 
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
@@ -52,7 +52,6 @@ class ServerOptions(TypedDict, total=False):
 
     token: str | None
     response_format: FormatName
-    generation: Generation
     faults: Iterable[Fault | str]
     speed: float
     stop: bool
@@ -105,7 +104,6 @@ class CrewServer:
         - `token`: The bearer token that every request but `GET /` must carry; a random one by default.
         - `response_format`: The words of answers: "documented" is the published API to the letter, "union" has
           everything that strict clients look for, "live" is what hosted crews answer.
-        - `generation`: The words of webhooks' bodies: "first" or "later".
         - `faults`: Mistakes of the server, as `Fault` or as text such as "status:500@1".
         - `speed`: The divisor of the seconds in scripts.
         - `stop`: Whether there is `/stop`; the published contract has none.
@@ -130,13 +128,9 @@ class CrewServer:
     def __init__(
         self, spec: Spec | Mapping[str, Spec] = "echo", *, port: int = 0, **options: Unpack[ServerOptions]
     ) -> None:
-        response_format, generation = options.get("response_format", "documented"), options.get("generation", "first")
+        response_format = options.get("response_format", "documented")
         if response_format not in FORMATS:
             raise ValueError(f"There is no response format {response_format!r}. Formats: {', '.join(FORMATS)}.")
-        if generation not in get_args(Generation):
-            raise ValueError(
-                f"generation must be 'first' or 'later', not {generation!r}: it chooses the words of webhooks' bodies."
-            )
         specs = spec if isinstance(spec, Mapping) else {"": spec}
         programs = {name: load_program(source, speed=options.get("speed", 1.0)) for name, source in specs.items()}
         self.port: int = port
@@ -151,7 +145,7 @@ class CrewServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self.hanging: set[Connection] = set()
         review = options.get("review_webhook")
-        self._sender = WebhookSender(self.faults, spawn=self._spawn, generation=generation, review=review)
+        self._sender = WebhookSender(self.faults, spawn=self._spawn, review=review)
         most, stop = options.get("max_runs"), options.get("stop", True)
         self.crews: dict[str, CrewRuns] = {
             name: CrewRuns(program, listener=self._sender, spawn=self._spawn, max_runs=most)

@@ -1,4 +1,4 @@
-"""The webhooks of a run: their bodies in both generations, the event streams, and their sender."""
+"""The webhooks of a run: their bodies, the event streams, and their sender."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import httpx
 
@@ -20,11 +20,8 @@ from prefect_crew.client._transport import tls_context
 from prefect_crew.client.models import TaskResult, TokenUsage
 from prefect_crew.client.webhooks import BasicAuth, BearerAuth
 from prefect_crew.devserver._faults import Faults
-from prefect_crew.devserver._response_formats import documented_result, documented_task
 from prefect_crew.devserver._runs import Question, Run, Spawn, Step
 
-Generation = Literal["first", "later"]
-"""The two wordings of the bodies of webhooks."""
 CALLBACKS = "/human_feedback_requests/"
 """The end of the path of a callback URL, before its token."""
 
@@ -34,56 +31,40 @@ _TIMEOUT = 10.0
 logger = logging.getLogger(__name__)
 
 
-_KEYS: dict[str, dict[Generation, str]] = {
-    "task": {
-        "first": "kickoff_id task_id status output agent execution_time",
-        "later": "description name expected_output summary agent output output_json kickoff_id meta",
-    },
-    "step": {
-        "first": "kickoff_id task_id agent step_type content",
-        "later": "prompt thought tool tool_input result kickoff_id meta",
-    },
-    "crew": {
-        "first": "kickoff_id status result execution_time meta",
-        "later": "kickoff_id result result_json token_usage meta",
-    },
-    "human": {"first": "execution_id task_id task_output meta", "later": "kickoff_id task_id output meta"},
-}
-"""The fields of each webhook's body. The crew webhook comes for completed runs only: no failure body is documented."""
-
-
-def _body(kind: str, run: Run, value: Any, generation: Generation) -> dict[str, Any]:
-    """Return the body of a webhook about `value`, or about the end of the run."""
-    facts: dict[str, Any] = {"kickoff_id": run.id, "execution_id": run.id, "meta": run.meta, "status": "completed"}
+def _body(run: Run, value: Any) -> dict[str, Any]:
+    """Return the body of a webhook about `value`, or about the completed run: no failure body is documented."""
+    facts = {"kickoff_id": run.id, "meta": run.meta}
     match value:
         case TaskResult():
             words, raw = (value.output or "").split(), cast("dict[str, Any]", value.raw or {})
-            facts |= documented_task(value) | {
+            return {
                 "description": value.description or "",
                 "name": value.name,
                 "expected_output": raw.get("expected_output", ""),
                 "summary": " ".join(words[:10]) + ("..." if len(words) > 10 else ""),
+                "agent": value.agent,
+                "output": value.output or "",
                 "output_json": value.data,
+                **facts,
             }
         case Step():
-            facts |= {
-                "task_id": value.task,
-                "agent": value.agent,
-                "step_type": value.kind,
-                "content": value.content,
+            return {
                 "prompt": f"{value.task or 'task'} ({value.agent or 'agent'})",
                 "thought": "" if value.tool else value.content,
                 "tool": value.tool or "",
                 "tool_input": "",
                 "result": value.content if value.tool else "",
+                **facts,
             }
         case Question():
-            facts |= {"task_id": value.task_id, "task_output": value.output, "output": value.output}
+            return {"execution_id": run.id, "task_id": value.task_id, "task_output": value.output, **facts}
         case _:
-            result = documented_result(run) if generation == "first" else run.output or ""
-            usage = {"result_json": run.data, "token_usage": _counts(run.usage)}
-            facts |= {"result": result, "execution_time": run.execution_time, **usage}
-    return {key: facts[key] for key in _KEYS[kind][generation].split()}
+            return {
+                "result": run.output or "",
+                "result_json": run.data,
+                "token_usage": _counts(run.usage),
+                **facts,
+            }
 
 
 def _counts(usage: TokenUsage | None) -> dict[str, int] | None:
@@ -154,12 +135,11 @@ class ReviewWebhook:
 class WebhookSender:
     """A `Listener` that sends a run's events to its webhooks. `asked` maps the token of a callback to the question."""
 
-    def __init__(self, faults: Faults, *, spawn: Spawn, generation: Generation, review: ReviewWebhook | None) -> None:
+    def __init__(self, faults: Faults, *, spawn: Spawn, review: ReviewWebhook | None) -> None:
         self.review = review
         self.asked: dict[str, tuple[Run, Question]] = {}
         self._faults = faults
         self._spawn = spawn
-        self._generation: Generation = generation
         self.open()
 
     def open(self) -> None:
@@ -182,7 +162,7 @@ class WebhookSender:
                 kind, target = "crew", targets.crew if event == "completed" else None
         if target is not None:
             url, authentication = (target, None) if isinstance(target, str) else (target.url, target.authentication)
-            self._send(kind, url, _body(kind, run, value, self._generation), authentication)
+            self._send(kind, url, _body(run, value), authentication)
         if (stream := targets.stream) is not None:
             for type_ in _EVENT_TYPES.get(event, ()):
                 if type_ in stream.events and (run.is_flow or type_ not in _OF_FLOWS):

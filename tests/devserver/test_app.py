@@ -176,7 +176,6 @@ def test_resume(reviewed: httpx.Client) -> None:
     ("options", "text"),
     [
         ({"response_format": "x"}, "Formats: documented, union, live"),
-        ({"generation": "next"}, "'first' or 'later'"),
         ({"speed": 0}, "speed must be above 0"),
         ({"max_runs": 0}, "max_runs, the number of runs at once, must be above 0"),
         ({"max_runs": -1}, "max_runs, the number of runs at once, must be above 0"),

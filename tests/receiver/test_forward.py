@@ -249,15 +249,15 @@ WRITE = {"name": "write", "agent": "Writer", "seconds": 0.2, "output": "written 
 QUICK = WaitPolicy(initial=0.2, max_interval=0.5)
 
 
-@pytest.mark.parametrize(("generation", "faults"), [("first", []), ("later", ["webhook:double"])])
+@pytest.mark.parametrize("faults", [[], ["webhook:double"]], ids=["once", "twice"])
 async def test_a_run_reports_each_question_and_its_end_once(
-    generation: Any, faults: list[str], key: str, monkeypatch: pytest.MonkeyPatch
+    faults: list[str], key: str, monkeypatch: pytest.MonkeyPatch
 ):
     spec = script(RESEARCH, WRITE, inputs=["customer"])
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
     async with served(create_receiver(SECRET)) as url:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
-        with CrewServer(spec, generation=generation, faults=faults) as server:
+        with CrewServer(spec, faults=faults) as server:
             crew = server.crew(wait=QUICK, secret_inputs=["customer"])
             running = asyncio.create_task(arun_crew(crew, {"customer": "ACME"}, idempotency_key=key))
             for questions in (1, 2):

@@ -108,7 +108,7 @@ async def test_an_odd_receiver_is_asked_again(status: int, body: str, monkeypatc
 
 @pytest.mark.parametrize("lost", ["webhook-crew:lose", "webhook-stream:lose"], ids=["stream-alone", "webhook-alone"])
 async def test_usage_comes_from_webhooks(receiver: str, crew_server: CrewServerFactory, lost: str) -> None:
-    server = crew_server(script({"seconds": 1.5}, usage=USAGE), faults=[lost], generation="later")
+    server = crew_server(script({"seconds": 1.5}, usage=USAGE), faults=[lost])
     (result,) = await run(server.crew(wait=RARELY))
     assert "token_usage" not in result.raw, "the status does not tell it"
     assert result.usage == TokenUsage(**USAGE)
