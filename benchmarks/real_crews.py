@@ -28,7 +28,7 @@ IN_FLIGHT = 8
 SERVE = """
 import sys
 from prefect_crew.devserver import serve
-serve(sys.argv[1], port=0, token=sys.argv[2], response_format="union")
+serve(sys.argv[1], port=0, token=sys.argv[2], response_format="live")
 """
 
 
@@ -48,11 +48,11 @@ async def measure(url: str, token: str, runs: int) -> float:
                     body = (await client.get(f"/status/{kickoff_id}")).raise_for_status().json()
                 if body["state"] == "SUCCESS":
                     break
-                if body["state"] not in ("PENDING", "STARTED"):
-                    raise RuntimeError(f"run {number} is {body['state']}: {body['error']}")
+                if body["state"] not in ("PENDING", "STARTED", "RUNNING"):
+                    raise RuntimeError(f"run {number} is {body['state']}: {body['status']}")
                 await asyncio.sleep(0.5)
-            if f"Town {number} " not in body["output"] or len(body["tasks"]) != 2:
-                raise RuntimeError(f"run {number} has another's result: {body['output'][:200]}")
+            if f"Town {number} " not in body["result"] or body["progress"]["completed"] != 2:
+                raise RuntimeError(f"run {number} has another's result: {body['result'][:200]}")
 
         began = time.perf_counter()
         await asyncio.gather(*(one(number) for number in range(runs)))

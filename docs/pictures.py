@@ -64,7 +64,7 @@ def take_run(page: Page, server: PrefectServer, seen: Seen) -> None:
     from prefect_crew import run_crew
     from prefect_crew.devserver import CrewServer
 
-    with CrewServer("travel", response_format="union") as crew:
+    with CrewServer("travel") as crew:
         crew.crew().save("travel", overwrite=True)
         run_crew("travel", TRIP, idempotency_key="lisbon")
     page.open(server.artifact_url(artifact_id(seen, "crew-travel"), ui="v2"))
@@ -98,7 +98,7 @@ def take_form(page: Page, server: PrefectServer, seen: Seen) -> None:
     from prefect_crew.devserver import CrewServer
 
     draft = (ROOT / "flows" / "crews" / "draft.yaml").read_text(encoding="utf-8")
-    with CrewServer(draft, response_format="union") as crew:
+    with CrewServer(draft) as crew:
         crew.crew().save("draft", overwrite=True)
         inputs = {"topic": "Coffee", "audience": "beginners", "notes": "- grind it fresh\n- water of 92 °C"}
         waiting = threading.Thread(
@@ -138,7 +138,7 @@ def take_link(page: Page, server: PrefectServer, seen: Seen) -> None:
             await waiting
 
     receiver = receiver_of(server.env(), HOME)
-    with CrewServer(draft, response_format="union") as crew, Chat() as chat, receiver as (_, port):
+    with CrewServer(draft) as crew, Chat() as chat, receiver as (_, port):
         os.environ["PREFECT_INTEGRATIONS_CREW_ANSWER_URL"] = f"http://127.0.0.1:{port}"
         os.environ["PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET"] = SECRET
         asyncio.run(ask(crew, chat))
@@ -206,7 +206,7 @@ def take_trace(page: Page, server: PrefectServer, seen: Seen) -> None:
             def weekly_trip() -> None:
                 run_crew("travel", TRIP, idempotency_key="lisbon-traced")
 
-            with CrewServer("travel", response_format="union") as crew:
+            with CrewServer("travel", response_format="live") as crew:
                 price = Price(per_1k_input=0.0025, per_1k_output=0.01)
                 crew.crew(price=price).save("travel", overwrite=True)
                 weekly_trip()

@@ -74,7 +74,7 @@ def batch(prefect_api: PrefectServer, tmp_path: Path) -> Batches:
 
 
 async def test_a_runs_cost_is_in_result_record_artifact(prefect_api: PrefectServer, crew_server: CrewServerFactory):
-    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
+    crew = crew_server(CrewScript.model_validate(ASKING), response_format="live").crew(price=TOKENS)
     name = key()
     result = await arun_crew(crew, {"text": "tea"}, idempotency_key=name)
     assert result.cost == pytest.approx(3.0)
@@ -113,7 +113,7 @@ class Counting(ScriptedProgram):
 
 
 async def test_the_totals_of_a_batch_are_what_the_server_counted(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(Counting(CrewScript.model_validate(ASKING), speed=float("inf")), response_format="union")
+    server = crew_server(Counting(CrewScript.model_validate(ASKING), speed=float("inf")), response_format="live")
     name = f"counted {uuid.uuid4()}"
     with tags("counted"):
         report = await batch(server.crew(price=TOKENS), [{"text": n} for n in range(200)], name=name)
@@ -138,7 +138,7 @@ async def test_the_totals_of_a_batch_are_what_the_server_counted(batch: Batches,
 
 
 async def test_a_flow_keeps_the_page(prefect_api: PrefectServer, crew_server: CrewServerFactory):
-    crew = crew_server(CrewScript.model_validate(ASKING), response_format="union").crew(price=TOKENS)
+    crew = crew_server(CrewScript.model_validate(ASKING), response_format="live").crew(price=TOKENS)
 
     @flow
     async def once() -> None:

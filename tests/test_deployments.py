@@ -23,6 +23,7 @@ from prefect_crew.deployments import backfill
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
+from support.servers import describing
 
 CREW = """
 name: form
@@ -48,7 +49,7 @@ SIX = DeploymentScheduleCreate(
 @pytest.fixture
 def crew(prefect_api: PrefectServer) -> Iterator[CrewServer]:
     """A crew with that form, which is stored as `form`."""
-    with CrewServer(CREW, response_format="live") as server:
+    with describing(CrewServer(CREW)) as server:
         block: Any = server.crew(wait={"initial": 0.1, "max_interval": 0.5})
         block.save("form", overwrite=True, _sync=True)
         yield server

@@ -48,7 +48,7 @@ def serve(
     host: Host = "127.0.0.1",
     port: ListenPort = 8000,
     token: Annotated[str | None, Parameter(env_var="CREW_TOKEN")] = None,
-    response_format: Literal["documented", "union", "live"] = "documented",
+    response_format: Literal["documented", "live"] = "documented",
     fault: list[str] | None = None,
     speed: float = 1.0,
     no_stop: bool = False,

@@ -34,7 +34,7 @@ from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
@@ -158,6 +158,7 @@ class CrewAIProgram:
         self.name: str = name or (type(crew).__name__ if self.flow else module)
         self._factory = factory
         self._inputs = _flow_inputs(crew) if self.flow else _crew_inputs(crew)
+        self.state_fields: list[str] = _state_fields(crew) if self.flow else []
         tasks = [] if self.flow else [(task.description, task.expected_output) for task in crew.tasks]
         self._definition = {"name": self.name, "inputs": [item.name for item in self._inputs], "tasks": tasks}
 
@@ -218,6 +219,13 @@ def _build(factory: Callable[[], Any]) -> Any:
 
 def _crew_inputs(crew: Crew) -> list[CrewInput]:
     return [CrewInput(name=name) for name in sorted(crew.fetch_inputs()) if _PLACEHOLDER.fullmatch(name)]
+
+
+def _state_fields(flow: Flow[Any]) -> list[str]:
+    """Return the fields of a flow's state, with `id` only if the author's own model has it."""
+    model = cast("Any", type(flow.state))
+    model = model.__bases__[1] if model.__name__ == "StateWithId" else model  # CrewAI's, around the author's
+    return list(getattr(model, "model_fields", ()))
 
 
 def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
@@ -446,8 +454,11 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
         verbose = not _is_flow(crew) and (crew.verbose or any(agent.verbose for agent in crew.agents))
         set_suppress_console_output(not verbose)
         add_stream_sink(_Watch(crew, bridge).see)
-        restored = {"restore_from_state_id": run.restore_from} if _is_flow(crew) and run.restore_from else {}
-        result = crew.kickoff(inputs=dict(run.inputs), **restored)
+        if _is_flow(crew):  # as on AMP, the id of its state is the kickoff id
+            inputs = {"id": run.id, **run.inputs}
+            result = crew.kickoff(inputs=inputs, restore_from_state_id=run.restore_from)
+        else:
+            result = crew.kickoff(inputs=dict(run.inputs))
     if isinstance(result, HumanFeedbackPending):
         raise ProgramError(
             "The flow asks people by its own provider, whose answers do not reach this server. Leave the provider out "

@@ -1,129 +1,174 @@
-"""The three wordings of the dev server's answers.
+"""The two wordings of the dev server's answers.
 
 - documented: To the letter of the published contract. For states that it leaves open (a run that waits for a person,
   or was stopped), the server uses the words of CrewAI's pages.
-- union: All fields that strict clients look for, `state` and `status` together.
-- live: As CrewAI's hosted crews answer: `state` and `result`, no progress, no times; errors as `{"detail": …}`; an
-  unknown run is a 200 with the state NOT FOUND. `GET /inputs` describes each input.
+- live: As crews on AMP answered when CrewAI's engineers tested them. A run that waits for a person is not shown: only
+  its webhook tells of the question, and the answer moves the run to a new id.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
-from prefect_crew.client.models import CrewInput, TaskResult
-from prefect_crew.devserver._runs import Run
+from pydantic import ValidationError
+
+from prefect_crew._text import problems_of
+from prefect_crew.client.models import TaskResult, TokenUsage
+from prefect_crew.devserver._runs import Program, Question, Run
 from prefect_crew.states import CrewState
 
-FormatName = Literal["documented", "union", "live"]
+FormatName = Literal["documented", "live"]
+Refusal = tuple[int, Any]
+"""The HTTP status and the body of an error."""
 
 WORDS = {
     CrewState.PENDING: ("PENDING", "running"),  # the contract knows no pending
-    CrewState.RUNNING: ("STARTED", "running"),
-    CrewState.WAITING: ("PENDING_HUMAN_INPUT", "Pending Human Input"),
+    CrewState.RUNNING: ("RUNNING", "running"),
+    CrewState.WAITING: ("NOT FOUND", "Pending Human Input"),
     CrewState.COMPLETED: ("SUCCESS", "completed"),
     CrewState.FAILED: ("FAILED", "error"),
     CrewState.STOPPED: ("REVOKED", "stopped"),
 }
-"""The `state` and the `status` of each state."""
+"""The words for each state: of "live" in `state`, of "documented" in `status`."""
 
 
-class ResponseFormat:
-    """The format "documented", which the other two change."""
+class Documented:
+    """The format "documented"."""
 
-    def inputs(self, inputs: list[CrewInput]) -> dict[str, Any]:
+    is_live: ClassVar[bool] = False
+
+    def inputs(self, program: Program) -> dict[str, Any]:
         """Return the body of `GET /inputs`."""
+        inputs = program.inputs()
         required = [item.name for item in inputs if item.required]
         return {"inputs": [item.name for item in inputs], "required_inputs": required}
 
     def status(self, run: Run) -> dict[str, Any]:
         """Return the body of the status call."""
         body: dict[str, Any] = {"status": WORDS[run.state][1]}
+        question = next(iter(run.questions.values()), None)
         if not run.state.ended:
-            return {**body, "current_task": _current(run) or "", "progress": _progress(run)}
+            total = max(len(run.planned), len(run.tasks) + (run.current_task is not None))
+            progress = {"completed_tasks": len(run.tasks), "total_tasks": total}
+            body |= {"current_task": question.task_id if question else run.current_task or "", "progress": progress}
+            return body | {"task_output": question.output} if question else body
         if run.state is CrewState.COMPLETED:
-            body["result"] = documented_result(run)
+            body["result"] = {"output": run.output or "", "tasks": [_task(task) for task in run.tasks]}
         if run.state is CrewState.FAILED:
             body["error"] = run.error or ""
         return {**body, "execution_time": run.execution_time}
 
-    def unknown(self) -> tuple[int, dict[str, Any]]:
-        """Return the HTTP status and the body of the status call for an unknown run."""
-        return 404, self.error("Execution not found", "No execution found with the given kickoff_id.")
+    def question_id(self, question: Question) -> str:
+        """Return the `task_id` of a question in its webhook and its answer."""
+        return question.task_id
 
-    def error(self, error: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the body of an error."""
-        return {"error": error, "message": message, **({"details": details} if details else {})}
+    def unknown(self) -> Refusal:
+        """Return the answer about a run that is not there."""
+        return 404, self.error("Execution not found", "No execution found with the given id.")
+
+    def unauthorized(self, *, has_token: bool) -> dict[str, Any]:
+        """Return the body of a 401, for a wrong token and for none."""
+        return self.error(
+            "Unauthorized", "The bearer token is missing or wrong. Send the header 'Authorization: Bearer TOKEN'."
+        )
+
+    def missing(self, names: list[str]) -> Refusal:
+        """Return the answer to a kickoff that lacks required inputs."""
+        message = f"Missing required inputs: {', '.join(names)}"
+        return 422, {**self.error("Validation error", message), "details": {"missing_inputs": names}}
+
+    def invalid(self, error: ValidationError) -> Refusal:
+        """Return the answer to a body that cannot be read."""
+        return 400, self.error("Invalid request", problems_of(error)[0])
+
+    def error(self, error: str, message: str) -> dict[str, Any]:
+        """Return the body of another error."""
+        return {"error": error, "message": message}
 
 
-class _Union(ResponseFormat):
+class Live(Documented):
+    """The format "live"."""
+
+    is_live: ClassVar[bool] = True
+
+    def inputs(self, program: Program) -> dict[str, Any]:
+        return {"inputs": getattr(program, "state_fields", None) or [item.name for item in program.inputs()]}
+
     def status(self, run: Run) -> dict[str, Any]:
-        state, status = WORDS[run.state]
-        step = run.last_step
-        question = next(iter(run.questions.values()), None)
+        if run.state is CrewState.WAITING:
+            return self.unknown()[1]
+        state, step, message = WORDS[run.state][0], run.last_step, None
+        if run.state is CrewState.RUNNING:
+            state = "RUNNING" if run.current_task or run.tasks else "STARTED"
+            message = "Task is Running"
+        total = None if run.is_flow else max(len(run.planned), len(run.tasks) + (run.current_task is not None))
+        progress = {
+            "unit": "step" if run.is_flow else "task",
+            "completed": len(run.tasks),
+            "total": total,
+            "remaining": None if total is None else total - len(run.tasks),
+            "current": run.current_task,
+        }
         return {
-            "kickoff_id": run.id,
             "state": state,
-            "status": status,
-            "current_task": _current(run),
-            "task_id": question.task_id if question else None,
-            "task_output": question.output if question else None,
-            "progress": _progress(run),
-            "last_step": {"agent": step.agent, "type": step.kind, "content": step.content} if step else None,
-            "last_executed_task": _described(run.tasks[-1]) if run.tasks else None,
-            "result": run.error if run.state is CrewState.FAILED else run.output,
+            "status": run.error if run.state is CrewState.FAILED else message,
+            "result": run.output,
             "result_json": run.data,
-            "output": run.output,
-            "tasks": [documented_task(task) | _described(task) for task in run.tasks],
-            "error": run.error,
-            "execution_time": run.execution_time,
-            "token_usage": run.usage.model_dump(exclude_none=True) if run.usage else None,
-            "meta": run.meta,
+            "usage_metrics": usage_counts(run.usage),
+            "progress": None if run.state in (CrewState.PENDING, CrewState.FAILED) else progress,
+            "last_step": {"agent": step.agent, "type": step.kind, "content": step.content} if step else None,
+            "last_executed_task": task_report(run, run.tasks[-1]) if run.tasks and not run.is_flow else None,
         }
 
+    def question_id(self, question: Question) -> str:
+        return question.uuid
 
-class _Live(ResponseFormat):
-    def inputs(self, inputs: list[CrewInput]) -> dict[str, Any]:
-        return {"inputs": [item.model_dump(exclude_none=True) for item in inputs]}
+    def unknown(self) -> Refusal:
+        names = ("result", "result_json", "usage_metrics", "progress", "last_step", "last_executed_task")
+        message = "Task not found or Invalid kickoff id"
+        return 200, {"state": "NOT FOUND", "status": message, **dict.fromkeys(names)}
 
-    def status(self, run: Run) -> dict[str, Any]:
-        body: dict[str, Any] = {"state": WORDS[run.state][0]}
-        if run.state is CrewState.FAILED:
-            return {**body, "status": run.error or "", "result": None}
-        if run.state is CrewState.COMPLETED:
-            body |= {"result": run.output or "", "result_json": run.data}
-        # Also of a completed run: a client of hosted crews reads the output there.
-        return {**body, "last_executed_task": _described(run.tasks[-1])} if run.tasks else body
+    def unauthorized(self, *, has_token: bool) -> dict[str, Any]:
+        message = "Invalid or missing authentication credentials" if has_token else "Not authenticated"
+        return self.error("", message)
 
-    def unknown(self) -> tuple[int, dict[str, Any]]:
-        return 200, {"state": "NOT FOUND"}
+    def missing(self, names: list[str]) -> Refusal:
+        return 422, self.error("", f"Missing inputs: {', '.join(names)}")
 
-    def error(self, error: str, message: str, details: dict[str, Any] | None = None) -> dict[str, Any]:
-        return {"detail": message, **(details or {})}
+    def invalid(self, error: ValidationError) -> Refusal:
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
+        if any(problem["type"] == "json_invalid" for problem in problems):
+            return 500, "Internal Server Error"
+        return 422, {"detail": [{**problem, "loc": ["body", *problem["loc"]]} for problem in problems]}
 
-
-FORMATS: dict[str, ResponseFormat] = {"documented": ResponseFormat(), "union": _Union(), "live": _Live()}
+    def error(self, error: str, message: str) -> dict[str, Any]:
+        return {"detail": message}
 
 
-def documented_task(task: TaskResult) -> dict[str, Any]:
-    """Return one task as `result.tasks` lists it."""
+FORMATS: dict[str, Documented] = {"documented": Documented(), "live": Live()}
+
+
+def usage_counts(usage: TokenUsage | None) -> dict[str, int] | None:
+    """Return the counts that a run reports."""
+    return usage.model_dump(exclude_none=True) if usage else None
+
+
+def task_report(run: Run, task: TaskResult) -> dict[str, Any]:
+    """Return a task as its webhook and `last_executed_task` describe it."""
+    words, raw = (task.output or "").split(), cast("dict[str, Any]", task.raw or {})
+    return {
+        "description": task.description or "",
+        "name": task.name,
+        "expected_output": raw.get("expected_output", ""),
+        "summary": " ".join(words[:10]) + ("..." if len(words) > 10 else ""),
+        "agent": task.agent,
+        "output": task.output or "",
+        "output_json": task.data,
+        "kickoff_id": run.id,
+        "meta": run.meta,
+    }
+
+
+def _task(task: TaskResult) -> dict[str, Any]:
     about = {"agent": task.agent, "execution_time": task.execution_time}
     return {"task_id": task.name, "output": task.output or "", **about}
-
-
-def documented_result(run: Run) -> dict[str, Any]:
-    """Return the `result` of a completed run."""
-    return {"output": run.output or "", "tasks": [documented_task(task) for task in run.tasks]}
-
-
-def _described(task: TaskResult) -> dict[str, Any]:
-    return {"name": task.name, "agent": task.agent, "description": task.description, "output": task.output or ""}
-
-
-def _current(run: Run) -> str | None:
-    return next(iter(run.questions), run.current_task)
-
-
-def _progress(run: Run) -> dict[str, int]:
-    total = max(len(run.planned), len(run.tasks) + (run.current_task is not None))
-    return {"completed_tasks": len(run.tasks), "total_tasks": total}

@@ -52,11 +52,12 @@ class Step(NamedTuple):
 
 
 class Question(NamedTuple):
-    """A question to a person about one task."""
+    """A question to a person about one task. `uuid` is its own id, for servers that do not name the task."""
 
     task_id: str
     output: str
     answer: asyncio.Future[Answer]
+    uuid: str
 
 
 class Program(Protocol):
@@ -96,7 +97,8 @@ class Run:
     Its methods must be called on the server's event loop; any thread may read it.
 
     Attributes:
-        id: The kickoff id.
+        id: The kickoff id. In the response format "live" each answer of a person gives the run a new one.
+        former_ids: The ids that it had before.
         targets: The webhooks; each `/resume` replaces them, also by none.
         base_url: The server's URL as the kickoff's client used it.
         planned: Names of all tasks, if the program set them.
@@ -111,6 +113,7 @@ class Run:
     restore_from: str | None = None
     is_flow: bool = False
     base_url: str = ""
+    former_ids: set[str] = field(default_factory=set[str], init=False)
     listener: Listener = lambda _run, _event, _value: None
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC), init=False)
     planned: list[str] = field(default_factory=list[str], init=False)
@@ -179,7 +182,8 @@ class Run:
         async with self._asking[task_id]:
             if self.state.ended:
                 raise asyncio.CancelledError
-            question = Question(task_id, output, asyncio.get_running_loop().create_future())
+            answer = asyncio.get_running_loop().create_future()
+            question = Question(task_id, output, answer, str(uuid.uuid4()))
             self.questions[task_id] = question
             self.listener(self, "waiting", question)
             try:
@@ -263,6 +267,14 @@ class CrewRuns:
         run.is_flow, run.listener = self.is_flow, self._listener
         self.runs[run.id] = run
         run.task = self._spawn(self._run(run))
+
+    def rename(self, run: Run) -> str:
+        """Give a run a new id, and return it. The old one is unknown from then on."""
+        old, run.id = run.id, str(uuid.uuid4())
+        run.former_ids.add(old)
+        # Replaced in its place, since the order of runs is that of their kickoffs, and another thread reads it.
+        self.runs = {run.id if id_ == old else id_: one for id_, one in self.runs.items()}
+        return run.id
 
     def stop(self, run: Run) -> bool:
         """Stop a run. Return False if it had ended before."""

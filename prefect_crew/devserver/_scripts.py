@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
-from uuid import uuid4
 
 import yaml
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
@@ -83,7 +82,7 @@ class CrewScript(_Part):
     description: str | None = Field(default=None, description="Description of the crew.")
     flow: bool = Field(
         default=False,
-        description="Whether it is a Flow: its input `id` must be a UUID, its end is streamed, and it keeps a `state`.",
+        description="Whether it is a Flow: its end is streamed, and it keeps a `state` under its kickoff id.",
     )
     inputs: list[Annotated[InputSpec, BeforeValidator(_as_input, json_schema_input_type=str | InputSpec)]] = Field(
         default_factory=list[InputSpec], description="Names of the inputs, or more about each."
@@ -178,9 +177,10 @@ class ScriptedProgram:
     def _state_of(self, run: Run) -> dict[str, Any]:
         """Return the state from which a run starts: a copy of the state to restore, else its own of before, else none.
 
-        As in CrewAI, a state that is not known gives no error. `turn` counts the runs of a chain of states.
+        Its id is the kickoff id, or the input `id`. As in CrewAI, a state that is not known gives no error. `turn`
+        counts the runs of a chain of states.
         """
-        own = str(run.inputs.get("id") or uuid4())
+        own = str(run.inputs.get("id") or run.id)
         before = self.states.get(str(run.restore_from)) or self.states.get(own) or {"turn": 0, "output": ""}
         return {**before, "id": own, "turn": before["turn"] + 1}
 

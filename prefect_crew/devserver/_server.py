@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import threading
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack, cast
 
 from anyio.abc import TaskStatus
 from anyio.from_thread import start_blocking_portal
-from pydantic import BaseModel, Field, StrictBool, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, StrictBool, ValidationError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
@@ -30,7 +31,6 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
-from prefect_crew._text import problems_of
 from prefect_crew.client.encoding import is_uuid
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.devserver._faults import Fault, Faults
@@ -65,6 +65,10 @@ class _Kickoff(BaseModel, extra="allow"):
     restore_from: Any = Field(default=None, alias="restoreFromStateId")
 
 
+class _LiveKickoff(_Kickoff):
+    inputs: dict[str, Any] = {}
+
+
 class _Resume(BaseModel, extra="allow"):
     execution_id: str
     task_id: str
@@ -72,12 +76,19 @@ class _Resume(BaseModel, extra="allow"):
     is_approve: StrictBool
 
 
+class _LiveResume(_Resume):
+    execution_id: str = Field(alias="executionId")
+    task_id: str = Field(alias="taskId")
+    human_feedback: str = Field(validation_alias=AliasChoices("humanFeedback", "human_feedback"))
+    is_approve: StrictBool = Field(validation_alias=AliasChoices("isApprove", "is_approve"))
+
+
 class _Callback(BaseModel, extra="ignore"):
     feedback: str
 
 
 class _RefusedError(Exception):
-    """An error as an answer: its HTTP status, and the text for its body."""
+    """An error as an answer: its HTTP status and its body."""
 
 
 class _JSON(JSONResponse):
@@ -102,8 +113,8 @@ class CrewServer:
 
     Options:
         - `token`: The bearer token that every request but `GET /` must carry; a random one by default.
-        - `response_format`: The words of answers: "documented" is the published API to the letter, "union" has
-          everything that strict clients look for, "live" is what hosted crews answer.
+        - `response_format`: The words of answers: "documented" is the published API to the letter, "live" is what crews
+          on AMP really answer.
         - `faults`: Mistakes of the server, as `Fault` or as text such as "status:500@1".
         - `speed`: The divisor of the seconds in scripts.
         - `stop`: Whether there is `/stop`; the published contract has none.
@@ -145,7 +156,7 @@ class CrewServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self.hanging: set[Connection] = set()
         review = options.get("review_webhook")
-        self._sender = WebhookSender(self.faults, spawn=self._spawn, review=review)
+        self._sender = WebhookSender(self.faults, spawn=self._spawn, response_format=self._format, review=review)
         most, stop = options.get("max_runs"), options.get("stop", True)
         self.crews: dict[str, CrewRuns] = {
             name: CrewRuns(program, listener=self._sender, spawn=self._spawn, max_runs=most)
@@ -197,12 +208,12 @@ class CrewServer:
         return Counter(str(meta["idempotency_key"]) for meta in metas if "idempotency_key" in meta)
 
     def run(self, kickoff_id: str) -> Run:
-        """Return one run.
+        """Return one run, by any id that it has had.
 
         Raises:
             KeyError: No run has this id.
         """
-        return {run.id: run for run in self.runs}[kickoff_id]
+        return {id_: run for run in self.runs for id_ in (run.id, *run.former_ids)}[kickoff_id]
 
     def crew(self, **fields: Any) -> DeployedCrew:
         """Return a Prefect block for this server. `fields` are further fields of the block."""
@@ -299,7 +310,7 @@ class CrewServer:
         ) -> Route:
             async def call(request: Request) -> Response:
                 if not is_open and not self._has_token(request):
-                    return self._unauthorized()
+                    return self._unauthorized(request)
                 return await self._answer(request, place, partial(endpoint, request, crew))
 
             return Route(path, call, methods=[method])
@@ -324,19 +335,19 @@ class CrewServer:
         # Both are compared in any case, so that the time is the same for both.
         return hmac.compare_digest(token.strip().encode("latin-1"), self.token.encode()) & (scheme.lower() == "bearer")
 
-    def _unauthorized(self) -> Response:
+    def _unauthorized(self, request: Request) -> Response:
         self.unauthorized += 1
-        body = self._format.error(
-            "Unauthorized", "The bearer token is missing or wrong. Send the header 'Authorization: Bearer TOKEN'."
-        )
+        body = self._format.unauthorized(has_token="Authorization" in request.headers)
         return _JSON(body, 401, headers={"WWW-Authenticate": "Bearer"})
 
     async def _not_here(self, request: Request, error: Exception) -> Response:
-        if not self._has_token(request):
-            return self._unauthorized()
         status: int = getattr(error, "status_code", 404)
-        message = f"There is no route {request.method} {request.url.path} here."
-        return _JSON(self._format.error(HTTPStatus(status).phrase, message), status, getattr(error, "headers", None))
+        phrase, message = HTTPStatus(status).phrase, f"There is no route {request.method} {request.url.path} here."
+        if self._format.is_live:
+            message = phrase
+        elif not self._has_token(request):
+            return self._unauthorized(request)
+        return _JSON(self._format.error(phrase, message), status, getattr(error, "headers", None))
 
     async def _answer(self, request: Request, place: str, work: Callable[[], Awaitable[Response]]) -> Response:
         """Do the work of a call, with its faults."""
@@ -356,37 +367,41 @@ class CrewServer:
             try:
                 answer = await work()
             except _RefusedError as error:
-                status, *words = error.args
-                answer = _JSON(self._format.error(*words), status)
+                status, body = error.args
+                answer = PlainTextResponse(body, status) if isinstance(body, str) else _JSON(body, status)
             # Where nothing was accepted, there is no "after"; but any answer can be cut off.
             if spoiling is None or (answer.status_code >= 400 and spoiling.base_name != "cut"):
                 return answer
         return self._spoiled(spoiling, answer, request.url.path)
 
     async def _health(self, request: Request, crew: CrewRuns) -> Response:
-        return PlainTextResponse("Healthy")
+        return _JSON({"detail": "Not Found"}, 404) if self._format.is_live else PlainTextResponse("Healthy")
 
     async def _inputs(self, request: Request, crew: CrewRuns) -> Response:
-        return _JSON(self._format.inputs(crew.program.inputs()))
+        return _JSON(self._format.inputs(crew.program))
 
     async def _inspect(self, request: Request, crew: CrewRuns) -> Response:
         definition = getattr(crew.program, "definition", None)
         if definition is None:
-            raise _RefusedError(404, "Not Found", "This crew has no definition to inspect.")
+            raise _RefusedError(404, self._format.error("Not Found", "This crew has no definition to inspect."))
         return _JSON(definition())
 
     async def _kickoff(self, request: Request, crew: CrewRuns) -> Response:
-        body, targets = await _read(request, _Kickoff)
+        is_live = self._format.is_live
+        body, targets = await self._read(request, _LiveKickoff if is_live else _Kickoff)
+        inputs = body.inputs
         required = [item.name for item in crew.program.inputs() if item.required]
-        if missing := [name for name in required if body.inputs.get(name) is None]:
-            message = f"Missing required inputs: {', '.join(missing)}"
-            raise _RefusedError(422, "Validation error", message, {"missing_inputs": missing})
-        flow_id = body.inputs.get("id") if crew.is_flow else None
+        missing = [name for name in required if inputs.get(name) is None]
+        if missing and not (is_live and crew.is_flow):
+            raise _RefusedError(*self._format.missing(missing))
+        if is_live and not crew.is_flow:
+            inputs = {name: str(value) for name, value in inputs.items()}
+        flow_id = inputs.get("id") if crew.is_flow else None
         for name, value in (("inputs.id", flow_id), ("restoreFromStateId", body.restore_from)):
-            if value is not None and not is_uuid(value):
-                raise _RefusedError(422, "Validation Error", f"'{name}' must be a valid UUID.")
+            if value is not None and not is_live and not is_uuid(value):
+                raise _RefusedError(422, self._format.error("Validation Error", f"'{name}' must be a valid UUID."))
         run = Run(
-            body.inputs,
+            inputs,
             meta=body.meta,
             targets=targets,
             restore_from=body.restore_from,
@@ -408,33 +423,64 @@ class CrewServer:
         return _JSON(self._format.status(run))
 
     async def _resume(self, request: Request, crew: CrewRuns) -> Response:
-        body, targets = await _read(request, _Resume)
-        run = _known_run(crew, body.execution_id)
+        if self._format.is_live:
+            return await self._resume_live(request, crew)
+        body, targets = await self._read(request, _Resume)
+        run = self._known_run(crew, body.execution_id)
         if self._sender.review is not None:
-            raise _RefusedError(400, "Execution not pending", "A Flow takes its answer at the callback URL.")
+            message = "A Flow takes its answer at the callback URL."
+            raise _RefusedError(400, self._format.error("Execution not pending", message))
         word = run.answer(body.task_id, Answer(body.is_approve, body.human_feedback), targets)
         if word is None:
             message = f"The execution is not pending human input for task {body.task_id}."
-            raise _RefusedError(400, "Execution not pending", message)
+            raise _RefusedError(400, self._format.error("Execution not pending", message))
         return _JSON({"status": word, "message": f"The answer was accepted: {word}."})
 
+    async def _resume_live(self, request: Request, crew: CrewRuns) -> Response:
+        """Answer any execution and any task with a new id; only a question's own run goes on under it."""
+        body, targets = await self._read(request, _LiveResume)
+        run, kickoff_id = crew.runs.get(body.execution_id), str(uuid.uuid4())
+        questions = run.questions.values() if run is not None else ()
+        question = next((question for question in questions if question.uuid == body.task_id), None)
+        if run is not None and question is not None and self._sender.review is None:
+            kickoff_id = crew.rename(run)
+            run.answer(question.task_id, Answer(body.is_approve, body.human_feedback), targets)
+        return _JSON({"kickoff_id": kickoff_id})
+
     async def _callback(self, request: Request, crew: CrewRuns) -> Response:
-        feedback = (await _read(request, _Callback))[0].feedback
+        feedback = (await self._read(request, _Callback))[0].feedback
         entry, review = self._sender.asked.get(request.path_params["token"]), self._sender.review
         if entry is None or review is None:
-            raise _RefusedError(401, "unauthorized", "Invalid response token")
+            raise _RefusedError(401, self._format.error("unauthorized", "Invalid response token"))
         run, question = entry
         if run.questions.get(question.task_id) is not question:
-            raise _RefusedError(409, "already_responded", "Feedback was already provided.")
+            raise _RefusedError(409, self._format.error("already_responded", "Feedback was already provided."))
         approve = not review.options or feedback.casefold().startswith(review.options[0].casefold())
         run.answer(question.task_id, Answer(approve, feedback))
         return _JSON({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
     async def _stop(self, request: Request, crew: CrewRuns) -> Response:
-        run = _known_run(crew, request.path_params["id"])
+        run = self._known_run(crew, request.path_params["id"])
         if not crew.stop(run):  # never published, and the same in all formats
             return _JSON({"detail": f"Cannot stop execution. Current state: {WORDS[run.state][0]}"}, 400)
         return _JSON({"status": "stopped", "kickoffId": run.id})
+
+    def _known_run(self, crew: CrewRuns, id_: str) -> Run:
+        run = crew.runs.get(id_)
+        if run is None or "forgotten" in run.faults:
+            raise _RefusedError(404, self._format.error("Execution not found", "No execution has the given id."))
+        return run
+
+    async def _read(self, request: Request, model: type[T]) -> tuple[T, Webhooks]:
+        """Return a request's body, and the targets of its webhooks."""
+        try:
+            body = model.model_validate_json(await request.body())
+            targets = dict(body.model_extra or {})
+            if self._format.is_live:
+                targets["humanInputWebhook"] = targets.get("humanInputWebhookUrl")
+            return body, Webhooks.from_json(targets)
+        except ValidationError as error:
+            raise _RefusedError(*self._format.invalid(error)) from None
 
     def _spoiled(self, fault: Fault, answer: Response | None, path: str) -> Response:
         """Return the answer as the faults change it. The answer is None if the fault comes before the work."""
@@ -456,22 +502,6 @@ class CrewServer:
                 headers = None if fault.value is None else {"Retry-After": f"{fault.value:g}"}
                 body = self._format.error(status.phrase, f"The fault {fault.name} was asked for.")
                 return _JSON(body, status, headers)
-
-
-def _known_run(crew: CrewRuns, id_: str) -> Run:
-    run = crew.runs.get(id_)
-    if run is None or "forgotten" in run.faults:
-        raise _RefusedError(404, "Execution not found", "No execution found with the given id.")
-    return run
-
-
-async def _read(request: Request, model: type[T]) -> tuple[T, Webhooks]:
-    """Return a request's body, and the targets of its webhooks."""
-    try:
-        body = model.model_validate_json(await request.body())
-        return body, Webhooks.from_json(body.model_extra or {})
-    except ValidationError as error:
-        raise _RefusedError(400, "Invalid request", problems_of(error)[0]) from None
 
 
 class Connection:

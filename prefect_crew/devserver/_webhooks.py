@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 import httpx
 
@@ -20,6 +20,7 @@ from prefect_crew.client._transport import tls_context
 from prefect_crew.client.models import TaskResult, TokenUsage
 from prefect_crew.client.webhooks import BasicAuth, BearerAuth
 from prefect_crew.devserver._faults import Faults
+from prefect_crew.devserver._response_formats import Documented, task_report, usage_counts
 from prefect_crew.devserver._runs import Question, Run, Spawn, Step
 
 CALLBACKS = "/human_feedback_requests/"
@@ -31,22 +32,12 @@ _TIMEOUT = 10.0
 logger = logging.getLogger(__name__)
 
 
-def _body(run: Run, value: Any) -> dict[str, Any]:
+def _body(run: Run, value: Any, response_format: Documented) -> dict[str, Any]:
     """Return the body of a webhook about `value`, or about the completed run: no failure body is documented."""
     facts = {"kickoff_id": run.id, "meta": run.meta}
     match value:
         case TaskResult():
-            words, raw = (value.output or "").split(), cast("dict[str, Any]", value.raw or {})
-            return {
-                "description": value.description or "",
-                "name": value.name,
-                "expected_output": raw.get("expected_output", ""),
-                "summary": " ".join(words[:10]) + ("..." if len(words) > 10 else ""),
-                "agent": value.agent,
-                "output": value.output or "",
-                "output_json": value.data,
-                **facts,
-            }
+            return task_report(run, value)
         case Step():
             return {
                 "prompt": f"{value.task or 'task'} ({value.agent or 'agent'})",
@@ -57,18 +48,15 @@ def _body(run: Run, value: Any) -> dict[str, Any]:
                 **facts,
             }
         case Question():
-            return {"execution_id": run.id, "task_id": value.task_id, "task_output": value.output, **facts}
+            task_id = response_format.question_id(value)
+            return {"execution_id": run.id, "task_id": task_id, "task_output": value.output, **facts}
         case _:
             return {
                 "result": run.output or "",
                 "result_json": run.data,
-                "token_usage": _counts(run.usage),
+                "token_usage": usage_counts(run.usage),
                 **facts,
             }
-
-
-def _counts(usage: TokenUsage | None) -> dict[str, int] | None:
-    return usage.model_dump(exclude_none=True) if usage else None
 
 
 _EVENT_TYPES = {
@@ -98,7 +86,7 @@ def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
             return {"error": run.error or ""}
         case "llm_call_completed", (str(model), TokenUsage() as usage):
             texts = {"messages": [{"role": "user", "content": str(dict(run.inputs))}], "response": "…"}
-            return {"model": model, "call_type": "llm_call", "usage": _counts(usage), **texts}
+            return {"model": model, "call_type": "llm_call", "usage": usage_counts(usage), **texts}
         case _, TaskResult():
             return {"task_name": value.name, "agent_role": value.agent, "output": value.output or ""}
         case _, Step():
@@ -135,11 +123,14 @@ class ReviewWebhook:
 class WebhookSender:
     """A `Listener` that sends a run's events to its webhooks. `asked` maps the token of a callback to the question."""
 
-    def __init__(self, faults: Faults, *, spawn: Spawn, review: ReviewWebhook | None) -> None:
+    def __init__(
+        self, faults: Faults, *, spawn: Spawn, response_format: Documented, review: ReviewWebhook | None
+    ) -> None:
         self.review = review
         self.asked: dict[str, tuple[Run, Question]] = {}
         self._faults = faults
         self._spawn = spawn
+        self._format = response_format
         self.open()
 
     def open(self) -> None:
@@ -162,7 +153,7 @@ class WebhookSender:
                 kind, target = "crew", targets.crew if event == "completed" else None
         if target is not None:
             url, authentication = (target, None) if isinstance(target, str) else (target.url, target.authentication)
-            self._send(kind, url, _body(run, value), authentication)
+            self._send(kind, url, _body(run, value, self._format), authentication)
         if (stream := targets.stream) is not None:
             for type_ in _EVENT_TYPES.get(event, ()):
                 if type_ in stream.events and (run.is_flow or type_ not in _OF_FLOWS):

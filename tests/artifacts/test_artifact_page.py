@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def artifact_id(seen: Seen, instant_polling: None) -> str:
-    with CrewServer(str(Path(__file__).with_name("ugly.yaml")), response_format="union") as server:
+    with CrewServer(str(Path(__file__).with_name("ugly.yaml"))) as server:
         fields = {"secret_inputs": ["password"], "page_url": "https://crews.example/travel?tab=(1)|2"}
         crew = DeployedCrew(url=server.url, token=server.token, **fields)
         run_crew(crew, {"topic": "<i>Lisbon</i> | tiles", "password": "correct horse battery"})
@@ -43,7 +43,7 @@ def test_a_run_renders_as_meant(
 
         for shown in (
             *("completed", "<i>Lisbon</i> | tiles", "********", "research | the <b>topic</b>", "A`gent"),
-            *("<script>window.pwned = 1</script>", '1 <img src=x onerror="window.pwned = 1">', "עברית", "1,200"),
+            *("<script>window.pwned = 1</script>", '1 <img src=x onerror="window.pwned = 1">', "עברית"),
             *("العربية: مرحبا بالعالم", 'if a < b: print("<b>")', "strength"),
         ):
             assert shown in text, shown

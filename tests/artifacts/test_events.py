@@ -36,7 +36,7 @@ def test_an_event_names_its_run_and_is_kept_once(seen: Seen):
 
 
 def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen: Seen):
-    server = crew_server(ASKS, response_format="union")
+    server = crew_server(ASKS)
 
     async def answered() -> str:
         run = await server.crew().atrigger({})

@@ -163,7 +163,7 @@ def test_an_artifact_links_page_and_result(crew_server: CrewServerFactory, seen:
 
 
 def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, seen: Seen, name: str):
-    crew = crew_of(crew_server(ASKS, response_format="union").crew()).called(name)
+    crew = crew_of(crew_server(ASKS).crew()).called(name)
     with pytest.raises(pc.CrewTimeoutError):
         pc.run_crew(crew, wait=pc.WaitPolicy(initial=0.05, human_timeout=0.5))
     kickoff_id = seen.artifacts(artifact_key(name))[0]["description"].split()[1]

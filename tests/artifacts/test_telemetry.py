@@ -116,7 +116,7 @@ def text_of(spans: Iterable[Any], names: Mapping[str, str]) -> str:
 def test_a_run_and_its_tasks_are_golden_spans(
     crew_server: CrewServerFactory, spans: Spans, reader: InMemoryMetricReader
 ):
-    server, idempotency_key, ids = crew_server(STEPS, response_format="union"), key(), list[str]()
+    server, idempotency_key, ids = crew_server(STEPS, response_format="live"), key(), list[str]()
 
     @flow
     async def trip(topic: str) -> None:
@@ -167,7 +167,7 @@ def test_record_and_span_have_the_version_of_the_crew(
 
 
 def test_a_task_that_was_not_seen_has_no_times(crew_server: CrewServerFactory, spans: Spans):
-    server = crew_server(STEPS, response_format="union", speed=100)
+    server = crew_server(STEPS, speed=100)
     run = server.crew().trigger({"topic": "tea"})
     wait_until(lambda: server.runs[0].state.ended)
     run.wait_for_completion()
@@ -180,7 +180,7 @@ def test_a_task_that_was_not_seen_has_no_times(crew_server: CrewServerFactory, s
 def test_a_failed_run_says_why_and_in_which_tasks(crew_server: CrewServerFactory, spans: Spans):
     broken = script({"name": "look", "seconds": 0.5}, {"name": "fetch", "seconds": 1.0, "fail": "the site is down"})
     with pytest.raises(pc.CrewFailedError):
-        pc.run_crew(crew_server(broken, response_format="union").crew(), {})
+        pc.run_crew(crew_server(broken).crew(), {})
     span = spans.run()
     assert span.status.status_code is StatusCode.ERROR
     assert span.status.description == "the site is down"
@@ -217,7 +217,7 @@ async def test_a_run_that_several_wait_for_has_one_span(crew_server: CrewServerF
 
 
 async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFactory, spans: Spans):
-    server = crew_server(slow(60), response_format="union")
+    server = crew_server(slow(60), response_format="live")
     run = await server.crew().atrigger({})
     waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
     await until(lambda: server.requests["status"])
@@ -242,7 +242,7 @@ def test_a_run_that_is_taken_over_names_both_flow_runs(crew_server: CrewServerFa
 
 
 def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, spans: Spans, tmp_path: Path):
-    server = crew_server(STEPS, response_format="union", speed=20)
+    server = crew_server(STEPS, response_format="live", speed=20)
     rows = [{"topic": f"tea {number}"} for number in range(5)]
     pc.run_batch(server.crew(price=PRICE), rows, name=key(), export=str(tmp_path / "out.jsonl"))
     runs = spans.runs()
@@ -269,7 +269,7 @@ def _content(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_content")
 def test_content_stands_on_spans_without_secrets(crew_server: CrewServerFactory, spans: Spans):
-    server = crew_server(SECRETS, response_format="union")
+    server = crew_server(SECRETS)
     secrets = {"password": SecretStr("hunter22-secret"), "pin": "4711471"}
     pc.run_crew(server.crew(secret_inputs=["pin"]), {"user": "ada", **secrets})
     run = spans.run()
@@ -286,7 +286,7 @@ def test_content_stands_on_spans_without_secrets(crew_server: CrewServerFactory,
 
 @pytest.mark.usefixtures("_content")
 def test_unknown_secrets_hide_all_text(crew_server: CrewServerFactory, spans: Spans, monkeypatch: pytest.MonkeyPatch):
-    server = crew_server(SECRETS, response_format="union")
+    server = crew_server(SECRETS)
     crew = server.crew(secret_inputs=["password"])
     run = crew.trigger({"user": "ada", "password": "hunter22-secret", "pin": "1"})
     monkeypatch.setattr(run_module, "_kicked_off", {})  # as in another process
@@ -344,7 +344,7 @@ def test_an_uncertain_kickoff_is_counted_once(crew_server: CrewServerFactory, re
 
 
 async def test_a_run_counts_as_waiting_for_a_person(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
-    server = crew_server(ASKS, response_format="union")
+    server = crew_server(ASKS)
     run, name = await server.crew().atrigger({}), f"127.0.0.1:{server.port}"
     waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
     await until(lambda: points(reader, name).get("runs.waiting") == 1)

@@ -17,7 +17,7 @@ PICKY = script(TASK, inputs=["topic"], usage={"total_tokens": 5})
 
 
 async def test_page_of_a_stopped_batch(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(PICKY, response_format="union", faults=["kickoff:drop-after-accept@2"])
+    server = crew_server(PICKY, response_format="live", faults=["kickoff:drop-after-accept@2"])
     crew = server.crew(price=0.25, page_url="https://crews.example/travel")
     rows = [{"topic": topic} for topic in ("tea", "milk", "bad `row`", "rye")]
     await batch(crew, rows, name="it's bad", key="topic", max_in_flight=1, on_failure=2)

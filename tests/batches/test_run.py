@@ -38,7 +38,7 @@ from support.waiting import until
 async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServerFactory):
     task = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
     spec = script(task, inputs=["topic"], usage={"total_tokens": 5})
-    server, rows = crew_server(spec, response_format="union"), [*topics(20), {"topic": "bad one"}]
+    server, rows = crew_server(spec, response_format="live"), [*topics(20), {"topic": "bad one"}]
     report = await batch(server.crew(price=0.5), rows, name="leads")
     assert report.total == 21
     assert report.completed == 20

@@ -22,6 +22,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import ASKS
 from support.commands import TOKEN, Command
 from support.records import new_record, put
+from support.servers import nameless
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -141,7 +142,7 @@ def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Comman
 @pytest.mark.parametrize("noted", [None, "draft"])
 def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Command, noted: str | None) -> None:
     script = "name: reviewed\ninputs: [who]\ntasks: [{name: draft, output: x, human: true}]"
-    with CrewServer({"reviewed": script}, token=TOKEN, response_format="live") as live:
+    with nameless(CrewServer({"reviewed": script}, token=TOKEN)) as live:
         kickoff_id = asked(live)
         write(live, crew=f"127.0.0.1:{live.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
         crew = ("--crew", f"{live.url}/reviewed")

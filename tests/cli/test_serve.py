@@ -24,7 +24,7 @@ from support.terminals import Terminal
 @pytest.mark.programs
 def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
     (tmp_path / "crew.yaml").write_text("name: mine\ninputs: [who]\ntasks: [{name: greet, output: 'Hello {{ who }}'}]")
-    options = ("--port", "0", "--token", "given-token", "--response-format", "union", "--fault", "inputs:500@2")
+    options = ("--port", "0", "--token", "given-token", "--response-format", "live", "--fault", "inputs:500@2")
     command = [program("prefect-crew"), "serve", "crew.yaml", *options]
     with Process(command, log=tmp_path / "log", env=environment(tmp_path), cwd=tmp_path) as process:
         url = re.search(r"Serving the crew mine at (http://127\.0\.0\.1:\d+)", process.wait_for("Stop: Ctrl-C"))[1]  # type: ignore[index]

@@ -12,6 +12,7 @@ from prefect_crew.devserver import CrewServer
 from support.chromium import Chromium
 from support.deployed import wait_until
 from support.prefect_server import PrefectServer
+from support.servers import describing
 
 CREW = """
 name: report
@@ -27,7 +28,7 @@ tasks: [{name: write, output: x}]
 @pytest.mark.parametrize("ui", ["v1", "v2"])
 def test_it_asks_for_inputs(prefect_api: PrefectServer, chromium: Chromium, ui: Literal["v1", "v2"], tmp_path: Path):
     name = f"report-{uuid.uuid4().hex[:8]}"
-    with CrewServer(CREW, response_format="live") as server:
+    with describing(CrewServer(CREW)) as server:
         block: Any = server.crew(secret_inputs=["login"])
         block.save(name, _sync=True)
         deployment: Any = crew_flow(name).to_deployment(name, parameters={"inputs": {"audience": "everyone"}})

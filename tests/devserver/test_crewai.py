@@ -16,6 +16,7 @@ import pytest
 from prefect_crew import run_crew
 from prefect_crew.devserver import CrewServer, ProgramNotFoundError, Run, load_program
 from support.environment import isolated
+from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff
 from support.waiting import wait_until
 
@@ -29,8 +30,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def crew_fixture(serve: Serve) -> Serve:
     """Give a function that serves a factory of `real_crews.py`, or of a file of the examples."""
 
-    def start(spec: str) -> tuple[CrewServer, httpx.Client]:
-        return serve(str(EXAMPLES / spec) if ":" in spec else f"{CREWS}:{spec}", response_format="union")
+    def start(spec: str, response_format: str = "documented") -> tuple[CrewServer, httpx.Client]:
+        return serve(str(EXAMPLES / spec) if ":" in spec else f"{CREWS}:{spec}", response_format=response_format)
 
     return start
 
@@ -57,18 +58,19 @@ def shown(server: CrewServer, run_id: str) -> str:
 
 
 def test_a_crew_gives_text_tasks_agents_and_usage(crew: Serve) -> None:
-    _, client = crew("travel_crew.py:build")
-    body = finished(client, kickoff(client, {"topic": "Lisbon", "audience": "families"}))
+    server, client = crew("travel_crew.py:build", "live")
+    body = finished(client, kickoff(client, {"topic": "Lisbon", "audience": "families"}, meta={"n": 1}))
     assert body["state"] == "SUCCESS"
-    assert body["progress"] == {"completed_tasks": 2, "total_tasks": 2}
-    research, write = body["tasks"]
-    assert research["name"] == "research"
-    assert research["agent"] == "Travel researcher"
-    assert research["description"].startswith("Find out what families should know about Lisbon")
-    assert research["execution_time"] > 0
-    assert research["output"].splitlines()[2] in body["output"], "the second task saw the first one's notes"
-    assert write["output"] == body["output"]
-    usage = body["token_usage"]
+    assert body["progress"] == {"unit": "task", "completed": 2, "total": 2, "remaining": 0, "current": None}
+    research, write = server.runs[0].tasks
+    assert research.name == "research"
+    assert research.agent == "Travel researcher"
+    assert str(research.description).startswith("Find out what families should know about Lisbon")
+    assert research.execution_time
+    assert str(research.output).splitlines()[2] in body["result"], "the second task saw the first one's notes"
+    assert write.output == body["last_executed_task"]["output"] == body["result"]
+    assert body["last_executed_task"]["meta"] == {"n": 1}
+    usage = body["usage_metrics"]
     assert usage["successful_requests"] == 2
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 0
     assert body["last_step"]["agent"] == "Guide writer"
@@ -88,38 +90,40 @@ def test_a_crew_gives_text_tasks_agents_and_usage(crew: Serve) -> None:
     ],
 )
 def test_other_crews_and_flows(crew: Serve, spec: str, planned: list[str], ended: list[str], error: str | None) -> None:
-    server, client = crew(spec)
+    server, client = crew(spec, "live")
     before = calls()["failing"]
     run_id = kickoff(client, {"topic": "rent"})
     body = finished(client, run_id)
     assert body["state"] == ("FAILED" if error else "SUCCESS")
-    assert (error or "") in (body["error"] or "")
+    assert (error or "") in (body["status"] or "")
     assert bool(body["result_json"]) is (spec in ("structured", "Wide"))
     assert server.run(run_id).planned == planned, "methods among which something chooses are no plan"
-    assert sorted(task["name"] for task in body["tasks"]) == ended
+    assert sorted(str(task.name) for task in server.run(run_id).tasks) == ended
     assert calls()["failing"] - before == (3 if spec == "failing" else 0), "CrewAI itself tries three times"
-    assert spec != "Wide" or body["token_usage"]["successful_requests"] == 2
+    assert spec != "Wide" or body["usage_metrics"]["successful_requests"] == 2
 
 
 def test_runs_at_once_keep_words_and_tokens_apart(crew: Serve) -> None:
-    server, client = crew("travel_crew.py:build")
+    server, client = crew("travel_crew.py:build", "live")
     # Every topic is longer by a word, and so is everything that quotes it.
     topics = [" ".join(["Far"] * n + [f"Town{n}"]) for n in range(10)]
-    alone = [finished(client, kickoff(client, {"topic": topic, "audience": "all"}))["token_usage"] for topic in topics]
+    alone = [
+        finished(client, kickoff(client, {"topic": topic, "audience": "all"}))["usage_metrics"] for topic in topics
+    ]
     run_ids = [kickoff(client, {"topic": topic, "audience": "all"}) for topic in topics]
     bodies = [finished(client, run_id) for run_id in run_ids]
     for topic, run_id, body in zip(topics, run_ids, bodies, strict=True):
-        assert body["output"].startswith(f"## A day in {topic} for all\n")
-        last = server.run(run_id).last_step
-        assert last is not None
-        assert all(f" {topic}" in said for said in (*(task["output"] for task in body["tasks"]), last.content))
-    assert [body["token_usage"] for body in bodies] == alone
+        assert body["result"].startswith(f"## A day in {topic} for all\n")
+        run = server.run(run_id)
+        assert run.last_step is not None
+        assert all(f" {topic}" in str(said) for said in (*(task.output for task in run.tasks), run.last_step.content))
+    assert [body["usage_metrics"] for body in bodies] == alone
     assert len({usage["total_tokens"] for usage in alone}) > 5, "counts that differ, so that a mix would show"
 
 
 @pytest.mark.parametrize(("spec", "calls_of"), [("slow", "slow"), ("Slow", "slow flow")], ids=["crew", "flow"])
 def test_a_stopped_run_ends_at_its_next_step(crew: Serve, spec: str, calls_of: str) -> None:
-    server, client = crew(spec)
+    server, client = crew(spec, "live")
     before = calls()[calls_of]
     run_id = kickoff(client)
     wait_until(lambda: len(server.run(run_id).tasks) == 1)
@@ -149,11 +153,23 @@ def test_a_flow_needs_its_required_state(crew: Serve) -> None:
     assert "details" not in answer.json()
 
 
-def test_a_flow_starts_from_the_state_to_restore(crew: Serve) -> None:
-    _, client = crew("Counting")
-    state = json.loads(finished(client, kickoff(client))["result"])["id"]
-    again = kickoff(client, restoreFromStateId=state)
-    assert json.loads(finished(client, again)["result"])["count"] == 2
+def test_the_state_of_a_flow_has_the_id_of_its_kickoff(crew: Serve) -> None:
+    _, client = crew("Counting", "live")
+    assert client.get("/inputs").json() == {"inputs": ["id", "count"]}, "all fields of its state, and none is required"
+
+    def turn(inputs: dict[str, Any], restore_from: str | None = None) -> tuple[str, str, int]:
+        kickoff_id = kickoff(client, inputs, restoreFromStateId=restore_from)
+        return kickoff_id, *json.loads(finished(client, kickoff_id)["result"]).values()
+
+    first, state, count = turn({})
+    assert (state, count) == (first, 1)
+    second, state, count = turn({}, first)
+    assert (state, count) == (second, 2)
+    assert turn({}, "nobody")[2] == 1
+    assert turn({"id": first})[1:] == (first, 2)
+    assert turn({"id": first})[1:] == (first, 3), "it writes back under the old id"
+    failed = finished(client, kickoff(client, {"count": ["a list"]}))
+    assert failed["state"] == "FAILED", "the types of a Flow's values are its state's"
 
 
 def test_a_session_of_a_flow_that_persists(crew: Serve, prefect_api: object, instant_polling: None) -> None:
@@ -169,9 +185,9 @@ def test_a_rejected_task_is_done_again(crew: Serve) -> None:
     run_id = kickoff(client, {"topic": "a picnic"})
     for feedback in ("name the place", ""):
         body = finished(client, run_id)
-        assert body["state"] == "PENDING_HUMAN_INPUT"
-        assert body["task_id"] == "draft"
+        assert body["status"] == "Pending Human Input"
         assert body["current_task"] == "draft"
+        assert body["task_output"] == shown(server, run_id)
         assert shown(server, run_id).startswith("## An announcement of a picnic")
         assert resume(client, run_id, "draft", approve=False, feedback=feedback) == "retrying"
     finished(client, run_id)
@@ -179,21 +195,38 @@ def test_a_rejected_task_is_done_again(crew: Serve) -> None:
     assert last.endswith("- name the place\n- This is not approved. Improve it.")
     assert resume(client, run_id, "draft", approve=True, feedback="never mind") == "resumed"
     body = finished(client, run_id)
-    assert body["state"] == "SUCCESS"
-    assert [(task["name"], task["agent"]) for task in body["tasks"]] == [("draft", "Writer"), ("polish", "Editor")]
-    assert body["tasks"][0]["output"] == last, "what was approved is what goes on"
-    assert "> - name the place" in body["output"]
-    assert "never mind" not in body["output"]
-    assert body["token_usage"]["successful_requests"] == 4
+    tasks, output = body["result"]["tasks"], body["result"]["output"]
+    assert [(task["task_id"], task["agent"]) for task in tasks] == [("draft", "Writer"), ("polish", "Editor")]
+    assert tasks[0]["output"] == last, "what was approved is what goes on"
+    assert "> - name the place" in output
+    assert "never mind" not in output
+    usage = server.run(run_id).usage
+    assert usage is not None
+    assert usage.successful_requests == 4
+
+
+def test_a_live_crew_asks_by_webhook(crew: Serve, receiver: Receiver) -> None:
+    _, client = crew("reviewed_crew.py:build", "live")
+    hook = {"humanInputWebhookUrl": f"{receiver.url}/human"}
+    run_id = kickoff(client, {"topic": "a picnic"}, **hook)
+    for number, approve in ((1, False), (2, True)):
+        receiver.wait_for(lambda it, number=number: len(it.at("/human")) == number, seconds=30)
+        question = receiver.at("/human")[-1]
+        assert question["kickoff_id"] == run_id
+        assert question["task_output"].startswith("## An announcement of a picnic")
+        assert client.get(f"/status/{run_id}").json()["state"] == "NOT FOUND"
+        answer = {"executionId": run_id, "taskId": question["task_id"], "humanFeedback": "", "isApprove": approve}
+        run_id = client.post("/resume", json=answer | hook).json()["kickoff_id"]
+    assert finished(client, run_id)["state"] == "SUCCESS"
 
 
 def test_a_nameless_task_has_its_description(crew: Serve) -> None:
     _, client = crew("nameless")
     run_id = kickoff(client, {"topic": "rent"})
-    name = finished(client, run_id)["task_id"]
+    name = finished(client, run_id)["current_task"]
     assert name == "Write about rent in a way that nobody has written about it…"
     assert resume(client, run_id, name, approve=True, feedback="") == "completed"
-    assert finished(client, run_id)["tasks"][0]["name"] == name
+    assert finished(client, run_id)["result"]["tasks"][0]["task_id"] == name
 
 
 def test_a_flow_may_ask_for_anything(crew: Serve) -> None:
@@ -202,7 +235,7 @@ def test_a_flow_may_ask_for_anything(crew: Serve) -> None:
     finished(client, run_id)
     assert shown(server, run_id) == "What is your name?"
     resume(client, run_id, "greet", approve=True, feedback="Ada")
-    assert finished(client, run_id)["output"] == "Hello, Ada!"
+    assert finished(client, run_id)["result"]["output"] == "Hello, Ada!"
 
 
 @pytest.mark.parametrize("spec", ["nameless", "reviewed_flow.py:ReviewedFlow"], ids=["crew", "flow"])
@@ -210,11 +243,11 @@ def test_a_flow_may_ask_for_anything(crew: Serve) -> None:
 def test_no_thread_waits_for_a_question_that_is_over(crew: Serve, spec: str, how: str) -> None:
     server, client = crew(spec)
     run_id = kickoff(client, {"topic": "rent"})
-    assert finished(client, run_id)["state"] == "PENDING_HUMAN_INPUT"
+    assert finished(client, run_id)["status"] == "Pending Human Input"
     assert waits_in_a_thread(run_id)
     if how == "stop":
         assert client.post(f"/stop/{run_id}").status_code == 200
-        assert finished(client, run_id)["state"] == "REVOKED"
+        assert finished(client, run_id)["status"] == "stopped"
     else:
         server.stop()
     wait_until(lambda: not waits_in_a_thread(run_id))
@@ -376,7 +409,7 @@ def test_crewai_s_own_tool_runs_a_crew(serve: Serve) -> None:
     from crewai_tools import InvokeCrewAIAutomationTool
     from pydantic import Field
 
-    server, client = serve(STATE_OF_AI, response_format="union")
+    server, client = serve(STATE_OF_AI, response_format="live")
     tool: Any = InvokeCrewAIAutomationTool(
         crew_api_url=server.url,
         crew_bearer_token=server.token,
@@ -391,4 +424,4 @@ def test_crewai_s_own_tool_runs_a_crew(serve: Serve) -> None:
     assert failed.startswith("Error: Crew task failed. Response: {")
     assert "no AI yet" in failed
     server.token = "rotated"
-    assert tool.run(year="2025").startswith("Error: Failed to kickoff crew. Response: {'error': 'Unauthorized'")
+    assert tool.run(year="2025").startswith("Error: Failed to kickoff crew. Response: {'detail': 'Invalid or")

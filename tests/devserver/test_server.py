@@ -33,12 +33,12 @@ tasks:
 
 
 def test_a_restart_repeats_runs_that_had_not_ended(serve: Serve) -> None:
-    server, client = serve(SLEEPS, response_format="union")
+    server, client = serve(SLEEPS, response_format="live")
     ids = {text: kickoff(client, {"text": text, "seconds": 0}) for text in ("good", "bad")}
     before = {text: finished(client, id_) for text, id_ in ids.items()}
     ids["stop"] = kickoff(client, {"text": "stop", "seconds": 60})
     client.post(f"/stop/{ids['stop']}")
-    running = kickoff(client, {"text": "again"}, humanInputWebhook={"url": "http://127.0.0.1:9/x"})
+    running = kickoff(client, {"text": "again"}, humanInputWebhookUrl="http://127.0.0.1:9/x")
     server.token = "another"
     server.restart()
     assert client.get("/inputs").status_code == 401
@@ -48,7 +48,7 @@ def test_a_restart_repeats_runs_that_had_not_ended(serve: Serve) -> None:
     client.headers.update(server.headers)
     assert {text: client.get(f"/status/{ids[text]}").json() for text in before} == before
     assert client.get(f"/status/{ids['stop']}").json()["state"] == "REVOKED"
-    assert finished(client, running)["output"] == "again!"
+    assert finished(client, running)["result"] == "again!"
     assert server.run(running).targets.human_input is not None
 
 
@@ -145,13 +145,13 @@ class Twice:
 
 
 def test_questions_of_a_task_are_asked_in_turn(serve: Serve) -> None:
-    server, client = serve(Twice(), response_format="union")
+    server, client = serve(Twice())
     kickoff_id = kickoff(client)
     for output in ("one", "two"):
         wait_until(lambda output=output: [one.output for one in server.run(kickoff_id).questions.values()] == [output])
         answer = {"execution_id": kickoff_id, "task_id": "review", "human_feedback": f"a {output}", "is_approve": True}
         assert client.post("/resume", json=answer).status_code == 200
-    assert finished(client, kickoff_id)["output"] == "a one a two"
+    assert finished(client, kickoff_id)["result"]["output"] == "a one a two"
 
 
 async def test_the_end_of_a_run_ends_its_questions() -> None:

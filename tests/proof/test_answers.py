@@ -48,7 +48,7 @@ async def test_links_a_command_and_a_form_give_one_answer(with_form: bool, monke
     """Twenty clicks over two receivers, which share nothing but the Prefect server."""
     key = f"answers-{uuid.uuid4().hex[:12]}"
     crew = script({"name": "draft", "human": True, "output": "x"}, {"name": "print", "seconds": 3})
-    with Chat() as chat, CrewServer(crew, response_format="union") as server:
+    with Chat() as chat, CrewServer(crew) as server:
         async with served(create_receiver(SECRET)) as url, served(create_receiver(SECRET)) as other, notifying(chat):
             monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", url)
             monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)

@@ -129,7 +129,7 @@ def test_twenty_processes_race_for_a_budget_on_postgres(
     notes: list[str],
 ) -> None:
     # Without holding, a slow machine starts one run less: an end adds to the counter before the last start has tried.
-    with CrewServer(Held(most, tokens=800), response_format="union") as server:
+    with CrewServer(Held(most, tokens=800), response_format="live") as server:
         budgets = [{**limit, "per": "month", "name": idempotency_key}]
         crew = {"url": server.url, "token": server.token, "price": 0.07, "max_attempts": 1, "budgets": budgets}
         for turn in ("first", "second"):

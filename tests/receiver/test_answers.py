@@ -39,12 +39,12 @@ pytestmark = pytest.mark.usefixtures("prefect_api")
 
 @asynccontextmanager
 async def asking(
-    spec: Any = ASKS, *, faults: Any = (), response_format: Any = "union", options: tuple[str, ...] = (), **fields: Any
+    spec: Any = ASKS, *, faults: Any = (), options: tuple[str, ...] = (), **fields: Any
 ) -> AsyncIterator[Any]:
     """Run a crew that asks, or with `options` a Flow; give its server, its flow and its key."""
     key = f"link-{uuid.uuid4().hex[:12]}"
     hook = ReviewWebhook(f"{os.environ['PREFECT_INTEGRATIONS_CREW_ANSWER_URL']}requests", "whsec", options)
-    server = CrewServer(spec, response_format=response_format, faults=faults, review_webhook=hook if options else None)
+    server = CrewServer(spec, faults=faults, review_webhook=hook if options else None)
     with server:
         async with running(server.crew(**{"wait": QUICK, **fields}), key) as flow_run:
             yield server, flow_run, key
@@ -111,8 +111,7 @@ async def test_a_rejection_has_a_link_of_its_own_next(chat: Chat):
 
 SECOND_QUESTIONS: dict[str, Any] = {
     "between two polls, in a status without an output": lambda: asking(
-        script({"name": "draft", "seconds": 1, "human": True, "output": "x"}),
-        response_format="documented",
+        script({"name": "draft", "seconds": 1, "human": True}),
         wait=pc.WaitPolicy(initial=4, max_interval=4),
     ),
     "equal, after a while": lambda: asking_server(
@@ -135,11 +134,7 @@ async def test_a_flow_is_answered_with_its_outcome(option: int, chat: Chat, monk
     options = ("ship <b>it", "needs_revision")
     # The receiver cannot mask the texts of a crew with secret inputs.
     secret_inputs = ["topic"] if option == 0 else []
-    async with asking(crew, response_format="documented", options=options, secret_inputs=secret_inputs) as (
-        _,
-        flow_run,
-        key,
-    ):
+    async with asking(crew, options=options, secret_inputs=secret_inputs) as (_, flow_run, key):
         link = await chat.link()
         page = await read(link)
         assert "ship <b>it" in page.said
@@ -158,11 +153,7 @@ async def test_a_flow_whose_question_comes_late_is_answered(chat: Chat, monkeypa
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
     crew = script({"name": "publish", "human": True, "output": "D."})
-    async with asking(crew, response_format="documented", options=("ship", "hold"), faults=["webhook:delay=2"]) as (
-        _,
-        flow_run,
-        _,
-    ):
+    async with asking(crew, options=("ship", "hold"), faults=["webhook:delay=2"]) as (_, flow_run, _):
         await chat.link()
         assert (await send(await chat.link(2), decision="option-0")).status == 200
         assert await flow_run == "D."
@@ -482,7 +473,7 @@ async def test_a_person_answers_whatever_the_text(
             assert {request.split("?")[0] for request in page.requests} <= {url, icon}
             return page.text()
 
-    with CrewServer(HostileCrew(), response_format="union") as server:
+    with CrewServer(HostileCrew()) as server:
         async with running(server.crew(wait=QUICK, page_url="https://app.example.com/7"), key) as flow_run:
             text = await asyncio.to_thread(answer, await chat.link())
             assert "Your answer was sent" in text or "The question has its answer" in text

@@ -56,7 +56,7 @@ def budgeted(crew_server: CrewServerFactory, name: str) -> Budgeted:
     """Give a function that starts a server and returns it with its crew, which has one budget for the day."""
 
     def start(program: str = "echo", *, faults: Sequence[str] = (), price: Any = None, **budget: Any) -> Any:
-        reports: dict[str, Any] = {} if program == "echo" else {"response_format": "union"}
+        reports: dict[str, Any] = {} if program == "echo" else {"response_format": "live"}
         server = crew_server(program, faults=faults, **reports)
         return server, server.crew(budgets=[pc.Budget(per="day", name=name, **budget)], price=price)
 
@@ -342,7 +342,7 @@ async def test_two_starts_may_meet_a_changed_budget(budgeted: Budgeted, monkeypa
 
 async def test_a_budget_costs_one_request_a_step(budgeted: Budgeted, crew_server: CrewServerFactory, proxy: Proxy):
     plain, (_, crew) = (
-        crew_server(using(700), response_format="union").crew(),
+        crew_server(using(700), response_format="live").crew(),
         budgeted(using(700), max_tokens=9000, estimate_tokens=1000),
     )
     requests: list[list[str]] = []
@@ -413,7 +413,7 @@ async def test_a_batch_leaves_rows_without_room(crew_server: CrewServerFactory, 
 
 async def test_a_batch_uses_what_runs_in_flight_leave(crew_server: CrewServerFactory, name: str, batch: Any):
     """The estimate of each row is 100, and it uses 20: more fit, one after another."""
-    server = crew_server(using(20, seconds=0.1), response_format="union")
+    server = crew_server(using(20, seconds=0.1), response_format="live")
     report = await batch(server, [{"n": f"{n}"} for n in range(12)], max_tokens=250, estimate_tokens=100)
     assert report.completed == 8
     assert await counted(name) == 160
@@ -425,7 +425,7 @@ async def test_a_batch_uses_what_runs_in_flight_leave(crew_server: CrewServerFac
 async def test_500_rows_in_flight_stay_near_the_limit(
     crew_server: CrewServerFactory, name: str, batch: Any, notes: list[str]
 ):
-    server, rows = crew_server(Held(500, tokens=800), response_format="union"), [{"text": str(n)} for n in range(520)]
+    server, rows = crew_server(Held(500, tokens=800), response_format="live"), [{"text": str(n)} for n in range(520)]
     options: dict[str, Any] = {"max_in_flight": 510, "wait": pc.WaitPolicy(initial=5.0, max_interval=5.0)}
     report = await batch(server, rows, options=options, max_tokens=250_000, estimate_tokens=500)
     used_up = report.spending.tokens

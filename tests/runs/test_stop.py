@@ -516,7 +516,7 @@ async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFac
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
-    server, name = crew_server(Held("draft", "print"), response_format="union"), f"actions-{uuid.uuid4().hex[:8]}"
+    server, name = crew_server(Held("draft", "print")), f"actions-{uuid.uuid4().hex[:8]}"
     await server.crew().asave(name)
     run = await (await pc.DeployedCrew.aload(name)).atrigger({})
     await until(lambda: server.run(run.kickoff_id).state is CrewState.WAITING, "a person is waited for")

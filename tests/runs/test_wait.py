@@ -69,13 +69,12 @@ async def again(server: CrewServer, key: str) -> Any:
 
 
 async def test_a_completed_run_gives_its_result(crew_server: CrewServerFactory):
-    server = crew_server("travel", speed=100, response_format="union")
+    server = crew_server("travel", speed=100, response_format="live")
     inputs = {"budget": "1000 USD", "interests": "food", "duration": "2 days", "age": "30"}
     run = await server.crew().atrigger(inputs)
     result = await ended(run)
     assert result.output.startswith("# Bologna, Italy: 2 days")
     assert result.data == {"destination": "Bologna", "country": "Italy", "days": "2", "season": "May or October"}
-    assert [task.name for task in result.tasks] == ["research_destination", "plan_itinerary", "write_guide"]
     assert result.usage.total_tokens == 4183
     assert result.kickoff_id == run.kickoff_id
     record = await record_of(run.kickoff_id)
@@ -247,7 +246,7 @@ async def test_a_late_crew_can_be_stopped(
 
 
 async def test_a_wait_for_a_person_is_reported_once(crew_server: Any, caplog: pytest.LogCaptureFixture):
-    server = crew_server(script({"output": "a draft {{ feedback }}", "human": True}), response_format="union")
+    server = crew_server(script({"output": "a draft {{ feedback }}", "human": True}))
     run = await server.crew().atrigger({})
     waiting = asyncio.ensure_future(run.await_for_completion())
 
@@ -420,7 +419,7 @@ async def test_a_late_page_holds_no_polls(crew_server: Any, monkeypatch: pytest.
 
 
 async def test_an_unsaved_note_does_not_hold_the_polls(crew_server: CrewServerFactory, proxy: Proxy):
-    server = crew_server(script({"name": "draft", "output": "a draft", "human": True}), response_format="union")
+    server = crew_server(script({"name": "draft", "output": "a draft", "human": True}))
     run = await server.crew().atrigger({})
     proxy.refuse, proxy.answer = "PATCH /api/variables", "503"
     waiting = asyncio.ensure_future(run.await_for_completion())

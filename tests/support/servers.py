@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 
-from prefect_crew.devserver import CrewServer, Fault
+from prefect_crew.devserver import CrewServer, Fault, Program, Run
+from prefect_crew.devserver._response_formats import Documented
 from support.waiting import wait_until
 
 Serve = Callable[..., tuple[CrewServer, httpx.Client]]
@@ -38,6 +39,28 @@ def at_random(*texts: str, seed: int) -> list[Fault]:
             fault = _RandomFault(fault.where, fault.name, fault.on, fault.value, **more)  # pyright: ignore[reportArgumentType]
         faults.append(fault)
     return faults
+
+
+class _Describing(Documented):
+    def inputs(self, program: Program) -> dict[str, Any]:
+        return {"inputs": [item.model_dump(exclude_none=True) for item in program.inputs()]}
+
+
+class _Nameless(Documented):
+    def status(self, run: Run) -> dict[str, Any]:
+        return {name: part for name, part in super().status(run).items() if name not in ("current_task", "task_output")}
+
+
+def describing(server: CrewServer) -> CrewServer:
+    """Let a server describe each of its inputs, as some in the field do."""
+    server._format = _Describing()
+    return server
+
+
+def nameless(server: CrewServer) -> CrewServer:
+    """Let the status of a server not say which task runs or waits."""
+    server._format = _Nameless()
+    return server
 
 
 def kickoff(client: httpx.Client, inputs: dict[str, Any] | None = None, **more: Any) -> str:

@@ -231,9 +231,9 @@ async def test_an_answer_that_ends_webhooks_says_so(receiver: str, monkeypatch: 
     assert f"After this answer run {id_} sends no webhooks" in caplog.text
 
 
-@pytest.mark.parametrize("response_format", ["documented", "union"])
-async def test_the_log_says_where_the_output_is(crew_server: Any, key: str, response_format: Any, caplog: Any) -> None:
-    server, is_shown = crew_server(SCRIPT, response_format=response_format), response_format == "union"
+@pytest.mark.parametrize("is_shown", [False, True])
+async def test_the_log_says_where_the_output_is(crew_server: Any, key: str, is_shown: bool, caplog: Any) -> None:
+    server = crew_server(SCRIPT if is_shown else script({"name": "draft", "human": True}))
     with pytest.raises(pc.CrewTimeoutError):
         await reviewed(server.crew(page_url=PAGE), None, key, human_timeout=0.3)
     (said,) = [one.getMessage() for one in caplog.records if "waits for a person: task draft" in one.getMessage()]

@@ -46,7 +46,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server(crew_server: CrewServerFactory) -> CrewServer:
-    return crew_server(SCRIPT, response_format="union")
+    return crew_server(SCRIPT)
 
 
 class FlowRun:
@@ -202,11 +202,11 @@ def test_two_questions_of_a_flow_run_stand_in_line(server: CrewServer, seen: See
     assert server.requests["resume"] == 3
 
 
-@pytest.mark.parametrize(("response_format", "seconds"), [("union", 0), ("documented", 2)])
-def test_an_old_answer_is_not_for_the_next(crew_server: Any, asking: Any, response_format: Any, seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [0, 2])
+def test_an_old_answer_is_not_for_the_next(crew_server: Any, asking: Any, seconds: float) -> None:
     """Where no state is seen in between, as with the first of these servers, the texts tell them apart."""
     draft = {"name": "draft", "human": True, "seconds": seconds, "output": "Draft number {{ round }}."}
-    server = crew_server(script(draft, inputs=["topic"]), response_format=response_format)
+    server = crew_server(script(draft, inputs=["topic"]))
     run = asking(server.crew()).form()
     page = run.question()
 

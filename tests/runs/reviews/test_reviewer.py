@@ -47,12 +47,6 @@ def server(crew_server: CrewServerFactory) -> CrewServer:
     return crew_server(SCRIPT)
 
 
-@pytest.fixture
-def retrying(crew_server: CrewServerFactory) -> CrewServer:
-    """Provide the same one, whose status shows the draft, so that a further question is known as another."""
-    return crew_server(SCRIPT, response_format="union")
-
-
 def key_of(server: CrewServer) -> str:
     """Return a key of this server alone. Its address is none: a later server may get its port."""
     return f"{server.url} {zlib.crc32(server.token.encode())}"
@@ -73,17 +67,12 @@ def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
     return reviewed()
 
 
-@pytest.mark.parametrize("response_format", ["documented", "union", "live"])
-async def test_a_function_answers_each_round_once(crew_server: CrewServerFactory, response_format: Any) -> None:
+@pytest.mark.parametrize("is_seen", [False, True], ids=["by-its-text", "by-the-state-in-between"])
+async def test_a_function_answers_each_round_once(crew_server: CrewServerFactory, is_seen: bool) -> None:
     asking, asked = Asking(), list[pc.ReviewRequest]()
-    server = crew_server(SCRIPT if response_format == "union" else asking, response_format=response_format)
+    server = crew_server(asking if is_seen else SCRIPT)
     asking.polls = lambda: server.requests["status"]
     judge = judging(asked, approves_at=2)
-    if response_format == "live":  # its status names no task: nothing can be answered, so nothing is
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(run_with(server, judge), 3)
-        assert server.requests["resume"] == 0
-        return
     await asyncio.wait_for(run_with(server, judge), 60)
     assert [one.round for one in asked] == [1, 2]
     assert server.requests["resume"] == 2
@@ -166,19 +155,17 @@ async def test_an_error_of_a_function_names_the_function(server: CrewServer, is_
     assert server.requests["resume"] == 0
 
 
-async def test_nobody_in_time_is_one_rejection(retrying: CrewServer) -> None:
+async def test_nobody_in_time_is_one_rejection(server: CrewServer) -> None:
     policy = {"human_timeout": 4.0, "on_human_timeout": "reject", "human_message": "Too late for today."}
-    running = asyncio.ensure_future(run_with(retrying, **policy))
+    running = asyncio.ensure_future(run_with(server, **policy))
 
     async def rejected() -> bool:
-        return bool(await RECORDS.attempts(key_of(retrying))) and [a.outcome for a in await answers(retrying)] == [
-            "sent"
-        ]
+        return bool(await RECORDS.attempts(key_of(server))) and [a.outcome for a in await answers(server)] == ["sent"]
 
     await until(rejected, "the rejection")
-    await resume_crew(retrying.crew(), retrying.runs[0].id, approve=True)
+    await resume_crew(server.crew(), server.runs[0].id, approve=True)
     assert "Too late for today." in await running
-    assert [(one.by == NOBODY, one.approve) for one in await answers(retrying)] == [(True, False), (False, True)]
+    assert [(one.by == NOBODY, one.approve) for one in await answers(server)] == [(True, False), (False, True)]
 
 
 @asynccontextmanager
@@ -245,13 +232,13 @@ async def test_the_end_of_peoples_time_is_chosen(server: CrewServer, choice: Any
 
 
 @pytest.mark.parametrize("choice", ["leave", "stop"])
-async def test_rounds_are_limited_by_choice(retrying: CrewServer, choice: Any) -> None:
+async def test_rounds_are_limited_by_choice(server: CrewServer, choice: Any) -> None:
     asked: list[pc.ReviewRequest] = []
     with pytest.raises(pc.ReviewLimitError, match="more than 2 times") as raised:
-        await run_with(retrying, judging(asked, approves_at=9), max_rounds=2, on_human_timeout=choice)
+        await run_with(server, judging(asked, approves_at=9), max_rounds=2, on_human_timeout=choice)
     assert [one.round for one in asked] == [1, 2]
     assert raised.value.stopped is (choice == "stop")
-    assert retrying.requests["stop"] == int(choice == "stop")
+    assert server.requests["stop"] == int(choice == "stop")
 
 
 async def test_every_step_of_a_pipeline_can_be_reviewed(server: CrewServer) -> None:
@@ -268,17 +255,17 @@ async def test_every_step_of_a_pipeline_can_be_reviewed(server: CrewServer) -> N
     assert [one.task_id for one in shared + own] == ["draft", "draft"]
 
 
-async def test_each_answer_names_own_webhooks_again(retrying: CrewServer) -> None:
+async def test_each_answer_names_own_webhooks_again(server: CrewServer) -> None:
     """The server does not carry them over."""
     own = pc.Webhooks(task="http://127.0.0.1:9/t", step="http://127.0.0.1:9/s", crew="http://127.0.0.1:9/c")
     after: list[Any] = []
 
     def judge(request: pc.ReviewRequest) -> pc.Review:
-        after.append(retrying.run(request.kickoff_id).targets)
+        after.append(server.run(request.kickoff_id).targets)
         return pc.Review(approve=request.round > 1, feedback="again")
 
-    result = await pc.arun_crew(retrying.crew(), {}, review=judge, webhooks=own)
-    after.append(retrying.run(result.kickoff_id).targets)
+    result = await pc.arun_crew(server.crew(), {}, review=judge, webhooks=own)
+    after.append(server.run(result.kickoff_id).targets)
     assert after == [after[0]] * 3
     assert after[0].crew == own.crew
 
@@ -294,20 +281,20 @@ async def test_an_answer_names_the_receivers_webhooks(server: CrewServer, monkey
     assert str(server.run(kickoff_id).targets.crew).startswith("http://127.0.0.1:9/hooks/")
 
 
-async def test_an_answer_from_elsewhere_ends_no_wait(retrying: CrewServer) -> None:
+async def test_an_answer_from_elsewhere_ends_no_wait(server: CrewServer) -> None:
     asked: list[int] = []
 
     async def slow(request: pc.ReviewRequest) -> pc.Review:
         asked.append(request.round)
         if request.round == 1:
             # While this one thinks, a person answers.
-            await resume_crew(retrying.crew(), request.kickoff_id, approve=False, feedback="by hand")
+            await resume_crew(server.crew(), request.kickoff_id, approve=False, feedback="by hand")
         return APPROVED
 
-    assert "by hand" in await run_with(retrying, slow)
+    assert "by hand" in await run_with(server, slow)
     assert asked == [1, 2]
-    assert retrying.requests["resume"] == 2
-    given = [(one.round, one.approve, one.by) for one in await answers(retrying)]
+    assert server.requests["resume"] == 2
+    given = [(one.round, one.approve, one.by) for one in await answers(server)]
     assert given == [(1, False, "resume_crew"), (2, True, "slow")]
 
 
