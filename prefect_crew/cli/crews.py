@@ -121,7 +121,7 @@ def _set_fields(block: DeployedCrew) -> list[str]:
     return [name for name, default in defaults.items() if getattr(block, name) != default]
 
 
-async def save_served(name: str, url: str, token: str) -> None:
+async def save_served(name: str, url: str, token: str, *, is_flow: bool) -> None:
     """Store a crew that the dev server serves, and keep its other stored fields.
 
     Raises:
@@ -134,7 +134,7 @@ async def save_served(name: str, url: str, token: str) -> None:
             "did not replace it. Give --save another name."
         )
     try:
-        block: DeployedCrew = DeployedCrew.model_validate({**stored, "url": url, "token": token})
+        block: DeployedCrew = DeployedCrew.model_validate({**stored, "url": url, "token": token, "flow": is_flow})
         await block.asave(name, overwrite=True)
     except ValueError as error:
         raise ConfigurationError(f"The crew {name!r} was not stored: {reason(error)}") from None

@@ -88,12 +88,12 @@ def serve(
         raise ConfigurationError("; ".join(str(error).splitlines())) from error
 
 
-def _store(name: str, url: str, token: str) -> None:
+def _store(name: str, url: str, token: str, is_flow: bool) -> None:
     reach_prefect()
     from prefect_crew.cli.crews import save_served
 
     _output.current.hide(token)
-    asyncio.run(save_served(name, url, token))
+    asyncio.run(save_served(name, url, token, is_flow=is_flow))
     _output.note(f"Stored crew {name} ({url}) as the block deployed-crew/{name}.")
     _output.current.at_end.close()  # an embedded server has done its part
 

@@ -219,7 +219,8 @@ class CrewServer:
         """Return a Prefect block for this server. `fields` are further fields of the block."""
         from prefect_crew.blocks import DeployedCrew
 
-        values: dict[str, Any] = {"url": self.url, "token": self.token}
+        is_flow = all(crew.is_flow for crew in self.crews.values())
+        values: dict[str, Any] = {"url": self.url, "token": self.token, "flow": is_flow}
         return DeployedCrew(**values | fields)
 
     def start(self) -> None:
@@ -587,7 +588,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     name: str | None = None,
-    on_listening: Callable[[str, str], None] | None = None,
+    on_listening: Callable[[str, str, bool], None] | None = None,
     **options: Unpack[ServerOptions],
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM, which cancel the runs in flight. Returns 0.
@@ -601,7 +602,7 @@ def serve(
         port: The port; 0 takes a free one.
         name: The name under which the crew is stored; without one it is run by its URL, with the token if that is a
             random one.
-        on_listening: Called with the crew's URL and its token, before the server answers.
+        on_listening: Called with the crew's URL, its token, and whether it is a Flow, before the server answers.
         **options: The options of `CrewServer`.
 
     Raises:
@@ -616,7 +617,7 @@ def serve(
         inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in served.program.inputs() if item.required)
         url = f"{url_of(listener)}/{path}".rstrip("/")
         if on_listening is not None:
-            on_listening(url, server.token)
+            on_listening(url, server.token, served.is_flow)
         token = "" if name or options.get("token") else f"CREW_TOKEN={server.token} "
         line = f"{token}prefect-crew run {shlex.quote(name) if name else url}{inputs}"
         line = f"Serving the crew {served.program.name} at {url}  Try: {line}  Stop: Ctrl-C"
