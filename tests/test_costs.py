@@ -96,13 +96,6 @@ async def test_a_runs_cost_is_in_result_record_artifact(prefect_api: PrefectServ
     assert failed.usage == result.usage
 
 
-async def test_a_model_that_nobody_knows_starts_nothing(prefect_api: PrefectServer, crew_server: CrewServerFactory):
-    server = crew_server(CrewScript.model_validate(ASKING))
-    with pytest.raises(ValueError, match="no-such-model"):
-        await arun_crew(server.crew(price=Price(model="no-such-model")), {"text": "tea"})
-    assert server.kickoffs == 0
-
-
 class Counting(ScriptedProgram):
     """Reports other tokens for each row, and none for each tenth."""
 

@@ -74,7 +74,7 @@ from prefect_crew.exceptions import (
     LedgerError,
     LedgerMissingError,
 )
-from prefect_crew.prices import ONE_TOKEN, Spending, cost_of
+from prefect_crew.prices import Spending, cost_of
 from prefect_crew.records.budgets import check_estimates
 from prefect_crew.records.keys import render_key, scheduled_start
 from prefect_crew.records.owners import Owner, crash_dead_owner, this_owner
@@ -418,7 +418,6 @@ class _Batch:
         """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
         job, ledger = self.job, self.ledger
         webhooks_for(job.crew, job.name)  # raises if settings make no sense, before anything is started
-        cost_of(job.crew.price, ONE_TOKEN)  # raises if it is the price of an unknown model
         self._tell("checking")
         await stack.enter_async_context(self.session)
         expected = await expected_inputs(self.session)

@@ -30,7 +30,6 @@ from prefect_crew.exceptions import (
     NotStartedError,
     ResponseFormatError,
 )
-from prefect_crew.prices import ONE_TOKEN, cost_of
 from prefect_crew.records.budgets import add_estimates, note_exceeded, release, release_given_back
 from prefect_crew.records.decision import STARTS, Decision, check_same_run, decide, latest_start
 from prefect_crew.records.keys import RunIdentity, identify
@@ -585,17 +584,15 @@ async def _take_slot(request: RunRequest, identity: RunIdentity, records: Record
 
 
 async def check_inputs(session: CrewSession, request: RunRequest) -> None:
-    """Check the inputs against `GET /inputs`, and the crew's price. If `GET /inputs` fails, log that and go on.
+    """Check the inputs against `GET /inputs`. If the request fails, log that and go on.
 
     A web page or a redirect as the answer raises: `/kickoff` would answer in the same way, and nobody would know
     whether it started a run.
 
     Raises:
         InvalidInputsError: Inputs are missing, or the crew does not know some and `allow_extra_inputs` is False.
-        AuthenticationError, ConfigurationError: The server refuses the token; the URL is not the URL of a crew, or
-            nobody knows the price's model.
+        AuthenticationError, ConfigurationError: The server refuses the token; the URL is not the URL of a crew.
     """
-    cost_of(request.crew.price, ONE_TOKEN)  # raises if nobody knows the price's model
     expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
     if session.crew.expected_inputs is None:
         try:

@@ -409,7 +409,7 @@ def end_of(
 
     `error` and `result` are masked already.
     """
-    used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
+    used = {"usage": status.usage, "cost": cost_of(crew.price, status.usage)}
     return {"state": status.state, "human_seconds": human, "error": error, "result": result, **used}
 
 
@@ -456,15 +456,6 @@ async def close_run(
     return True
 
 
-def cost_of_run(crew: Crew, status: CrewStatus) -> float | None:
-    """Return the cost of an ended run, None if unknown. This logs errors and raises none, since the run is over."""
-    try:
-        return cost_of(crew.price, status.usage, status.usage_by_model)
-    except CrewError as error:
-        run_logger().warning("The cost of run %s is unknown: %s", status.kickoff_id, error)
-        return None
-
-
 def next_step(run: LiveRun) -> str:
     """Return the advice for a person after the failure of a run."""
     if run.advice is not None or run.record is None:
@@ -497,7 +488,7 @@ def result_of(run: LiveRun, status: CrewStatus) -> CrewResult:
         record = run.record
         if record is not None and record.phase is RecordPhase.ENDED:
             return record.completed(status.result())
-        facts = {"cost": cost_of_run(run.crew, status), "idempotency_key": run.idempotency_key}
+        facts = {"cost": cost_of(run.crew.price, status.usage), "idempotency_key": run.idempotency_key}
         return status.result().model_copy(update=facts)
     raise failure(run, status.state, run.redact_text(status.error or ""))
 

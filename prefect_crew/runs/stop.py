@@ -33,11 +33,12 @@ from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError, FlowRunCancelledError
+from prefect_crew.prices import cost_of
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import PAGE, Variable, pages_by_change, read_exact
-from prefect_crew.runs.run import LiveRun, close_run, cost_of_run, read_record
+from prefect_crew.runs.run import LiveRun, close_run, read_record
 from prefect_crew.states import CrewState
 
 T = TypeVar("T")
@@ -422,7 +423,7 @@ async def close_stopped(
         status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
     if status.state is CrewState.COMPLETED:
         return  # it ended before the stop: the next poll stores its result
-    used = {"usage": status.usage, "cost": cost_of_run(crew, status)}
+    used = {"usage": status.usage, "cost": cost_of(crew.price, status.usage)}
     end = {"state": CrewState.STOPPED, "reason": record.reason, **used}
     # A wait for the run may have stored the end in between.
     if await close_run(stored, records, end, report={}):
