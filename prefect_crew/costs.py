@@ -1,4 +1,4 @@
-"""Add up the use and the cost of runs, by crew, day, flow, batch or tag, from records and from ledgers of batches."""
+"""Add up the use and the cost of runs, by crew, day, flow or batch, from records and from ledgers of batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefect_crew.records.prune import FLOW_RUN_ID, read_by_id
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.settings import CrewSettings
 
-By = Literal["crew", "day", "flow", "batch", "tag"]
+By = Literal["crew", "day", "flow", "batch"]
 CLOCKS = timedelta(hours=1)
 """The most by which the clock of a process that wrote an end may differ from the Prefect server's clock."""
 
@@ -29,8 +29,6 @@ class CostRow:
     crew: str
     spending: Spending
     flow: str | None = None
-    tags: Sequence[str] = ()
-    """The tags of the flow run."""
     batch: str | None = None
     flow_run_id: str | None = None
 
@@ -45,14 +43,11 @@ def row_of(end: Entry) -> CostRow:
 
 
 def grouped(rows: Iterable[CostRow], by: By) -> dict[str, Spending]:
-    """Add up the rows of each crew, day, flow, batch or tag: days in their order, else the highest cost first. Pure.
-
-    A run with several tags counts under each of them.
-    """
+    """Add up the rows of each crew, day, flow or batch: days in their order, else the highest cost first. Pure."""
     groups: defaultdict[str, list[Spending]] = defaultdict(list)
     for row in rows:
-        for name in (row.tags or (None,)) if by == "tag" else (getattr(row, by),):
-            groups[f"no {by}" if name is None else str(name)].append(row.spending)
+        name = getattr(row, by)
+        groups[f"no {by}" if name is None else str(name)].append(row.spending)
     sums = [(name, Spending.sum(parts)) for name, parts in groups.items()]
     if by == "day":
         return dict(sorted(sums))
@@ -64,7 +59,7 @@ async def read_costs(
 ) -> tuple[list[CostRow], list[str]]:
     """Return a row for each run that ended from `since` to `until` (UTC, both included), and notes on missing data.
 
-    A row has a flow's name or tags only if `by` asks for them.
+    A row has a flow's name only if `by` asks for it.
     """
     rows, gaps = [row_of(end) for end in await _read_ends(since)], _pruned_days(since)
     for name, ledger in await list_batches():
@@ -78,7 +73,7 @@ async def read_costs(
         except CrewError:
             gaps.append(f"Batch {name!r} is left out because its ledger cannot be opened here ({ledger}).")
     rows = [row for row in rows if (since or row.day) <= row.day <= (until or row.day)]
-    return await _with_flows(rows) if {"flow", "tag"} & set(by) else rows, gaps
+    return await _with_flows(rows) if "flow" in by else rows, gaps
 
 
 def _pruned_days(since: date | None) -> list[str]:
@@ -106,11 +101,10 @@ async def _read_ends(since: date | None) -> list[Entry]:
 
 
 async def _with_flows(rows: Sequence[CostRow]) -> list[CostRow]:
-    """Add the names of flows and the tags of flow runs to rows, if Prefect still has them."""
+    """Add the names of flows to rows, if Prefect still has them."""
     # Rows outside of a flow may have an id that is no UUID.
     ids = (row.flow_run_id for row in rows if row.flow_run_id and FLOW_RUN_ID.fullmatch(row.flow_run_id))
     runs = await read_by_id("/flow_runs/filter", ids)
     flows = await read_by_id("/flows/filter", (run["flow_id"] for run in runs.values()))
-    names = {flow_id: flow["name"] for flow_id, flow in flows.items()}
-    facts = {run_id: {"flow": names.get(run["flow_id"]), "tags": run["tags"]} for run_id, run in runs.items()}
-    return [replace(row, **facts.get(row.flow_run_id, {})) for row in rows]
+    names = {run_id: flows[run["flow_id"]]["name"] for run_id, run in runs.items() if run["flow_id"] in flows}
+    return [replace(row, flow=names.get(row.flow_run_id or "")) for row in rows]

@@ -1,4 +1,4 @@
-"""What runs cost by crew, day, flow, batch and tag; and that the totals are those that the crew's server counted."""
+"""What runs cost by crew, day, flow and batch; and that the totals are those that the crew's server counted."""
 
 import json
 import uuid
@@ -7,7 +7,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
-from prefect import flow, tags
+from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
@@ -42,8 +42,8 @@ def spent(tokens: int | None, cost: float | None) -> Spending:
 
 
 ROWS = [
-    CostRow(day=TWO, crew="travel", spending=spent(10, 0.5), flow="plan", tags=["team-a", "prod"]),
-    CostRow(day=ONE, crew="travel", spending=spent(None, None), flow="plan", tags=["prod"]),
+    CostRow(day=TWO, crew="travel", spending=spent(10, 0.5), flow="plan"),
+    CostRow(day=ONE, crew="travel", spending=spent(None, None), flow="plan"),
     CostRow(day=ONE, crew="news", spending=spent(5, 2.0), batch="leads"),
 ]
 
@@ -54,7 +54,6 @@ def test_rows_are_added_up_and_what_is_unknown_stays_so():
     assert crews["travel"] == Spending(2, 1, 1, TokenUsage(total_tokens=10), 0.5)
     assert crews["travel"].unknown == "1 of 2 runs reported no tokens; the cost of 1 of 2 runs is unknown"
     assert list(grouped(ROWS, "day")) == ["2001-05-01", "2001-05-02"]
-    assert {name: one.runs for name, one in grouped(ROWS, "tag").items()} == {"prod": 2, "team-a": 1, "no tag": 1}
     assert {name: one.runs for name, one in grouped(ROWS, "batch").items()} == {"leads": 1, "no batch": 2}
     assert Spending.sum([]) == Spending(), "None, and not zero"
 
@@ -108,8 +107,7 @@ class Counting(ScriptedProgram):
 async def test_the_totals_of_a_batch_are_what_the_server_counted(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(Counting(CrewScript.model_validate(ASKING), speed=float("inf")), response_format="live")
     name = f"counted {uuid.uuid4()}"
-    with tags("counted"):
-        report = await batch(server.crew(price=TOKENS), [{"text": n} for n in range(200)], name=name)
+    report = await batch(server.crew(price=TOKENS), [{"text": n} for n in range(200)], name=name)
     usages = [run.usage for run in server.runs]
     assert len(usages) == report.completed == 200
     told = [usage for usage in usages if usage is not None]
@@ -122,9 +120,9 @@ async def test_the_totals_of_a_batch_are_what_the_server_counted(batch: Batches,
     assert report.spending.priced == 180
     assert "20 of 200 runs reported no tokens" in str(report)
     assert json.loads(json.dumps(report.as_dict()))["spending"]["usage"]["total_tokens"] == counted.total_tokens
-    rows, _ = await read_costs(["flow", "tag"], since=utcnow().date() - timedelta(days=1))
+    rows, _ = await read_costs(["flow"], since=utcnow().date() - timedelta(days=1))
     ours = [row for row in rows if row.batch == name]
-    names = {"batch": name, "tag": "counted", "flow": "run-batch"}
+    names = {"batch": name, "flow": "run-batch"}
     for group in (grouped(ours, by)[one] for by, one in names.items()):  # pyright: ignore[reportArgumentType]
         assert group.usage == counted
         assert group.cost == pytest.approx(report.cost)

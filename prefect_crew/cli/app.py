@@ -53,7 +53,7 @@ LAZY = {
     "runs": ("runs:app", "Runs on record: list, stop, resolve and prune them."),
     "reviews": ("reviews:app", "Runs that wait for a person: list them, and answer."),
     "sessions": ("sessions:app", "Sessions of Flows: list them, and show the turns of one."),
-    "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow, batch or tag."),
+    "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow or batch."),
     "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
     "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs."),

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import App, Group, Parameter, validators
 
@@ -20,7 +20,7 @@ from prefect_crew.cli._errors import OTHER
 from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.client.models import StopAnswer, StopOutcome
-from prefect_crew.costs import grouped, read_costs
+from prefect_crew.costs import By, grouped, read_costs
 from prefect_crew.exceptions import (
     BatchBusyError,
     ConfigurationError,
@@ -425,7 +425,7 @@ async def prune(
 
 async def costs(
     *,
-    by: Literal["crew", "day", "flow", "batch", "tag"] = "crew",
+    by: By = "crew",
     from_: Annotated[date | None, Parameter(name="--from")] = None,
     to: date | None = None,
     output: Output = None,
@@ -433,7 +433,7 @@ async def costs(
     """Add up runs that have ended, on the day of their end in UTC.
 
     Args:
-        by: The groups to add up. A run with several tags counts under each.
+        by: The groups to add up.
         from_: The first day, such as 2026-05-01.
         to: The last day.
     """
