@@ -1,8 +1,6 @@
 """Take the pictures of docs/images: a real Prefect server, crews on the dev server, a real browser.
 
     python docs/pictures.py          about a minute; needs Chromium and the environment of the tests
-    PHOENIX=v/bin/phoenix python docs/pictures.py trace     a trace in Arize Phoenix: v is an environment of its own,
-                                                            python -m venv v; v/bin/pip install arize-phoenix
 
 Each picture is of Prefect's present interface, as a reader sees it. Look at them before you commit them.
 """
@@ -10,10 +8,8 @@ Each picture is of Prefect's present interface, as a reader sees it. Look at the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 import threading
@@ -178,63 +174,6 @@ def take_killed(page: Page, server: PrefectServer, seen: Seen) -> None:
     page.screenshot(IMAGES / "killed.png", selector="svg")
 
 
-def take_trace(page: Page, server: PrefectServer, seen: Seen) -> None:
-    """A run within the trace of its flow run, in a program that shows traces."""
-    import httpx
-    from opentelemetry import trace
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-    from prefect import flow
-
-    from prefect_crew import run_crew
-    from prefect_crew.devserver import CrewServer
-    from prefect_crew.prices import Price
-
-    port, home = 16006, str(HOME / "phoenix")
-    own = {"PHOENIX_HOST": "127.0.0.1", "PHOENIX_PORT": str(port), "PHOENIX_GRPC_PORT": str(port + 1)}
-    quiet = {"PHOENIX_WORKING_DIR": home, "PHOENIX_TELEMETRY_ENABLED": "false"}
-    phoenix = subprocess.Popen([os.environ["PHOENIX"], "serve"], env={**os.environ, **own, **quiet})
-    with phoenix, httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
-        try:
-            wait_for(lambda: _answers(client))
-            provider = TracerProvider()
-            provider.add_span_processor(SimpleSpanProcessor(OTLPSpanExporter(f"{client.base_url}/v1/traces")))
-            trace.set_tracer_provider(provider)
-
-            @flow(flow_run_name="weekly-trip")
-            def weekly_trip() -> None:
-                run_crew("travel", TRIP, idempotency_key="lisbon-traced")
-
-            with CrewServer("travel", response_format="live") as crew:
-                price = Price(per_1k_input=0.0025, per_1k_output=0.01)
-                crew.crew(price=price).save("travel", overwrite=True)
-                weekly_trip()
-            # It takes spans in a moment after it has got them.
-            path = "/v1/projects/default/spans"
-            spans = wait_for(lambda: data if len(data := client.get(path).json()["data"]) == 7 else None)
-            projects = client.get("/v1/projects").json()["data"]
-            project = next(project["id"] for project in projects if project["name"] == "default")
-            page.open(f"{client.base_url}/projects/{project}/traces/{spans[0]['context']['trace_id']}")
-            page.evaluate("localStorage.setItem('arize-phoenix-theme', 'light')")
-            page.raw(lambda raw: raw.reload())
-            page.wait_for_text("invoke_workflow travel")
-            page.click("text=invoke_workflow travel")
-            page.wait_for_text("crewai.execution_uuid")
-            page.raw(lambda raw: raw.wait_for_timeout(1500))
-            page.screenshot(IMAGES / "trace.png", whole=False)
-        finally:
-            phoenix.terminate()
-
-
-def _answers(client: Any) -> bool:
-    import httpx
-
-    with contextlib.suppress(httpx.TransportError):
-        return client.get("/v1/projects").is_success
-    return False
-
-
 def wait_for(look: Callable[[], Any]) -> Any:
     """Return what `look` gives once that is something."""
     deadline = time.monotonic() + 60
@@ -252,8 +191,6 @@ def main() -> None:
         raise SystemExit("There is no Chromium on this machine.")
     takes = {"artifact": (take_run, 1620), "pipeline": (take_pipeline, 680), "form": (take_form, 1000)}
     takes |= {"killed": (take_killed, 640), "link": (take_link, 1000)}
-    if "PHOENIX" in os.environ:
-        takes["trace"] = (take_trace, 1180)
     with PrefectServer(HOME / "server") as server, connected(server, HOME / "client"), Chromium(chromium) as browser:
         seen = Seen(server)
         for name in sys.argv[1:] or takes:

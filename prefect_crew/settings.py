@@ -63,11 +63,6 @@ class CrewSettings(PrefectBaseSettings):
         description="Modules, in addition to this package's, whose flows a crew worker may import; separated by "
         "commas.",
     )
-    trace_content: bool = Field(
-        default=False,
-        description="Put inputs and outputs on OpenTelemetry spans too, of crews whose `show` is full. Secrets are "
-        "masked.",
-    )
 
     @field_validator("worker_modules", mode="before")
     @classmethod

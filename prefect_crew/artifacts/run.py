@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -189,7 +189,7 @@ class MarkdownArtifact:
 
 @dataclass(frozen=True)
 class RunView:
-    """The content of a run's artifact and span, already masked. Times are UTC.
+    """The content of a run's artifact, already masked. Times are UTC.
 
     `inputs` are encoded, None if they are unknown here. `page_url` is the crew's page for people. `notes` come first,
     with the commands in `to_do`. `read_result` is the command that writes the whole result.
@@ -216,8 +216,6 @@ class RunView:
     advice: str | None = None
     current_id: str | None = None
     """The id under which the run goes on after an answer, if it has another one then."""
-    tasks_seen: Mapping[str, datetime] = field(default_factory=dict[str, datetime])
-    """The time of the first status that named a task, by the task's name."""
 
 
 def render_run(view: RunView, earlier: str = "") -> str:

@@ -526,7 +526,7 @@ class Runner:
                 setattr(record, name, value)
             await self.ledger.save(record)
         else:
-            await close_run(record, self.ledger, end, lambda: run.view(status), settings=self._settings)
+            await close_run(record, self.ledger, end)
         if status.state is CrewState.COMPLETED and self.first_poll is not None:
             self.first_poll.add(record)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from prefect_crew.artifacts.telemetry import count_waiting
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import RETRY_AFTER_CAP, WaitPolicy, fast_intervals
 from prefect_crew.exceptions import (
@@ -170,25 +169,21 @@ async def poll(
     if not first_look:
         # Counted from the kickoff: the time for writing records must not delay the first status call.
         await state.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
-    try:
-        while True:
-            try:
-                status = await look()
-            except AuthenticationError:
-                raise
-            except NO_ANSWER as error:
-                await state.failed(error)
-                least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
-                await state.pause(max(next(state.delays), least))
-                continue
-            if await state.take(status):
-                return status
-            if watcher.has_answered():
-                state.begin_anew()
-            await state.pause(state.next_pause())
-    finally:
-        if state.waits:
-            count_waiting(crew, -1)
+    while True:
+        try:
+            status = await look()
+        except AuthenticationError:
+            raise
+        except NO_ANSWER as error:
+            await state.failed(error)
+            least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
+            await state.pause(max(next(state.delays), least))
+            continue
+        if await state.take(status):
+            return status
+        if watcher.has_answered():
+            state.begin_anew()
+        await state.pause(state.next_pause())
 
 
 @dataclass
@@ -206,7 +201,6 @@ class _Poll:
     was_alive: bool
     seen: CrewState | None = None
     unknown_since: float | None = None
-    waits: bool = False
     failing_for: float = 0.0
     """Seconds of failed status calls since the last successful one."""
     failed_at: float | None = None
@@ -267,10 +261,6 @@ class _Poll:
             if self.seen is not None and status.state is not self.seen:
                 self.begin_anew()
             self.seen = status.state
-            waits = self.seen is CrewState.WAITING
-            if waits is not self.waits:
-                self.waits = waits
-                count_waiting(self.names["crew"], 1 if waits else -1)
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
                 await self.watcher.on_human_wait(self.phases)
             await self.watcher.on_status(status)

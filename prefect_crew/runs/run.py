@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID
@@ -18,7 +17,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import prose
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.run import CLAIM, TASKS_CAP, MarkdownArtifact, RunView, artifact_key
+from prefect_crew.artifacts.run import CLAIM, MarkdownArtifact, RunView, artifact_key
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus, Review
 from prefect_crew.client.redaction import Redactor, withholding
@@ -39,7 +38,6 @@ from prefect_crew.records.notes import Note, kept_note, kept_questions
 from prefect_crew.records.results import stored_result
 from prefect_crew.records.store import PrefectRecords, record_name
 from prefect_crew.runs.limits import release
-from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -104,8 +102,6 @@ class LiveRun:
         """The advice after a failure, if it is not the usual one."""
         self.task_seen: str | None = None
         """The crew's task in the last status that named one."""
-        self.tasks_seen = dict[str, datetime]()
-        """The time of the first status that named a task, by the task's name."""
         self._redactor: tuple[Crew, Redactor] | None = None
         self._continued_as: str | None = None
 
@@ -193,8 +189,6 @@ class LiveRun:
         """Note the current task of a status, and call the crew's `on_status`; with None for the run itself."""
         if status is not None and (task := status.current_task):
             self.task_seen = task
-            if len(self.tasks_seen) < TASKS_CAP:
-                self.tasks_seen.setdefault(task, utcnow())
         if self.crew.on_status is not None:
             self.crew.on_status(self, status)
 
@@ -285,7 +279,6 @@ class LiveRun:
             # Only a failed run shows its attempt and an advice.
             attempt=self.attempt if has_failed else None,
             advice=next_step(self) if has_failed else "",
-            tasks_seen={} if self.is_blind else {self.redact(name): at for name, at in self.tasks_seen.items()},
         )
 
 
@@ -417,10 +410,7 @@ async def close_run(
     record: RunRecord,
     records: RecordStore,
     end: Mapping[str, Any],
-    view: Callable[[], RunView] | None = None,
-    *,
     report: Mapping[str, Any] | None = None,
-    settings: CrewSettings | None = None,
 ) -> bool:
     """Store a run's end. The call that creates it also changes the counters of budgets, writes the span and the event,
     and gives the run's slot back.
@@ -432,7 +422,6 @@ async def close_run(
         record: The run's record.
         records: The store of the record. This function raises the errors of the store.
         end: The result of `end_of`.
-        view, settings: For the span.
         report: The payload of the event beyond the state; None for no event.
 
     Returns:
@@ -448,7 +437,7 @@ async def close_run(
         return False
     if less:
         await change(record, less)
-    end_run(record, view, settings=settings)
+    end_run(record)
     if report is not None:
         emit(str(record.state), record, once=True, state=str(record.state), **report)
     if record.slot is not None:

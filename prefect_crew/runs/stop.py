@@ -426,7 +426,7 @@ async def close_stopped(
     used = {"usage": status.usage, "cost": cost_of(crew.price, status.usage)}
     end = {"state": CrewState.STOPPED, "reason": record.reason, **used}
     # A wait for the run may have stored the end in between.
-    if await close_run(stored, records, end, report={}):
+    if await close_run(stored, records, end, {}):
         for name, value in stored.outcome().items():
             setattr(record, name, value)
         await records.unlist(stored)

@@ -141,7 +141,7 @@ async def _watch(
             run.record = record
             end, report = end_and_report(run, status, record.human_seconds)
             with work.uncut():  # after the end, the counters, the span and the event must be written too
-                is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)
+                is_closed = await close_run(record, run.records, end, report)
             work.raise_if_cancelled()
             if is_closed:
                 await run.artifact.keep(lambda: render_run(run.view(status), run.artifact.earlier))

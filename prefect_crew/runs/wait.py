@@ -378,7 +378,7 @@ class _Waiter(Watcher):
             end, report = end_and_report(run, status, self.phases.human_seconds)
             try:
                 with self.work.uncut():  # after the end, the counters, the span and the event must be written too
-                    is_closed = await close_run(record, run.records, end, lambda: run.view(status), report=report)
+                    is_closed = await close_run(record, run.records, end, report)
             except (*PREFECT_ERRORS, CrewError) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
                 emit(str(status.state), record, once=True, state=str(status.state), **report)
