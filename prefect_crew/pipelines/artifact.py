@@ -13,12 +13,9 @@ from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import cell, code, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
-from prefect_crew.pipelines.graph import Pipeline
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.pipelines.graph import PIPELINE, Pipeline
 from prefect_crew.runs.run import LiveRun
 
-WIDTH = 20
-"""Characters of the timeline."""
 SHOW_AFTER = 0.5
 """Seconds after which a running pipeline is shown for the first time."""
 SHOW_EVERY = 2.0
@@ -38,15 +35,13 @@ _MARKS: dict[StepState, str] = {
 class StepView:
     """A step in the artifact. Times are seconds since the epoch.
 
-    `error` is the error of a failed step, with advice. `earlier` is the duration of a run that had ended before this
-    call, None for a run that this call waited for. `page_url` is the crew's page.
+    `error` is the error of a failed step, with advice. `page_url` is the crew's page.
     """
 
     crew: str
     state: StepState = "waiting"
     started: float | None = None
     ended: float | None = None
-    earlier: float | None = None
     error: str | None = None
     page_url: str | None = None
     run: LiveRun | None = None
@@ -57,19 +52,16 @@ def render_pipeline(
     idempotency_key: str,
     pipeline: Pipeline,
     views: Mapping[str, StepView],
-    now: float,
+    seconds: float,
     *,
     flow_run: str | None = None,
 ) -> str:
     """Return the Markdown of a pipeline. `flow_run` is the id of its flow run."""
-    timed = [view for view in views.values() if view.started is not None and view.earlier is None]
-    start = min([view.started or now for view in timed], default=now)
-    end = max([view.ended or now for view in timed], default=now)
     states = [view.state for view in views.values()]
     failed = f", {states.count('failed')} failed" if "failed" in states else ""
     head = f"## {prose(name)}: {states.count('completed')} of {len(states)} steps completed{failed}"
     errors: list[str] = []
-    facts = [("Idempotency key", code(idempotency_key)), ("Time", duration(end - start))]
+    facts = [("Idempotency key", code(idempotency_key)), ("Time", duration(seconds))]
     if flow_run is not None:
         facts.append(("Flow run", flow_run_link(flow_run)))
     rows: list[list[str]] = []
@@ -80,22 +72,17 @@ def render_pipeline(
             errors.append(f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error)}")
         state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # so that the newer interface does not break the line
         crew = link(view.crew, view.page_url) if view.page_url else cell(view.crew)
-        times = _times(view, start, max(end - start, 1e-9), now)
-        rows.append([f"**{cell(step)}**", needs, state, *times, crew, _link(view)])
-    steps = table(("Step", "After", "State", "Time", "Timeline", "Crew", "Run"), rows)
+        rows.append([f"**{cell(step)}**", needs, state, _time(view), crew, _link(view)])
+    steps = table(("Step", "After", "State", "Time", "Crew", "Run"), rows)
     return "\n\n".join([head, *errors, table(("", ""), facts), "### Steps", steps]) + "\n"
 
 
-def _times(view: StepView, start: float, span: float, now: float) -> tuple[str, str]:
-    """Return the duration of a step, and its part of the timeline."""
-    if view.earlier is not None:
-        return duration(view.earlier), "started earlier"
-    if view.started is None:
-        return "–", ""
-    ended = view.ended or now
-    first = min(int((view.started - start) / span * WIDTH), WIDTH - 1)
-    last = max(first + 1, min(WIDTH, round((ended - start) / span * WIDTH)))
-    return duration(ended - view.started), f"`{'░' * first}{'█' * (last - first)}{'░' * (WIDTH - last)}`"
+def _time(view: StepView) -> str:
+    """Return the duration of a step: of its run, also if an earlier call has started that."""
+    record = view.run and view.run.record
+    if record and record.kicked_off_at and record.ended_at:
+        return duration((record.ended_at - record.kicked_off_at).total_seconds())
+    return "–" if view.started is None else duration((view.ended or time.time()) - view.started)
 
 
 def _link(view: StepView) -> str:
@@ -114,8 +101,9 @@ class PipelineArtifact:
         self._idempotency_key = idempotency_key
         self._pipeline = pipeline
         self._views = {step: StepView(crew.label, page_url=crew.page_url) for step, crew in pipeline.crews.items()}
+        self._began = time.monotonic()
         description = f"Pipeline {name}, idempotency key {idempotency_key}"
-        key = artifact_key(name, prefix="pipeline")
+        key = PIPELINE if name == PIPELINE else artifact_key(name, prefix=PIPELINE)
         self._artifact = MarkdownArtifact(key, description, flow_run_id=flow_run_id())
         self._changed = False
         self._over = asyncio.Event()
@@ -139,24 +127,19 @@ class PipelineArtifact:
             run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
         await self._put()
 
-    def started(self, step: str) -> None:
-        """Note that a step runs."""
-        self._views[step].state, self._views[step].started = "running", time.time()
-        self._changed = True
-
     def opened(self, step: str, run: LiveRun) -> None:
         """Note the run of a step."""
-        view, record = self._views[step], run.record
-        view.run = run
-        if record is not None and not run.owned and record.phase is RecordPhase.ENDED:
-            took = (record.ended_at or record.claimed_at) - (record.kicked_off_at or record.claimed_at)
-            view.earlier = took.total_seconds()
+        self._views[step].run = run
         self._changed = True
 
-    def ended(self, step: str, state: StepState, error: str | None = None) -> None:
-        """Note the outcome of a step, and its error if it failed."""
+    def note(self, step: str, state: StepState, error: str | None = None) -> None:
+        """Note that a step runs, or its outcome, and its error if it failed."""
         view = self._views[step]
-        view.state, view.error, view.ended = state, error, time.time()
+        view.state, view.error = state, error
+        if state == "running":
+            view.started = time.time()
+        else:
+            view.ended = time.time()
         self._changed = True
 
     async def _keep(self) -> None:
@@ -170,7 +153,9 @@ class PipelineArtifact:
             delay = SHOW_EVERY
 
     async def _put(self) -> None:
-        data = render_pipeline(
-            self._name, self._idempotency_key, self._pipeline, self._views, time.time(), flow_run=flow_run_id()
+        seconds = time.monotonic() - self._began
+        await self._artifact.keep(
+            render_pipeline(
+                *(self._name, self._idempotency_key, self._pipeline, self._views, seconds), flow_run=flow_run_id()
+            )
         )
-        await self._artifact.keep(data)

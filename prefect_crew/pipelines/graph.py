@@ -29,6 +29,8 @@ from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
 
 InputOfStep = Callable[["PipelineContext"], Any] | object
 """A text, which is a template; a function of the context; or any other value."""
+PIPELINE = "pipeline"
+"""The name of a pipeline without one."""
 RESERVED = frozenset({"inputs", "steps"})
 """The names in templates of the mappings of all inputs and of all results."""
 

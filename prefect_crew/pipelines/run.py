@@ -31,7 +31,7 @@ from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
 from prefect_crew.flows import run_tasks
 from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
-from prefect_crew.pipelines.graph import CrewStep, Pipeline, PipelinePlan, step_key
+from prefect_crew.pipelines.graph import PIPELINE, CrewStep, Pipeline, PipelinePlan, step_key
 from prefect_crew.records.keys import identify, scheduled_key
 from prefect_crew.runs.options import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
@@ -67,7 +67,7 @@ async def arun_pipeline(
     steps: Sequence[CrewStep],
     inputs: Mapping[str, Any] | None = None,
     *,
-    name: str = "pipeline",
+    name: str = PIPELINE,
     idempotency_key: str | None = None,
     wait: WaitPolicy | None = None,
     review: ReviewChoice | None = None,
@@ -243,17 +243,17 @@ class _Run:
         for name in needs:
             await self._ended[name].wait()
         if needs <= self.results.keys():
-            self.artifact.started(step.name)
+            self.artifact.note(step.name, "running")
             try:
                 self.results[step.name] = await self._crew(step)
-                self.artifact.ended(step.name, "completed")
+                self.artifact.note(step.name, "completed")
             except Exception as error:  # noqa: BLE001  any error fails only this step: independent steps go on
                 run_logger().error("Step %s failed: %s", step.name, error)
                 self.errors[step.name] = error
                 is_shown = self.pipeline.crews[step.name].show != "none"
-                self.artifact.ended(step.name, "failed", str(error) if is_shown else type(error).__name__)
+                self.artifact.note(step.name, "failed", str(error) if is_shown else type(error).__name__)
             except BaseException:  # cancelled, or suspended by Prefect: later steps wait for the next attempt
-                self.artifact.ended(step.name, "interrupted")
+                self.artifact.note(step.name, "interrupted")
                 raise
         self._ended[step.name].set()
 

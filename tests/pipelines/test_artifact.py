@@ -3,6 +3,7 @@
 import asyncio
 import re
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,34 +14,33 @@ from prefect_crew import CrewStep, PipelineFailedError, arun_pipeline
 from prefect_crew.blocks import crew_of
 from prefect_crew.pipelines.artifact import StepView, render_pipeline
 from prefect_crew.pipelines.graph import Pipeline
+from prefect_crew.records.model import RunRecord
 from prefect_crew.testing import CrewServerFactory
 from support.chromium import Chromium
 from support.prefect_server import PrefectServer
+from support.records import new_record
 from support.scripts import script
 from support.seen import Seen
 
 ARTIFACT = uuid.UUID("12345678-1234-5678-1234-567812345678")
 
 
-def run_of(kickoff_id: str, artifact: uuid.UUID | None = None) -> Any:
-    return SimpleNamespace(kickoff_id=kickoff_id, artifact=SimpleNamespace(id=artifact), attempt=None)
+def run_of(kickoff_id: str, artifact: uuid.UUID | None = None, record: RunRecord | None = None) -> Any:
+    return SimpleNamespace(kickoff_id=kickoff_id, artifact=SimpleNamespace(id=artifact), attempt=None, record=record)
 
 
-def rendered(**views: StepView) -> str:
-    """Return the page of two steps and a third one that needs them, ten seconds after the start."""
+def test_page_shows_each_step():
     steps = [CrewStep("research", "finder", {}), CrewStep("prices", "finder", {})]
     pipeline = Pipeline([*steps, CrewStep("write", "writer", {}, after=["research", "prices"])], {})
-    return render_pipeline("report", "the key", pipeline, views, now=110.0).replace("\u00a0", " ")
-
-
-def test_page_shows_which_steps_ran_at_the_same_time():
-    text = rendered(
-        research=StepView("finder", "completed", started=100.0, ended=105.0, run=run_of("abc", ARTIFACT)),
-        prices=StepView("finder", "failed", started=100.0, ended=102.5, run=run_of("a-long-id-of-a-run")),
-        write=StepView("writer", "running", started=105.0),
-    )
+    at = datetime(2026, 5, 1, tzinfo=UTC)
+    earlier = new_record(kicked_off_at=at, ended_at=at + timedelta(hours=2))
+    views = {
+        "research": StepView("finder", "completed", started=100.0, ended=100.1, run=run_of("abc", ARTIFACT, earlier)),
+        "prices": StepView("finder", "failed", started=100.0, ended=102.5, run=run_of("a-long-id-of-a-run")),
+        "write": StepView("writer", "skipped"),
+    }
     assert (
-        text
+        render_pipeline("report", "the key", pipeline, views, 10.0).replace("\u00a0", " ")
         == """\
 ## report: 1 of 3 steps completed, 1 failed
 
@@ -51,24 +51,13 @@ def test_page_shows_which_steps_ran_at_the_same_time():
 
 ### Steps
 
-| Step | After | State | Time | Timeline | Crew | Run |
-| --- | --- | --- | --- | --- | --- | --- |
-| **research** |  | ✓ completed | 5.0 s | `██████████░░░░░░░░░░` | finder \
-| [abc](../artifact/12345678-1234-5678-1234-567812345678) |
-| **prices** |  | ✗ failed | 2.5 s | `█████░░░░░░░░░░░░░░░` | finder | a-long-i… |
-| **write** | prices, research | ● running | 5.0 s | `░░░░░░░░░░██████████` | writer |  |
+| Step | After | State | Time | Crew | Run |
+| --- | --- | --- | --- | --- | --- |
+| **research** |  | ✓ completed | 2 h 00 min | finder | [abc](../artifact/12345678-1234-5678-1234-567812345678) |
+| **prices** |  | ✗ failed | 2.5 s | finder | a-long-i… |
+| **write** | prices, research | – not run | – | writer |  |
 """
     )
-
-
-def test_earlier_runs_are_not_in_the_timeline():
-    text = rendered(
-        research=StepView("finder", "completed", run=run_of("abc"), started=90.0, earlier=7200.0),
-        prices=StepView("finder", "completed", started=100.0, ended=110.0),
-        write=StepView("writer"),
-    )
-    assert "| **research** |  | ✓ completed | 2 h 00 min | started earlier | finder | abc |\n" in text
-    assert "| **prices** |  | ✓ completed | 10.0 s | `████████████████████` | finder |  |\n" in text
 
 
 def test_odd_names_break_no_table_and_no_link():
@@ -80,7 +69,7 @@ def test_odd_names_break_no_table_and_no_link():
     assert text.count("| [find\\|er](https://crews.example/a%281%29%7Cb) |") == len(names)
     table = [line for line in text.splitlines() if line.startswith("| **")]
     assert len(table) == len(names)
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 8 for line in table)
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 7 for line in table)
     assert "<script>" not in text.partition("### Steps")[2]
     assert "## &lt;b&gt;" in text
 
