@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
-from pydantic import SecretStr
-
 from prefect_crew.client.encoding import as_text, encode_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
@@ -41,7 +39,7 @@ class Inputs:
     Args:
         values: The inputs as the caller passes them. A value of pydantic's secret types is always secret.
         secret: The names of further secret inputs.
-        secret_texts: Texts that are secret wherever they appear in an input.
+        is_hidden: Whether any input and any text of the crew may hold a secret, so that none is shown.
         as_json: Whether the crew takes JSON values instead of text.
         restore_from: The id of the Flow state from which the run starts.
         session: The session of Flow runs to which the run belongs.
@@ -49,7 +47,7 @@ class Inputs:
 
     values: Mapping[str, Any]
     secret: frozenset[str] = frozenset()
-    secret_texts: tuple[SecretStr, ...] = ()
+    is_hidden: bool = False
     as_json: bool = False
     restore_from: str | None = None
     session: str | None = None
@@ -72,9 +70,13 @@ class Inputs:
     def __repr__(self) -> str:
         return f"Inputs({list(self.values)})"
 
-    def keep_secret(self, names: Iterable[str], texts: Iterable[SecretStr] = ()) -> Inputs:
-        """Return a copy with further secret inputs and secret texts."""
-        return replace(self, secret=self.secret.union(names), secret_texts=(*self.secret_texts, *texts))
+    def keep_secret(self, names: Iterable[str]) -> Inputs:
+        """Return a copy with further secret inputs."""
+        return replace(self, secret=self.secret.union(names))
+
+    def hidden(self) -> Inputs:
+        """Return a copy of which nothing is shown."""
+        return replace(self, is_hidden=True)
 
     @cached_property
     def encoded(self) -> Mapping[str, Any]:
@@ -100,15 +102,13 @@ class Inputs:
 
     @cached_property
     def secret_names(self) -> tuple[str, ...]:
-        """The names of inputs that are secret by name or type, or whose value contains one of `secret_texts`."""
-        hides = Redactor(self.secret_texts).hides if self.secret_texts else None
-        inputs = self.encoded.items()
-        return tuple(name for name, value in inputs if name in self._secret_inputs or (hides and hides(value)))
+        """The names of the inputs that are not shown."""
+        return tuple(self.encoded if self.is_hidden else self._secret_inputs)
 
     @property
     def secret_values(self) -> list[Any]:
-        """The values to mask everywhere: the values of the secret inputs, and the secret texts."""
-        return [*self._secret_inputs.values(), *self.secret_texts]
+        """The values to mask everywhere: the values of the secret inputs."""
+        return [*self._secret_inputs.values()]
 
     @cached_property
     def digest(self) -> str:
@@ -117,7 +117,7 @@ class Inputs:
 
         It contains no secrets, so that a flow that fetches a new token for each attempt reattaches to its run.
         """
-        plain = {name: as_text(value) for name, value in self.encoded.items() if name not in self.secret_names}
+        plain = {name: as_text(value) for name, value in self.encoded.items() if name not in self._secret_inputs}
         text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         if self.restore_from is not None:
             text += f"\nrestoreFromStateId:{self.restore_from}"  # JSON without indentation contains no line break

@@ -88,7 +88,7 @@ class PipelineDefinition(_Plain):
         return [CrewStep(**{name: getattr(step, name) for name in StepDefinition.model_fields}) for step in self.steps]
 
     def values(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the inputs of a run, with defaults for missing ones.
+        """Return the inputs of a run, and then defaults for missing ones.
 
         Raises:
             ConfigurationError: A required input is missing, or `inputs` has a name that the pipeline does not take.
@@ -105,7 +105,7 @@ class PipelineDefinition(_Plain):
                 "parameter `inputs` of the run, or as defaults of the deployment."
             )
         defaults = {name: item.default for name, item in self.inputs.items() if item.default is not None}
-        return {**defaults, **values}
+        return {**values, **{name: default for name, default in defaults.items() if name not in values}}
 
     def stored_secrets(self, secret_inputs: Mapping[str, Sequence[str]]) -> list[str]:
         """Return a problem for each secret input of a crew whose value is in a step, where everybody can read it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
@@ -113,7 +113,8 @@ class Pipeline:
     `problems` has all problems found so far. `unreachable` has the crews that did not answer, a problem too, but not
     for a pipeline that was started before. `order` has the steps' names, each after the steps that it needs; it is
     empty if they depend on each other in a circle. `before` has the steps that a step needs, directly or through
-    others. `uses` has the names in the templates of a step, by its inputs. `crews` are by the steps' names.
+    others. `uses` has the names in the templates of a step, by its inputs, and under None in that of its session.
+    `crews` are by the steps' names.
     """
 
     steps: Sequence[CrewStep]
@@ -123,7 +124,9 @@ class Pipeline:
     order: list[str] = field(default_factory=list[str], init=False)
     before: dict[str, set[str]] = field(default_factory=dict[str, set[str]], init=False)
     problems: list[str] = field(default_factory=list[str], init=False)
-    uses: dict[str, dict[str, set[str]]] = field(default_factory=dict[str, dict[str, set[str]]], init=False)
+    uses: dict[str, dict[str | None, set[str]]] = field(
+        default_factory=dict[str, "dict[str | None, set[str]]"], init=False
+    )
     unreachable: list[str] = field(default_factory=list[str], init=False)
 
     def __post_init__(self) -> None:
@@ -169,8 +172,7 @@ class Pipeline:
             except ConfigurationError as error:
                 self.problems.append(f"{where}: {error}")
                 continue
-            if key is not None:
-                names.setdefault(key, set()).update(used)
+            names.setdefault(key, set()).update(used)
             for name in sorted(used.keys() - step_names - self.inputs.keys() - RESERVED):
                 self.problems.append(f"{where}: {name!r} is no step, and no input that has a value")
             for name in sorted(used.keys() & step_names):
@@ -196,6 +198,7 @@ class Pipeline:
                 # Two blocks may be for one crew: each keeps its other settings.
                 self.crews[name] = replace(crew.with_token(token), expected_inputs=tuple(expected))
         self.check_inputs()
+        self._check_sessions()
 
     async def load(self) -> None:
         """Load the crews, and note a problem for each block that is not stored."""
@@ -242,6 +245,14 @@ class Pipeline:
                 guessed = f"{with_guesses(unknown, names)}; its crew takes {listed_names(names)}"
                 self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
+    def _check_sessions(self) -> None:
+        """Note a problem for each session that may hold a secret."""
+        risky = {*RESERVED, *self.needs, *self.secret_inputs} if self.is_secret else set[str]()
+        for step in self.steps:
+            if used := risky & self.uses[step.name].get(None, set()):
+                where = f"step {step.name!r}, session"
+                self.problems.append(f"{where}: {min(used)!r} may hold a secret input, and sessions are shown")
+
     async def refuse_problems(self, idempotency_key: str | None = None) -> None:
         """Raise one ConfigurationError with all problems, if there are any.
 
@@ -260,6 +271,13 @@ class Pipeline:
 
     # Secrets
 
+    @property
+    def is_secret(self) -> bool:
+        """Whether an input of the pipeline, of a step or of a crew is secret. Then it shows no texts: any crew may
+        repeat a secret that another crew got."""
+        values = [*self.inputs.values(), *(value for step in self.steps for value in (step.inputs or {}).values())]
+        return any(crew.secret_inputs for crew in self.crews.values()) or any(map(holds_secret, values))
+
     @cached_property
     def secret_inputs(self) -> set[str]:
         """The names of the pipeline's secret inputs: of a secret type, or used in a secret input of a crew.
@@ -275,17 +293,13 @@ class Pipeline:
         return names
 
     def stored_inputs(self) -> dict[str, Any]:
-        """Return the pipeline's inputs for storage in Prefect, with the secrets masked."""
-        encoded, secret = encode_inputs(self.inputs), self.secret_inputs
-        by_function = any(callable(value) for step in self.steps for value in (step.inputs or {}).values())
-        if by_function and any(crew.secret_inputs for crew in self.crews.values()):
-            secret = set(encoded)  # it is unknown which inputs the function reads
-        redact = Redactor(self.inputs[name] for name in secret)
-        return {name: MASK if name in secret else redact(text) for name, text in encoded.items()}
+        """Return the pipeline's inputs for storage in Prefect, masked if the pipeline is secret."""
+        encoded = encode_inputs(self.inputs)
+        return dict.fromkeys(encoded, MASK) if self.is_secret else encoded
 
-    def inputs_made_of(self, step: CrewStep, names: Collection[str]) -> set[str]:
-        """Return the inputs of a step that use one of these inputs of the pipeline, by their names or by templates."""
-        return {name for name, sources in self._sources_of(step).items() if not sources.isdisjoint(names)}
+    def secret_inputs_of(self, step: CrewStep) -> set[str]:
+        """Return the inputs of a step that are made of secret inputs of the pipeline, by name or by a template."""
+        return {name for name, sources in self._sources_of(step).items() if not sources.isdisjoint(self.secret_inputs)}
 
     def _sources_of(self, step: CrewStep) -> dict[str, set[str]]:
         """Return, for each input of a step, the pipeline's inputs that feed it, by the same name or by templates."""
@@ -293,7 +307,8 @@ class Pipeline:
             return {name: {name} for name in self.inputs}
         names = self.inputs.keys()
         # `inputs[name]` may be any of the pipeline's inputs.
-        return {key: {*names} if "inputs" in used else names & used for key, used in self.uses[step.name].items()}
+        uses = self.uses[step.name].items()
+        return {key: {*names} if "inputs" in used else names & used for key, used in uses if key is not None}
 
     # The inputs of steps
 

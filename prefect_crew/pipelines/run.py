@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 
 from prefect import flow
 from prefect.context import AsyncClientContext, FlowRunContext, TaskRunContext
-from pydantic import Field, SecretStr
+from pydantic import Field
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run, run_logger
@@ -25,7 +25,7 @@ from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus
-from prefect_crew.client.redaction import MASK, Redactor, holds_secret
+from prefect_crew.client.redaction import holds_secret
 from prefect_crew.crew import WaitPolicy, titled
 from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
 from prefect_crew.flows import run_tasks
@@ -110,7 +110,7 @@ async def arun_pipeline(
     # This closure passes the steps to the flow: Prefect must not or cannot store them as parameters.
     @wraps(run_steps.fn)
     async def run_in_flow(*_: Any, **__: Any) -> PipelineResult:
-        await _name_flow_run(pipeline, name, idempotency_key, taken_inputs.values)
+        await _name_flow_run(pipeline, name, idempotency_key)
         return await _run(pipeline, name, idempotency_key, options.budgets)
 
     own_flow = copy(run_steps)
@@ -163,13 +163,13 @@ async def run_deployed_pipeline(
     if stored := pipeline.stored_secrets(blocks):
         raise ConfigurationError(f"The pipeline cannot run, and nothing was started: {'; '.join(stored)}.")
     secret = bare.secret_inputs | {name for name, item in pipeline.inputs.items() if item.secret}
-    hidden = await values_of_blocks({name: values[name] for name in values if name in secret}, secret)
+    bare.inputs = await values_of_blocks(values, secret)
     # With the loaded crews, so that each is loaded once. A missing block is reported later, with all other problems.
     steps = [replace(step, crew=bare.crews.get(step.name, step.crew)) for step in bare.steps]
-    await _name_flow_run(bare, pipeline.name, idempotency_key, inputs or {}, secret)
+    await _name_flow_run(bare, pipeline.name, idempotency_key)
     return await arun_pipeline(
         steps,
-        {**values, **hidden},
+        bare.inputs,
         name=pipeline.name,
         idempotency_key=idempotency_key,
         wait=pipeline.wait,
@@ -177,19 +177,11 @@ async def run_deployed_pipeline(
     )
 
 
-async def _name_flow_run(
-    pipeline: Pipeline, name: str, idempotency_key: str | None, values: Mapping[str, Any], secret: Collection[str] = ()
-) -> None:
-    """Name the flow run around this call by its key, else by the first input that may be shown; `values` come first."""
+async def _name_flow_run(pipeline: Pipeline, name: str, idempotency_key: str | None) -> None:
+    """Name the flow run around this call by its key, else by the first input if that may be shown."""
     key = idempotency_key and await scheduled_key(idempotency_key)
-    may_show = all(crew.show == "full" for crew in pipeline.crews.values())
-    stored = pipeline.stored_inputs() if may_show else {}
-    names = [
-        input_name
-        for input_name in (*values, *stored)
-        if input_name not in secret and stored.get(input_name, MASK) != MASK
-    ]
-    await label_flow_run(name=titled(name, key, {input_name: stored[input_name] for input_name in names}))
+    may_show = not pipeline.is_secret and all(crew.show == "full" for crew in pipeline.crews.values())
+    await label_flow_run(name=titled(name, key, pipeline.inputs if may_show else {}))
 
 
 @cancelled_once
@@ -227,7 +219,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self._ended = {step.name: asyncio.Event() for step in self.pipeline.steps}
-        self._secrets = dict[str, list[Any]]()
+        self.is_secret = self.pipeline.is_secret
 
     async def run(self) -> None:
         """Run each step whose needed steps completed. A cancellation cancels all steps."""
@@ -250,7 +242,7 @@ class _Run:
             except Exception as error:  # noqa: BLE001  any error fails only this step: independent steps go on
                 run_logger().error("Step %s failed: %s", step.name, error)
                 self.errors[step.name] = error
-                is_shown = self.pipeline.crews[step.name].show != "none"
+                is_shown = not self.is_secret and self.pipeline.crews[step.name].show != "none"
                 self.artifact.note(step.name, "failed", str(error) if is_shown else type(error).__name__)
             except BaseException:  # cancelled, or suspended by Prefect: later steps wait for the next attempt
                 self.artifact.note(step.name, "interrupted")
@@ -261,38 +253,29 @@ class _Run:
         if status is None:  # the run of the step is known now
             self.artifact.opened(step, run)
 
-    def _redactor(self, step: CrewStep) -> Redactor:
-        """Return what masks the secrets of the pipeline, of a step, and of the steps before it, whose crews may repeat
-        them. Other steps reach it by nothing, and the order in which steps start must not change its digest."""
-        names = [step.name, *self.pipeline.before[step.name]]
-        values = [self.pipeline.inputs[name] for name in self.pipeline.secret_inputs]
-        return Redactor([*values, *(value for name in names for value in self._secrets.get(name, ()))])
+    def _inputs_of(self, step: CrewStep) -> tuple[Inputs, str | None]:
+        """Return the inputs of a step and its session. In a secret pipeline an error about them has no text."""
+        try:
+            return Inputs.of(self.pipeline.inputs_of(step, self.results)), self.pipeline.session_of(step, self.results)
+        except ConfigurationError as error:
+            if not self.is_secret:
+                raise
+            problem = type(error.__cause__ or error).__name__
+        raise ConfigurationError(  # outside: the text of `error` would be its context
+            f"The step's inputs cannot be made ({problem}, whose text may hold a secret input). Nothing was started."
+        )
 
     async def _crew(self, step: CrewStep) -> CrewResult[Any]:
-        crew = self.pipeline.crews[step.name]
-        try:
-            inputs = self.pipeline.inputs_of(step, self.results)
-            session = self.pipeline.session_of(step, self.results)
-        except ConfigurationError as error:
-            masked = self._redactor(step)(str(error))
-            if masked == str(error):
-                raise
-            raise ConfigurationError(masked) from None  # the cause would contain the secret
-        secret = [name for name, value in inputs.items() if name in crew.secret_inputs or holds_secret(value)]
-        self._secrets[step.name] = [inputs[name] for name in secret]
-        redact = self._redactor(step)
-        # The crew has its own secret inputs. Secrets of the pipeline may come in by a template or an earlier result.
-        derived = self.pipeline.inputs_made_of(step, self.pipeline.secret_inputs)
-        if redact.hides(session or ""):
-            raise ConfigurationError(
-                "The session holds a secret input, but logs and Variables of the Prefect server show sessions. The "
-                "step was not started. Name the session by another input."
-            )
-        idempotency_key = step_key(self.idempotency_key, step)
-        options = step.options(name=step.name, idempotency_key=idempotency_key, session=session)
-        step_inputs = Inputs.of(inputs).keep_secret(derived, map(SecretStr, redact.texts))
+        inputs, session = self._inputs_of(step)
+        # A function may have made a secret, which the crews of later steps may repeat.
+        self.is_secret = self.is_secret or any(map(holds_secret, inputs.values.values()))
+        crew = replace(self.pipeline.crews[step.name], on_status=partial(self._on_run, step.name))
+        if self.is_secret:
+            crew = replace(crew, show="none")
+            inputs = inputs.keep_secret(self.pipeline.secret_inputs_of(step)).hidden()
+        key = step_key(self.idempotency_key, step)
         return await run_tasks(
-            *(replace(crew, on_status=partial(self._on_run, step.name)), step_inputs, options),
+            *(crew, inputs, step.options(name=step.name, idempotency_key=key, session=session)),
             # So Prefect draws an arrow from each earlier step; by itself it notices only results that are unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

@@ -40,7 +40,7 @@ from prefect_crew.runs.claims import OtherClaim, loop_ends, save, take_back_shar
 from prefect_crew.runs.limits import Slots, take_slots
 from prefect_crew.runs.listener import subscribe
 from prefect_crew.runs.options import RunRequest
-from prefect_crew.runs.run import LiveRun, no_attempt_left
+from prefect_crew.runs.run import WITHHELD, LiveRun, no_attempt_left
 from prefect_crew.runs.stop import is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
 from prefect_crew.runs.turns import EarlierTurnError, wait_for_turn
 from prefect_crew.states import CrewState
@@ -375,7 +375,10 @@ class _Start:
     async def _post(self) -> None:
         """Send one `POST /kickoff` and store its outcome. If it surely started no run, raise and store nothing."""
         request, record, records = self.request, self.record, self.records
-        redact, has_left = self.session.crew.redactor(request.inputs), False
+        masked, has_left = self.session.crew.redactor(request.inputs), False
+
+        def redact(text: str) -> str:
+            return WITHHELD if request.inputs.is_hidden else masked(text)
 
         def last_look() -> None:
             nonlocal has_left
@@ -510,7 +513,7 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
             slots = await until_cancelled(flow_run_id, _take_slot(request, identity, run.records))
         try:
             async with nullcontext() if slots is None else slots.kept(), run.session:
-                with withholding(run.redact):
+                with withholding(run.redact_text):
                     decision, record = await start_run(
                         *(request, identity, run.records, run.session),
                         slot=None if slots is None else str(slots.lease),

@@ -207,8 +207,10 @@ class LiveRun:
         """Whether the run has secret inputs whose values are unknown here, so that no text can be masked.
 
         A call that finds a run may have other secrets than the call that started it. A later turn of a session may show
-        the secrets of an earlier one, which the Flow's state holds.
+        the secrets of an earlier one, which the Flow's state holds, and a step of a pipeline those of another step.
         """
+        if self.request is not None and self.request.inputs.is_hidden:
+            return True
         recorded = [] if self.record is None else self.record.secret_inputs
         is_later_turn = self.record is not None and (self.record.turn or 0) > 1
         if self.request is None or is_later_turn:
