@@ -31,6 +31,7 @@ class Echo:
 
     Attributes:
         inputs, kickoff, resume, stop: A status code, or "html", "text" or "empty" with 200; None is a good answer.
+        accepted: The number of first kickoffs that get a good answer in any case.
         states: Of the status call, one after the other; the last one again and again. A code is an error, a word a
             state, "{said}" a state of which nobody has heard.
         task: The task that waits for a person; "{said}" is all that it was sent.
@@ -43,6 +44,7 @@ class Echo:
     kickoff: int | str | None = None
     resume: int | str | None = None
     stop: int | str | None = None
+    accepted: int = 0
     states: Sequence[int | str] = ("COMPLETED",)
     task: str = "review"
     url: str = ""
@@ -81,7 +83,8 @@ class Echo:
         self.kickoffs += 1
         if self.kickoff == "drop":
             await asyncio.sleep(5)
-        return self.answer(request, self.kickoff, {"kickoff_id": f"run-{uuid4()}"})
+        how = None if self.kickoffs <= self.accepted else self.kickoff
+        return self.answer(request, how, {"kickoff_id": f"run-{uuid4()}"})
 
     async def get_status(self, request: Request) -> Response:
         state = self.states[min(self.asked, len(self.states) - 1)]

@@ -114,6 +114,15 @@ CASES = {
     "a second wait": Case(lambda: Echo(states=("STARTED",)), act="second wait"),
     "a pipeline": Case(Echo, act="pipeline"),
     "a pipeline that fails": Case(lambda: Echo(states=("COMPLETED", "FAILED")), act="pipeline"),
+    "a pipeline that asks": Case(
+        lambda: Echo(states=("COMPLETED", "{said}", "PENDING_HUMAN_INPUT", "COMPLETED"), task="{said}"), act="pipeline"
+    ),
+    **{
+        f"a pipeline whose second kickoff fails with {how}": Case(
+            lambda how=how: Echo(kickoff=how, accepted=1), act="pipeline"
+        )
+        for how in (422, 500)
+    },
     "a batch": Case(lambda: Echo(states=("COMPLETED", "FAILED")), act="batch"),
     "a batch that asks": Case(
         lambda: Echo(states=("{said}", "PENDING_HUMAN_INPUT", "COMPLETED"), task="{said}"), act="batch"
