@@ -52,7 +52,6 @@ app = App(
 LAZY = {
     "runs": ("runs:app", "Runs on record: list, stop, resolve and prune them."),
     "reviews": ("reviews:app", "Runs that wait for a person: list them, and answer."),
-    "sessions": ("sessions:app", "Sessions of Flows: list them, and show the turns of one."),
     "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow or batch."),
     "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
@@ -65,7 +64,7 @@ LAZY = {
 GROUPS: dict[str, Sequence[Any]] = {
     "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor, documentation.docs),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
-    "Follow and decide": ("runs", "reviews", "sessions", "batch", "costs"),
+    "Follow and decide": ("runs", "reviews", "batch", "costs"),
     "Set up": ("crews", "deploy", "backfill", "automations", "receiver"),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):

@@ -31,7 +31,7 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.prices import Spending, money
 from prefect_crew.records.decision import latest_start
-from prefect_crew.records.keys import escape_name
+from prefect_crew.records.keys import escape_name, normalize_key
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.prune import prune as prune_records
 from prefect_crew.records.resolve import (
@@ -183,6 +183,7 @@ async def ls(
     *,
     only: list[Condition] | None = None,
     all_: Annotated[bool, Parameter(name="--all")] = False,
+    session: str | None = None,
     output: Output = None,
 ) -> None:
     """List the runs that have not ended. The runs that need a person come first.
@@ -190,20 +191,30 @@ async def ls(
     Args:
         only: Only runs in this condition; can be repeated.
         all_: Also runs that have ended.
+        session: The turns of a session of a CrewAI Flow, also those that have ended, in their order.
     """
+    session, all_ = session and normalize_key(session), all_ or session is not None
     conditions, records, order = set(only or (Condition if all_ else OPEN)), PrefectRecords(), list(Condition)
     ended = (RecordPhase.ENDED, RecordPhase.NOT_STARTED)
     phases = [phase for phase in RecordPhase if not conditions <= set(OPEN) or phase not in ended]
     looks = [await look_at(record, records) async for record in records.all(*phases)]
     lines = sorted(
-        (line for line in looks if line.condition in conditions),
+        (line for line in looks if line.condition in conditions and session in (None, line.record.session)),
         key=lambda line: (order.index(line.condition), -line.since.timestamp()),
     )
-    rows = [(line.word, short_name(line.record), line.record.crew, ago(line.since)) for line in lines]
+    columns = ["State", "Run", "Crew", "Since"]
+    if session is not None:
+        lines.sort(key=lambda line: (line.record.crew_url, line.record.turn or 0))
+        columns.append("Turn")
+    cells = [
+        (line.word, short_name(line.record), line.record.crew, ago(line.since), str(line.record.turn or ""))
+        for line in lines
+    ]
+    rows = [row[: len(columns)] for row in cells]
     empty = "No such run is on record." if only or all_ else "No run is open. To list ended runs too, add --all."
     empty += " Rows of batches: prefect-crew batch ls."
     as_json = output and [_as_json(line) for line in lines]
-    _output.put_rows(("State", "Run", "Crew", "Since"), rows, empty=empty, json=as_json)
+    _output.put_rows(columns, rows, empty=empty, json=as_json)
     if not output and any(todo(line.record, line.condition) for line in lines):
         _output.note("To see what to do about a run: prefect-crew runs inspect RUN", "dim")
 

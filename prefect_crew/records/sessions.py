@@ -18,23 +18,21 @@ Everything here raises one of PREFECT_ERRORS if the Prefect API cannot be reache
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prefect_crew._internal.prefect_api import BUSY_FOR, run_logger
+from prefect_crew._internal.prefect_api import BUSY_FOR
 from prefect_crew.exceptions import SessionBlockedError, UnreadableRecordError
 from prefect_crew.records.model import RECORD_VERSION, RecordPhase, RecordStore, RunRecord, digest
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.variables import PAGE, Variable, create_variable, patch_variable, read_exact, read_pages
+from prefect_crew.records.variables import PAGE, Variable, create_variable, patch_variable, read_exact
 from prefect_crew.states import CrewState
 
 BASE = 50
 STEPS = tuple(BASE**level for level in range(4))
 """The first request asks for 49 multiples of each step: 196 names. A session has at most 50 ** 4 - 1 turns."""
-TAG = "prefect-crew-session"
-"""The tag of each first turn, which is never pruned: by it a list finds the sessions."""
 TURN_TAG = "prefect-crew-turn"
 _NAME = re.compile(r"crew_turn_([0-9a-f]{32})_(\d+)")
 
@@ -216,24 +214,13 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
         restored=None if last is None else last.completed_state(before),
     )
     name = _name(record.crew_url, session, number)
-    tags = [TURN_TAG, TAG] if number == 1 else [TURN_TAG]
-    if await create_variable({"name": name, "value": turn.model_dump(mode="json"), "tags": tags}) is not None:
+    if await create_variable({"name": name, "value": turn.model_dump(mode="json"), "tags": [TURN_TAG]}) is not None:
         return turn
     # It is another caller's, or our own: Prefect's client repeats a request whose answer was lost.
     return await turn_again(turn)
 
 
-# Lists and pruning
-
-
-async def sessions() -> AsyncIterator[Turn]:
-    """Yield the first turn of each session. One scan of the server's Variables, so only for people."""
-    async for page in read_pages({"tags": {"all_": [TAG]}}):
-        for variable in page:
-            try:
-                yield _turn_in(variable)
-            except UnreadableRecordError as problem:
-                run_logger().warning("A session is left out of this list. %s", problem)
+# Pruning
 
 
 async def latest_turns(last: Turn, count: int) -> list[Turn]:
@@ -255,7 +242,7 @@ async def has_last_turn(records: Iterable[RunRecord]) -> bool:
 async def passed_turns(variables: Sequence[Variable]) -> list[Variable]:
     """Return the Variables of turns that no search for the last turn needs any more.
 
-    A search goes on from a later turn of the same step (`_step`). The first turn stays: lists find the session by it.
+    A search goes on from a later turn of the same step (`_step`). The first turn stays.
     """
     next_names = dict[str, str]()
     for variable in variables:

@@ -210,7 +210,6 @@ ARGUMENTS = {
     "runs cancel": "daily",
     "runs resolve": "daily --never-started --yes",
     "runs prune": "--older-than 30d --yes",
-    "sessions inspect": "s",
     "reviews inspect": "daily",
     "reviews approve": "daily",
     "reviews reject": "daily --feedback no",

@@ -81,7 +81,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("runs inspect never-used", 2, "never-used"),
         ("runs cancel never-used --crew {url}", 2, "No run has the key or kickoff id 'never-used'"),
         ("runs resolve batch/no-batch/z --never-started --yes", 2, "no-batch"),
-        ("sessions inspect nobody", 2, "There is no session 'nobody'. To list them: prefect-crew sessions ls."),
         ("reviews approve never-used", 2, "No run has the key or kickoff id 'never-used'"),
         ("batch inspect nobody's", 2, "nobody's"),
         ("batch inspect nobody's/x*", 2, 'There is no batch "nobody\'s/x*"'),
