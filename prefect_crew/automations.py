@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
-from prefect.events.filters import AutomationFilter, AutomationFilterTags
-from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.events.schemas.automations import AutomationCore
 
 from prefect_crew.artifacts.events import LINK
 
@@ -135,12 +134,6 @@ def _unless(runs: dict[str, Any], events: Sequence[str], *, after: str, within: 
     """Return a trigger that fires if none of these events follows in time (seconds), for each run by itself."""
     proactive = {"posture": "Proactive", "after": [after], "for_each": ["prefect.resource.id"], "within": within}
     return {**_when(runs, events), **proactive}
-
-
-async def read_automations(client: PrefectClient) -> list[Automation]:
-    """Return the automations of this package, by name."""
-    ours = AutomationFilter(tags=AutomationFilterTags(all_=[TAG]))
-    return sorted(await client.read_automations(automations=ours), key=lambda automation: automation.name)
 
 
 async def apply_automation(client: PrefectClient, automation: AutomationCore) -> Literal["created", "updated"]:

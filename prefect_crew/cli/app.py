@@ -57,7 +57,10 @@ LAZY = {
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
     "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs."),
     "backfill": ("deploy:backfill", "Create the flow runs that a schedule lacks in a range of past dates."),
-    "automations": ("deploy:automations", "Automations that begin crashed flow runs again, and alert people."),
+    "automations": (
+        "deploy:automations",
+        "Set up automations that begin crashed flow runs again, and that alert people.",
+    ),
     "receiver": ("serve:receiver", "The webhook receiver, which turns webhooks of crews into Prefect events."),
 }
 """Commands that are imported only when they run, because they import Prefect; each with its line in the list."""

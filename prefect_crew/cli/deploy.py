@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,6 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
-from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
 from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
@@ -27,20 +26,18 @@ from prefect_crew.automations import (
     TAG,
     alert_automations,
     apply_automation,
-    read_automations,
     recovery_automations,
     slowest_heartbeat,
 )
 from prefect_crew.blocks import load_crew
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import OTHER, reason
+from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import (
     InputFile,
     Inputs,
     Key,
     Output,
     Pool,
-    Yes,
     gather_inputs,
     is_url,
 )
@@ -283,34 +280,19 @@ async def apply(
     async with get_client() as client:
         alerts = alert_automations(await _notification_block(client, notify), waiting=waiting) if notify else []
         recover_id, heartbeat = await _recover_id(client, pool), await slowest_heartbeat(client)
-        recovery = recovery_automations(recover_id, heartbeat=heartbeat, max_attempts=max_attempts)
-        done = {automation.name: await apply_automation(client, automation) for automation in (*recovery, *alerts)}
-        stored = await read_automations(client)
-    _put_automations(stored, output, done)
-    if not output and not any("alert" in automation.name for automation in stored):
-        _output.put("There are no alerts. Give --notify the TYPE/NAME of a block that prefect block ls shows.")
-
-
-@automations.command
-async def ls(*, output: Output = None) -> None:
-    """List the automations of this package in Prefect, and what each does."""
-    async with get_client() as client:
-        _put_automations(await read_automations(client), output)
-
-
-@automations.command
-async def delete(*, yes: Yes = False, output: Output = None) -> int:
-    """Delete the automations of this package. To delete one of them: prefect automation delete NAME."""
-    async with get_client() as client:
-        stored = await read_automations(client)
-        if stored:
-            _output.confirm(f"Delete the automations {', '.join(automation.name for automation in stored)}?", yes=yes)
-        for automation in stored:
-            await client.delete_automation(automation.id)
-    _put_automations(stored, output, dict.fromkeys([automation.name for automation in stored], "deleted"))
-    if not output and stored:
-        _output.put(f"The deployment stays. To delete it: prefect deployment delete {RECOVER}")
-    return 0 if stored else OTHER
+        wanted = (*recovery_automations(recover_id, heartbeat=heartbeat, max_attempts=max_attempts), *alerts)
+        changes = [await apply_automation(client, automation) for automation in wanted]
+    lines = [
+        {"name": each.name, "enabled": each.enabled, "change": change, "description": each.description}
+        for each, change in zip(wanted, changes, strict=True)
+    ]
+    rows = [
+        (each.name, change if each.enabled else "disabled", each.description)
+        for each, change in zip(wanted, changes, strict=True)
+    ]
+    _output.put_rows(("Automation", "State", "Description"), rows, json=output and lines)
+    if not output and not alerts:
+        _output.put("No alert was changed. Give --notify the TYPE/NAME of a block that prefect block ls shows.")
 
 
 async def _notification_block(client: PrefectClient, notify: str) -> UUID:
@@ -344,22 +326,3 @@ async def _recover_id(client: PrefectClient, pool: str | None) -> UUID:
         RECOVER.partition("/")[2], work_pool_name=pool, tags=[TAG], entrypoint_type=EntrypointType.MODULE_PATH
     )
     return UUID(await _apply(await deployment))
-
-
-def _put_automations(
-    automations: Sequence[Automation], output: str | None, changes: dict[str, str] | None = None
-) -> None:
-    """Write what each automation does, and its change, or whether it is enabled."""
-    lines = [
-        {"name": automation.name, "enabled": automation.enabled, "description": automation.description}
-        for automation in automations
-    ]
-    for line in lines if changes is not None else []:
-        line["change"] = (changes or {}).get(str(line["name"]), "kept")
-    rows: list[tuple[str, ...]] = []
-    for line in lines:
-        state = str(line.get("change", "enabled"))
-        is_off = not line["enabled"] and state != "deleted"
-        rows.append((str(line["name"]), "disabled" if is_off else state, str(line["description"])))
-    empty = "There are no automations of this package. Run: prefect-crew automations apply."
-    _output.put_rows(("Automation", "State", "Description"), rows, empty=empty, json=output and lines)

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import pytest
 from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
 
 from prefect_crew import DeployedCrew
 from prefect_crew.devserver import CrewServer
@@ -157,4 +158,6 @@ def test_an_error_is_a_sentence(
     assert {path: path.read_text() for path in files} == files
     assert DeployedCrew.load(greeter) == block
     assert "\nnew\t" not in here("crews", "ls").out
-    assert here("automations", "ls", "-o", "json").json == []
+    with get_client(sync_client=True) as client:
+        automations = client.request("POST", "/automations/filter", json={}).json()
+    assert not [automation for automation in automations if automation["name"].startswith("prefect-crew: ")]
