@@ -13,7 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
 
-from prefect_crew.blocks import DeployedCrew, load_crew
+from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import CrewAccess, Output, Timeout
@@ -191,33 +191,15 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 @app.command
 async def ls(*, output: Output = None) -> None:
-    """List the stored crews. To delete one: prefect block delete deployed-crew/NAME."""
-    crews = await _read()
-    rows = [(crew["name"], crew.get("problem") or crew["url"]) for crew in crews]
-    empty = "No crew is stored. Run: prefect-crew crews save NAME --url URL."
-    _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and crews)
+    """List the stored crews, and with -o json all their fields but the token.
 
-
-@app.command
-async def inspect(name: Name, /, *, output: Output = None) -> None:
-    """Show the fields of a stored crew, without its token."""
-    crew = next((stored_crew for stored_crew in await _read() if stored_crew["name"] == name), None)
-    if crew is None:
-        raise ConfigurationError(f"No crew is stored under the name {name!r}. To list them: prefect-crew crews ls.")
-    if "problem" in crew:
-        await load_crew(name)  # which says what to do
-    fields = {**crew, **{f"wait.{field}": value for field, value in crew["wait"].items()}, "wait": None}
-    rows = [(field, str(value)) for field, value in fields.items() if value not in (None, [], "")]
-    _output.put_rows(("Field", "Value"), rows, json=output and crew)
-
-
-async def _read() -> list[dict[str, Any]]:
-    """Return the stored crews by name, as JSON values and without their tokens."""
+    To delete one: prefect block delete deployed-crew/NAME.
+    """
     async with get_client() as client:
         try:
             documents = await client.read_block_documents_by_type("deployed-crew", include_secrets=False)
         except ObjectNotFound:  # the block type is not registered: no crew was ever stored
-            return []
+            documents = []
     crews: list[dict[str, Any]] = []
     for document in sorted(documents, key=lambda block_document: str(block_document.name)):
         try:
@@ -226,4 +208,6 @@ async def _read() -> list[dict[str, Any]]:
             crews.append({"name": document.name, "problem": reason(error)})
             continue
         crews.append({"name": document.name, **block.model_dump(mode="json", exclude={"token"})})
-    return crews
+    rows = [(crew["name"], crew.get("problem") or crew["url"]) for crew in crews]
+    empty = "No crew is stored. Run: prefect-crew crews save NAME --url URL."
+    _output.put_rows(("Crew", "URL"), rows, empty=empty, json=output and crews)

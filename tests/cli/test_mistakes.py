@@ -90,7 +90,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         (f"{BATCH_RUN} --map who=naem", 6, "none of its 20 rows can be run: input 'who' needs column naem"),
         (f"{BATCH_RUN} --map who=naem", 6, "needs column naem (did you mean name?)"),
         (f"{BATCH_RUN} --map who=naem", 6, "as a template, with both pairs of braces: {{{{ 'text' }}}})"),
-        ("crews inspect nowhere", 2, "No crew is stored under the name 'nowhere'"),
         ("crews save new", 2, RENAMED),
         ("crews save new --overwrite", 2, RENAMED),
         ("crews save new --url http://x.example.com", 2, "plain text"),
