@@ -1,4 +1,4 @@
-"""Flows that ask for the inputs of a crew or a pipeline, and flow runs for past times.
+"""Flows that ask for the inputs of a crew or a pipeline.
 
 Prefect makes the run form from the signature of the deployed flow, and one flow runs all crews, another flow all
 pipelines. So `crew_flow` and `pipeline_flow` return a subclass of Flow whose signature is the form. A parameter that
@@ -14,21 +14,18 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, time
+from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowRunFilter
-from prefect.client.schemas.filters import FlowRunFilterExpectedStartTime as ExpectedStartTime
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
-from prefect.states import Scheduled
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.annotations import freeze
 from prefect.utilities.schema_tools import ValidationError as InvalidParametersError
@@ -37,7 +34,7 @@ from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
-from prefect_crew._internal.prefect_api import read_all, run_logger
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.automations import TAG
 from prefect_crew.blocks import load_crew, values_of_blocks
@@ -56,8 +53,6 @@ from prefect_crew.records.keys import render_key, shared_by_times
 from prefect_crew.runs.options import RunOptions
 
 if TYPE_CHECKING:
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.objects import DeploymentSchedule, FlowRun
     from prefect.client.schemas.responses import DeploymentResponse
     from prefect.deployments.runner import RunnerDeployment
 
@@ -75,7 +70,7 @@ TYPES: dict[str, Any] = {"integer": int, "number": float, "boolean": bool, "arra
 CREW_OF_FORM = "x-crew"
 """The key in the schema of a form that names the crew."""
 MOST = 1000
-"""Times in one backfill."""
+"""Times of a schedule that are looked at for a key that some share."""
 _naming_prefect_away = naming_prefect_away("Deploy again, which updates a deployment that was made.")
 
 
@@ -586,99 +581,3 @@ def _field_of(name: str, item: PipelineInput, required: bool, position: int) -> 
     about = {"title": name, "position": position, **({"description": description} if description else {})}
     has_default = item.default is not None or not required
     return {**about, **type_of, **({"default": item.default} if has_default else {})}
-
-
-class BackfilledRun(NamedTuple):
-    """One time of a backfill. `flow_run` is None where `dry_run` would create it."""
-
-    scheduled_for: datetime
-    created: bool
-    flow_run: FlowRun | None
-
-
-@naming_prefect_away("Call this again, which creates no flow run twice.")
-async def backfill(
-    deployment: str, start: date, end: date, *, schedule: str | None = None, dry_run: bool = False
-) -> list[BackfilledRun]:
-    """Create the flow runs that a deployment's schedule lacks in a range of past time. A second call creates no other.
-
-    Args:
-        deployment: Its name, `flow/deployment`.
-        start: The first date or datetime, in UTC if it has no time zone.
-        end: The last date or datetime, which the range includes. A date means the whole day.
-        schedule: The slug of the schedule; needed if there are several. The runs get its parameters.
-        dry_run: Create nothing.
-
-    Raises:
-        ConfigurationError: There is no such deployment or schedule; the range ends before it begins, or has future
-            times or more than a thousand; or every run would have one idempotency key. Nothing was created.
-    """
-    first, last = _utc(start, time.min), _utc(end, time.max)
-    if first > last:
-        raise ConfigurationError(f"The backfill's range ends {end}, before it starts {start}. Nothing was created.")
-    async with get_client() as client:
-        try:
-            target = await client.read_deployment_by_name(deployment)
-        except (ObjectNotFound, ValueError):
-            raise ConfigurationError(f"There is no deployment {deployment!r}. Run: prefect deployment ls.") from None
-        timetables = [entry for entry in target.schedules if schedule in (None, entry.slug)]
-        if len(timetables) != 1:
-            slugs = ", ".join(entry.slug or "(without a slug)" for entry in target.schedules)
-            choose = f"Give schedule=…, the slug of one schedule of {target.name}: {slugs}."
-            none = f"{target.name} has no schedule to take the times from. Add one."
-            raise ConfigurationError(f"{choose if slugs else none} No flow run was created.")
-        (timetable,) = timetables
-        dates = await _dates(timetable.schedule, n=MOST + 1, start=first, end=last)
-        times = [_utc(moment, time.min) for moment in dates]
-        if len(times) > MOST or (times and times[-1] > datetime.now(UTC)):
-            raise ConfigurationError(
-                f"The range has future times, or more than {MOST} times. Nothing was created. Choose another range."
-            )
-        parameters = {**target.parameters, **timetable.parameters}
-        key = parameters.get("idempotency_key")
-        if isinstance(key, str) and len(times) > 1 and len({render_key(key, moment) for moment in times}) == 1:
-            raise ConfigurationError(
-                f"The idempotency key {key!r} is the same for every time, so all flow runs of the backfill would get "
-                "one run. Nothing was created. Put the time into the key, such as {scheduled_start:%Y-%m-%d}."
-            )
-        existing = await _known_runs(client, target, timetable, times) if times else {}
-        runs: list[BackfilledRun] = []
-        for moment in times:
-            flow_run = existing.get(moment)
-            if flow_run is None and not dry_run:
-                flow_run = await client.create_flow_run_from_deployment(
-                    target.id,
-                    parameters=parameters,
-                    state=Scheduled(scheduled_time=moment),  # pyright: ignore[reportArgumentType]  it takes any datetime
-                    tags=["backfill"],
-                    # For two calls at the same time: Prefect then gives both the same flow run.
-                    idempotency_key=_backfill_key(target, timetable, moment),
-                )
-            runs.append(BackfilledRun(moment, moment not in existing, flow_run))
-        return runs
-
-
-def _backfill_key(target: DeploymentResponse, schedule: DeploymentSchedule, moment: datetime) -> str:
-    return f"backfill {target.id} {schedule.slug} {moment.isoformat()}"
-
-
-def _utc(moment: date, of_day: time) -> datetime:
-    whole = moment if isinstance(moment, datetime) else datetime.combine(moment, of_day)
-    return whole.replace(tzinfo=UTC) if whole.tzinfo is None else whole.astimezone(UTC)
-
-
-async def _known_runs(
-    client: PrefectClient, target: DeploymentResponse, schedule: DeploymentSchedule, times: Sequence[datetime]
-) -> dict[datetime, FlowRun]:
-    """Return the flow runs that the schedule or an earlier backfill has created, by their times."""
-    by_time: dict[datetime, FlowRun] = {}
-    between = ExpectedStartTime.model_validate({"after_": times[0], "before_": times[-1]})
-    of_target = DeploymentFilter(id=DeploymentFilterId(any_=[target.id]))
-    runs = FlowRunFilter(expected_start_time=between)
-    for run in await read_all(client.read_flow_runs, flow_run_filter=runs, deployment_filter=of_target):
-        by, moment = run.created_by, run.expected_start_time and _utc(run.expected_start_time, time.min)
-        # A new deploy may give a schedule another id; its slug stays.
-        is_scheduled = by is not None and by.type == "SCHEDULE" and schedule.slug in (None, by.display_value)
-        if moment and (is_scheduled or run.idempotency_key == _backfill_key(target, schedule, moment)):
-            by_time.setdefault(moment, run)
-    return by_time

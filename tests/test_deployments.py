@@ -2,24 +2,23 @@
 
 import asyncio
 from collections.abc import Iterator
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import cloudpickle
 import pytest
-from prefect import Flow, flow, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect import Flow, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Cron, RRule
 from prefect.utilities.callables import parameter_schema
 
 from prefect_crew import crew_flow, pipeline_flow
-from prefect_crew.deployments import backfill
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
 from support.prefect_server import PrefectServer
@@ -37,13 +36,7 @@ tasks: [{name: t, output: x}]
 """
 TEXT = ["string", "number", "boolean"]
 KEY = "day-{scheduled_start:%Y-%m-%d}"
-FIRST, LAST = date(2024, 2, 27), date(2024, 3, 1)
-SIX = DeploymentScheduleCreate(
-    schedule=CronSchedule(cron="0 6 * * *", timezone="UTC"),
-    slug="six",
-    active=False,
-    parameters={"idempotency_key": KEY},
-)
+SIX = CronSchedule(cron="0 6 * * *", timezone="UTC")
 
 
 @pytest.fixture
@@ -165,7 +158,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "schedule without defaults": ({"schedule": Cron("0 6 * * *")}, "Missing"),
     "inputs of a schedule that lack some": (daily(inputs={"topic": "tea"}), "Missing: days, odd"),
     "unknown input of a schedule": (
-        {"schedules": [{"schedule": SIX.schedule, "parameters": COLOUR}]},
+        {"schedules": [{"schedule": SIX, "parameters": COLOUR}]},
         "not know.* colour",
     ),
     "unknown input": (defaults(**COLOUR), "does not know the inputs colour; it takes topic, "),
@@ -251,98 +244,6 @@ async def test_a_pipeline_of_a_file_is_held_by_its_deployment_with_the_defaults(
         pipeline_flow("nowhere.yaml")
 
 
-# Backfills
-
-
-@flow
-def backfilled(idempotency_key: str | None = None, city: str = "Lisbon") -> None:
-    """Is never run here: only its runs matter."""
-
-
-async def deploy(*schedules: DeploymentScheduleCreate, **options: Any) -> tuple[str, UUID]:
-    name = f"d-{uuid4()}"
-    async with get_client() as client:
-        flow_id = await client.create_flow(backfilled)
-        made = await client.create_deployment(flow_id, name, schedules=list(schedules), **options)
-    return f"backfilled/{name}", made
-
-
-async def count(deployment_id: UUID) -> int:
-    body = {"deployments": {"id": {"any_": [str(deployment_id)]}}}
-    async with get_client() as client:
-        return (await client.request("POST", "/flow_runs/count", json=body)).json()
-
-
-def moments(runs: list[Any]) -> list[str]:
-    return [f"{run.scheduled_for:%m-%d %H:%M}" for run in runs]
-
-
-async def test_each_time_of_the_schedule_gets_a_run_and_only_one(prefect_api: PrefectServer):
-    name, deployment = await deploy(SIX, parameters={"city": "Porto"})
-    assert [run.flow_run for run in await backfill(name, FIRST, LAST, dry_run=True)] == [None] * 4
-    assert await count(deployment) == 0
-    runs, at_once = await asyncio.gather(backfill(name, FIRST, LAST), backfill(name, FIRST, LAST))
-    assert moments(runs) == ["02-27 06:00", "02-28 06:00", "02-29 06:00", "03-01 06:00"]
-    for run, twin in zip(runs, at_once, strict=True):
-        made: Any = run.flow_run
-        assert made.id == twin.flow_run.id  # type: ignore[union-attr]
-        assert made.expected_start_time == run.scheduled_for
-        assert made.parameters == {"idempotency_key": KEY, "city": "Porto"}
-        assert "backfill" in made.tags
-        assert not made.auto_scheduled  # those are deleted by the next deploy
-    longer = await backfill(name, FIRST, LAST + timedelta(days=2))
-    assert [run.created for run in longer] == [False] * 4 + [True] * 2
-    assert await count(deployment) == 6
-
-
-def six(**fields: Any) -> DeploymentScheduleCreate:
-    return SIX.model_copy(update=fields)
-
-
-async def test_what_the_schedule_itself_made_is_not_made_again(prefect_api: PrefectServer):
-    """A run of another schedule does not count."""
-    name, deployment = await deploy(six(active=True), six(slug="twin", parameters={"idempotency_key": f"twin-{KEY}"}))
-    # Prefect's own way to schedule for the past, which makes runs as its scheduler does.
-    body = {"start_time": "2024-02-28T00:00:00Z", "end_time": "2024-02-28T23:00:00Z", "max_runs": 1}
-    async with get_client() as client:
-        await client.request("POST", f"/deployments/{deployment}/schedule", json=body)
-    for slug, created in (("six", [True, False, True, True]), ("twin", [True] * 4)):
-        assert [run.created for run in await backfill(name, FIRST, LAST, schedule=slug)] == created
-
-
-async def test_times_in_other_zones_and_intervals(prefect_api: PrefectServer):
-    name, _ = await deploy(six(schedule=CronSchedule(cron="0 6 * * *", timezone="Asia/Tokyo")))
-    assert moments(await backfill(name, FIRST, date(2024, 2, 28), dry_run=True)) == ["02-27 21:00", "02-28 21:00"]
-    start = datetime(2024, 2, 27, 22, 30, tzinfo=timezone(timedelta(hours=1)))
-    assert moments(await backfill(name, start, date(2024, 2, 28), dry_run=True)) == ["02-28 21:00"]
-    anchor = datetime(2024, 1, 1, 1, tzinfo=UTC)
-    name, _ = await deploy(six(schedule=IntervalSchedule(interval=timedelta(hours=1), anchor_date=anchor)))
-    assert len(await backfill(name, FIRST, FIRST + timedelta(days=30), dry_run=True)) == 31 * 24
-
-
-@pytest.mark.parametrize(
-    ("schedules", "call", "problem"),
-    [
-        ((SIX,), {"end": date(2024, 1, 1)}, "before it starts"),
-        ((SIX,), {"end": date(2999, 1, 1), "start": date(2998, 12, 1)}, "has future times"),
-        ((six(schedule=CronSchedule(cron="0 * * * *")),), {"end": date(2024, 5, 1)}, "more than 1000 times"),
-        ((SIX,), {"schedule": "seven"}, "schedule=….*: six"),
-        ((), {}, "has no schedule to take the times from"),
-        ((SIX, six(slug="other")), {}, "schedule=….*: (six, other|other, six)"),
-        ((six(parameters={"idempotency_key": "always"}),), {}, "same for every time"),
-        ((six(parameters={"idempotency_key": "year-{scheduled_start:%Y}"}),), {}, "same for every time"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-async def test_an_impossible_backfill_creates_nothing(
-    prefect_api: PrefectServer, schedules: tuple[DeploymentScheduleCreate, ...], call: dict[str, Any], problem: str
-):
-    name, deployment = await deploy(*schedules)
-    with pytest.raises(ConfigurationError, match=problem):
-        await backfill(name, **{"start": FIRST, "end": LAST, **call})
-    assert await count(deployment) == 0
-
-
 MONTH = {"idempotency_key": "month-{scheduled_start:%B}", "inputs": GIVEN}
 
 
@@ -371,9 +272,3 @@ def test_a_key_that_several_times_share_is_warned_of(
     warnings = [record.getMessage() for record in caplog.records if record.getMessage().startswith(begin)]
     assert len(warnings) == (shared is not None)
     assert not warnings or warnings[0].startswith(f"{begin}{shared}")
-
-
-async def test_a_deployment_that_does_not_exist_is_named(prefect_api: PrefectServer):
-    for name in ("backfilled/nowhere", "no-slash"):
-        with pytest.raises(ConfigurationError, match=name):
-            await backfill(name, FIRST, LAST)

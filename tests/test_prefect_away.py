@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,7 +11,6 @@ from prefect import flow, unmapped
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import prefect_crew as pc
-from prefect_crew.deployments import backfill
 from prefect_crew.flows import run_deployed_crew
 from prefect_crew.operations import prune_records, recover
 from prefect_crew.testing import CrewServerFactory
@@ -48,7 +46,6 @@ CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {  # a synchronous fu
     "serve": lambda *_: pc.crew_flow("travel").serve(),
     "prune_records": lambda *_: asyncio.run(prune_records.fn()),
     "recover": lambda *_: asyncio.run(recover.fn(uuid4())),
-    "backfill": lambda *_: asyncio.run(backfill("trip/daily", date(2026, 1, 1), date(2026, 1, 2))),
     "discover_inputs": lambda crew, _: pc.discover_inputs(crew),
     "kickoff_crew": lambda crew, _: pc.kickoff_crew(crew, INPUTS),
     "wait_for_crew": lambda crew, _: pc.wait_for_crew(crew, "k1"),

@@ -56,7 +56,6 @@ LAZY = {
     "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
     "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs."),
-    "backfill": ("deploy:backfill", "Create the flow runs that a schedule lacks in a range of past dates."),
     "automations": (
         "deploy:automations",
         "Set up automations that begin crashed flow runs again, and that alert people.",
@@ -68,7 +67,7 @@ GROUPS: dict[str, Sequence[Any]] = {
     "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor, documentation.docs),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
     "Follow and decide": ("runs", "reviews", "batch", "costs"),
-    "Set up": ("crews", "deploy", "backfill", "automations", "receiver"),
+    "Set up": ("crews", "deploy", "automations", "receiver"),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):
     group = Group(title, sort_key=number)
@@ -183,7 +182,7 @@ def run(arguments: list[str]) -> int:
     answer: Any = command(*bound.args, **bound.kwargs)
     if iscoroutine(answer):
         with closing(answer):
-            reach_prefect(lasting=arguments[0] in ("automations", "backfill", "deploy"))
+            reach_prefect(lasting=arguments[0] in ("automations", "deploy"))
             answer = asyncio.run(answer)
     sys.stdout.flush()  # so that a pipe that is closed is noticed here at the latest
     return answer if isinstance(answer, int) else 0

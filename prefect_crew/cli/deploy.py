@@ -1,11 +1,11 @@
-"""Commands that create deployments and their flow runs, and automations: recovery of crashed flow runs, and alerts."""
+"""Commands that create deployments, and automations: recovery of crashed flow runs, and alerts."""
 
 from __future__ import annotations
 
 import json
 import shlex
 from collections.abc import Coroutine
-from datetime import date, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -43,7 +43,6 @@ from prefect_crew.cli._options import (
 )
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
-from prefect_crew.deployments import backfill as create_runs
 from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, read_deployment
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
@@ -218,39 +217,6 @@ async def _apply(deployment: RunnerDeployment) -> str:
         ) from None
     except DeploymentApplyError as error:
         raise ConfigurationError(f"The deployment was not made: {error}") from error
-
-
-async def backfill(
-    deployment: Annotated[str, Parameter(name="DEPLOYMENT")],
-    /,
-    *,
-    from_: Annotated[date | datetime, Parameter(name="--from")],
-    to: date | datetime,
-    schedule: str | None = None,
-    dry_run: bool = False,
-    output: Output = None,
-) -> None:
-    """Create the flow runs that a schedule lacks in a range of past dates.
-
-    Args:
-        deployment: Its name, flow/deployment.
-        from_: The first day or time, such as 2026-01-01; UTC.
-        to: The last day or time; a day means the whole day.
-        schedule: The schedule's slug, if there are several.
-        dry_run: Show the times and create nothing.
-    """
-    runs = await create_runs(deployment, from_, to, schedule=schedule, dry_run=dry_run)
-    documents: list[dict[str, Any]] = []
-    rows: list[tuple[str, ...]] = []
-    for run in runs:
-        created = run.created and not dry_run
-        flow_run_id, state = (str(run.flow_run.id), run.flow_run.state_name) if run.flow_run else (None, None)
-        about = {"scheduled_for": run.scheduled_for.isoformat(), "created": created}
-        documents.append({**about, "flow_run_id": flow_run_id, "state": state})
-        word = "created" if created else state or "to create"
-        rows.append((f"{run.scheduled_for:%Y-%m-%d %H:%M} UTC", word, page_url(flow_run_id) or flow_run_id or ""))
-    empty = "The range has no time of that schedule."
-    _output.put_rows(("Time", "Run", "Where"), rows, empty=empty, json=output and documents)
 
 
 automations = App(name="automations")

@@ -218,7 +218,6 @@ ARGUMENTS = {
     **{f"batch {verb}": "b" for verb in ("inspect", "failures", "retry", "resume", "cancel", "export")},
     "crews save": "travel --url http://127.0.0.1:1",
     "deploy": "travel --pool crews",
-    "backfill": "trip/daily --from 2026-01-01 --to 2026-01-02",
     "automations apply": "--pool crews",
 }
 

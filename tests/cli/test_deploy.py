@@ -1,4 +1,4 @@
-"""`deploy`, `backfill` and `automations`: what they store on a real Prefect server, what they say, and that it runs.
+"""`deploy` and `automations`: what they store on a real Prefect server, what they say, and that it runs.
 
 test_mistakes.py has what is refused.
 """
@@ -131,9 +131,8 @@ def test_a_second_deploy_keeps_parameters_and_job_variables(here: Command, greet
     assert f"Its job variables are gone: they belonged to work pool {pool}." in moved.err
 
 
-@pytest.mark.parametrize("line", ["deploy travel", "backfill travel/daily --from 2024-02-28 --to 2024-03-01"])
-def test_it_needs_a_server_that_stays(alone: Command, line: str):
-    done = alone(*line.split(), env={"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"})
+def test_it_needs_a_server_that_stays(alone: Command):
+    done = alone("deploy", "travel", env={"PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true"})
     assert "prefect server start" in done.error(1)
 
 
@@ -197,16 +196,6 @@ def test_a_pipeline_asks_for_its_inputs_and_runs(
     asyncio.run(run_of(stored, {"inputs": {"who": person}}))
     runs = [run.inputs["who"] for run in crews.runs if person in run.inputs["who"]]
     assert runs == [person, f"**Hello** {person}, 3 times, warm"]
-
-
-def test_a_second_backfill_creates_nothing_twice(here: Command, greeter: str):
-    key = f"{greeter}-{{scheduled_start:%Y-%m-%d}}"
-    assert here("deploy", greeter, "--name", f"past {greeter}", *ADA, "--cron", "0 6 * * *", "--key", key).code == 0
-    line = ("backfill", f"deployed-crew/past {greeter}", "--from", "2024-02-28", "--to", "2024-03-01")
-    assert here(*line, "--dry-run").ok.count("to create") == 3
-    for created in (True, False):
-        days = [(run["scheduled_for"][:10], run["created"]) for run in here(*line, "-o", "json").json]
-        assert days == [("2024-02-28", created), ("2024-02-29", created), ("2024-03-01", created)]
 
 
 # Automations

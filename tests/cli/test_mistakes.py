@@ -37,7 +37,6 @@ RENAMED = "Give --url for a new crew 'new'. If a crew of that name is stored alr
         ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline} must be specified."),
         ("deploy x --pipeline a.yaml", ""),
         ("deploy travel --cron x --interval 5", "Mutually exclusive arguments: {--cron, --interval}"),
-        ("backfill x/y --from yesterday --to 2024-03-01", ""),
         ("batch run travel rows.csv --name x", "prefect-crew batch run: --export is missing or has no value."),
         ("batch run x y.csv --name x --export y --on-failure 1x", 'convert "1x" into a number, continue or stop.'),
     ],
