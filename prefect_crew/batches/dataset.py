@@ -19,7 +19,7 @@ from copyreg import dispatch_table
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from importlib import import_module
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit, urlunsplit
@@ -103,8 +103,8 @@ def open_dataset(
 ) -> Dataset:
     """Return the data set of a path, a URL, an fsspec address, an iterable of mappings, a frame, or a cursor.
 
-    `delimiter` separates the fields of a CSV file, if it is not a comma. A cursor, a result of SQLAlchemy and an Arrow
-    stream are read here, once, into a `Spool`: drivers bind them to their thread.
+    `delimiter` separates the fields of a CSV file; left out, the header shows it. A cursor, a result of SQLAlchemy and
+    an Arrow stream are read here, once, into a `Spool`: drivers bind them to their thread.
 
     Raises:
         DatasetError: The format is unknown, or `source` is no data set. Faults of rows come while the rows are read.
@@ -229,8 +229,8 @@ def _format_of(address: str, name: str) -> DatasetFormat:
         if kind := ENDINGS.get(ending.lower()):
             return kind
     raise DatasetError(
-        f"the format is not known from the file ending {ending!r}. Known: {', '.join(sorted(ENDINGS))}; or give "
-        "format=….",
+        f"the format is not known from the file ending {ending!r}. Known: {', '.join(sorted(ENDINGS))}; in "
+        "Python give format=….",
         source=name,
     )
 
@@ -362,7 +362,9 @@ def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None])
         digits = error.object[error.start : error.end][:8].hex(" ")
         number += error.object[: error.start].decode(error.encoding, "ignore").count("\n")
         raise DatasetError(
-            f"the bytes {digits} are not {encoding}. Give the file's encoding=….", source=name, line=number
+            f"the bytes {digits} are not {encoding}. Save the file as UTF-8, or in Python give its encoding=….",
+            source=name,
+            line=number,
         ) from None
 
 
@@ -382,8 +384,11 @@ def _next_fields(reader: Iterator[list[str]]) -> list[str]:
             csv.field_size_limit(limit)
 
 
-def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> Iterator[Row]:
-    reader = csv.reader(lines, delimiter=delimiter or usual, strict=True)
+def _csv(lines: Iterator[str], name: str, usual: str, delimiter: str | None) -> Iterator[Row]:
+    first = next(lines, "")
+    if delimiter is None:  # Excel writes semicolons where a comma is the decimal point
+        delimiter = next((sign for sign in (usual, *";\t|,") if sign in first), usual)
+    reader = csv.reader(chain((first,), lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     line = 1
     while True:
@@ -404,13 +409,6 @@ def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> 
                     break
                 header = fields
                 _check_columns(header, name, line=1)
-                if delimiter is None and len(header) == 1 and (sign := _other_delimiter(header[0], usual)):
-                    raise DatasetError(
-                        f"has one column, {header[0]!r}. If its fields are separated by {sign!r}, give "
-                        f"delimiter={sign!r}; if it has one column, delimiter={usual!r}.",
-                        source=name,
-                        line=1,
-                    )
             elif len(fields) == len(header):
                 yield Row(line, dict(zip(header, fields, strict=True)))
             elif fields:
@@ -418,11 +416,6 @@ def _csv(lines: Iterable[str], name: str, usual: str, delimiter: str | None) -> 
         line = reader.line_num + 1
     if not header:
         raise DatasetError("is empty: it has no header line.", source=name)
-
-
-def _other_delimiter(column: str, usual: str) -> str | None:
-    """Return the character that probably separates the fields of a header that was read as one column."""
-    return next((sign for sign in ";\t|," if sign != usual and sign in column), None)
 
 
 def _check_columns(columns: Sequence[str], name: str, *, line: int | None = None) -> None:
@@ -453,7 +446,7 @@ def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
     try:
         value = json.loads("".join(lines))
     except json.JSONDecodeError as error:
-        hint = " Is it JSON Lines? Then give format='jsonl'." if error.msg == "Extra data" else ""
+        hint = " Is it JSON Lines? Then name it .jsonl." if error.msg == "Extra data" else ""
         raise DatasetError(f"is not JSON: {error.msg}.{hint}", source=name, line=error.lineno) from None
     except RecursionError as error:
         raise DatasetError(f"is not JSON: {error}.", source=name) from None

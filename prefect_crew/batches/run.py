@@ -170,7 +170,7 @@ async def arun_batch(
             started; the same call goes on with them.
         format: The format of a file, if its ending does not name it.
         encoding: The encoding of a file.
-        delimiter: The character between the fields of a CSV file, such as ";"; left out, a comma, or a tab in TSV.
+        delimiter: The character between the fields of a CSV file; left out, the header shows it.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:", not for
             a query. A data set over several machines is several batches over ranges of it, each with a name and an
             export of its own.

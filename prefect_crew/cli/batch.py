@@ -77,11 +77,7 @@ class BatchChoices:
         key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
         session_column: The column that names the session of a CrewAI Flow; rows of a session run one after the other.
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
-        format: The file's format, if its ending does not name it.
-        encoding: The encoding of a text file.
-        delimiter: The character between the fields of a CSV file, such as ';'; a comma if left out.
         max_in_flight: Runs in flight at a time; 100 if left out.
-        kickoffs_per_second: A limit on the rate of kickoffs.
         on_bad_row: If rows cannot be run, refuse the data set, or skip these rows.
         rows: Only these rows: START:STOP from 0, without STOP itself, such as 0:500000.
     """
@@ -90,11 +86,7 @@ class BatchChoices:
     key_column: str | None = None
     session_column: str | None = None
     map: Annotated[list[str] | None, Parameter(negative=())] = None
-    format: Literal["csv", "tsv", "jsonl", "json", "parquet"] | None = None
-    encoding: str = "utf-8-sig"
-    delimiter: str | None = None
     max_in_flight: int | None = None
-    kickoffs_per_second: float | None = None
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     rows: str | None = None
 
@@ -106,7 +98,6 @@ class BatchChoices:
             "session": self.session_column,
             "inputs": read_pairs("--map", self.map or (), "COLUMN") or None,
         }
-        options["delimiter"] = "\t" if self.delimiter == "\\t" else self.delimiter  # people type a tab as \t
         del options["key_column"], options["session_column"], options["map"]
         return options
 
@@ -114,25 +105,21 @@ class BatchChoices:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class RunChoices(BatchChoices):
-    """How a batch goes on when rows fail, and when it is called again or cancelled.
+    """How a batch goes on when rows fail, and when it is called again.
 
     Args:
         on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
         on_change: Whether to refuse or to continue if the rows or the crew have changed.
-        on_cancel: At a cancellation stop the runs in flight, wait for them (drain), or leave them.
         retries: How many more times to kick off a failed row.
         retry_failed: Start the failed rows of earlier calls again.
         max_kickoffs: A limit on kickoffs, of all calls together.
-        output_type: A pydantic model that results have to fit, as module:Model.
     """
 
     on_failure: float | Literal["continue", "stop"] = "continue"
     on_change: Literal["refuse", "continue"] = "refuse"
-    on_cancel: Literal["stop", "drain", "leave"] = "stop"
     retries: int = 0
     retry_failed: bool = False
     max_kickoffs: int | None = None
-    output_type: str | None = None
 
 
 @app.command
@@ -179,7 +166,7 @@ def _confirm_retry(name: str, yes: bool) -> None:
 
 
 def _look_here() -> None:
-    """Let Python import modules of the working directory, for an output_type, as `python -m` does."""
+    """Let Python import modules of the working directory, for a batch with an output_type, as `python -m` does."""
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
 

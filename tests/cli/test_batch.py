@@ -18,6 +18,7 @@ from prefect.client.schemas import OrchestrationResult
 from prefect.client.schemas.responses import SetStateStatus, StateAbortDetails
 from prefect.states import Running
 
+from prefect_crew import run_batch
 from prefect_crew.batches.database import Database
 from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.ownership import BatchLock
@@ -210,10 +211,9 @@ def test_failed_rows_are_retried_by_name(leads: Leads, monkeypatch: pytest.Monke
 
 
 def test_inputs_come_from_columns_and_templates(leads: Leads):
-    leads.write("what\thow\ntea\thot\n", encoding="utf-16")
-    assert "If its fields are separated by '\\t', give --delimiter '\\t'" in leads.run("--encoding", "utf-16").error(2)
-    options = ("--encoding", "utf-16", "--delimiter", "\\t", "--on-failure", "stop", "--max-in-flight", "3")
-    ran = leads.run("--map", "topic={{ how }} {{ what }}", *options, "--timeout", "30").ok
+    leads.write("what;how\ntea;hot\n", encoding="utf-8-sig")  # as Excel writes it
+    options = ("--on-failure", "stop", "--max-in-flight", "3", "--timeout", "30")
+    ran = leads.run("--map", "topic={{ how }} {{ what }}", *options).ok
     assert ran.startswith(f"Batch {leads.name}: 1 of 1 rows completed in ")
     assert json.loads(leads.output.read_text())["output"] == "on hot tea"
 
@@ -221,9 +221,13 @@ def test_inputs_come_from_columns_and_templates(leads: Leads):
 def test_a_local_model_goes_with_the_name(leads: Leads, monkeypatch: pytest.MonkeyPatch):
     module = f"models_{uuid.uuid4().hex[:8]}"
     leads.write("import pydantic\nclass Tea(pydantic.BaseModel):\n    cups: int\n", f"{module}.py")
+    with monkeypatch.context() as of_script:
+        of_script.syspath_prepend(leads.folder)
+        rows, model = leads.folder / "leads.csv", f"{module}:Tea"
+        run_batch(leads.crew, rows, name=leads.name, export=leads.output, key="id", output_type=model)
+    del sys.modules[module]
     monkeypatch.chdir(leads.folder)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
-    assert leads.run(*KEY, "--output-type", f"{module}:Tea").code == 6
     assert leads("retry", "--yes", "--row", "a", *JSON).json["kickoffs"] == 1
     assert leads.states() == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
 
