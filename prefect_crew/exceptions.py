@@ -471,7 +471,7 @@ class CrewLostError(_RunError):
 
     def _text(self) -> str:
         last_sight = f"it was last seen {self.last_state}" if self.last_state else "this call got no status of the run"
-        again = "force_new=True starts another"
+        again = "force_new=True (--force-new) starts another"
         if self.last_state == CrewState.COMPLETED:
             last_sight = "it has completed, but the server has forgotten the result, which its record does not hold"
         elif self.idempotency_key:
@@ -591,8 +591,8 @@ class BatchChangedError(_FactsError):
     def _text(self) -> str:
         return (
             f"Batch {self.name!r} began with other rows or another crew: {self.difference}. Nothing was started. To "
-            "run the new rows and keep the results of the others, give on_change='continue'. To start every row, "
-            "choose another name."
+            "run the new rows and keep the results of the others, give on_change='continue' (--on-change continue). "
+            "To start every row, choose another name."
         )
 
 
@@ -625,7 +625,7 @@ class BadRowsError(DatasetError):
 
     def __post_init__(self) -> None:
         cannot = "a row cannot be run" if self.count == 1 else f"{self.count:,} rows cannot be run"
-        advice = "" if self.alone else " Correct them, or skip them with on_bad_row='skip'."
+        advice = "" if self.alone else " Correct them, or skip them with on_bad_row='skip' (--on-bad-row skip)."
         self.reason = f"{cannot}: {listed_rows(self.rows, self.count)}.{advice}"
         if self.alone:
             reasons = {row.reason for row in self.rows}
@@ -656,7 +656,7 @@ class LedgerMissingError(_FactsError):
     def _text(self) -> str:
         return (
             f"Batch {self.name!r} uses another ledger, {self.ledger}. With the ledger here, every row would start "
-            "again, so nothing was started. Give that ledger (ledger=…), or choose another name."
+            "again, so nothing was started. Give that ledger, or choose another name."
         )
 
 

@@ -312,7 +312,7 @@ async def aget_result(
     if block is None or block.url != record.crew_url:
         raise ConfigurationError(
             f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not stored "
-            f"with the URL {record.crew_url}. Give the crew (crew=…)."
+            f"with the URL {record.crew_url}. Give the crew: crew=… (--crew)."
         )
     run = LiveRun(block, record.kickoff_id, record)
     async with run.session:

@@ -95,7 +95,7 @@ def default_ledger(export: str) -> str:
     if is_remote(export):
         raise ConfigurationError(
             f"The export {shown_address(export)} is no file of this machine, so the ledger cannot be stored next to "
-            "it: give ledger=…, a path or the URL of a PostgreSQL database."
+            "it. Give a ledger: a path, or the URL of a PostgreSQL database."
         )
     path = Path(export.removeprefix("file://"))
     if not path.name:

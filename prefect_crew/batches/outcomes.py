@@ -86,8 +86,8 @@ STOPPED_WITH_BATCH = "stopped because the batch was cancelled"
 SENDER_ENDED = "the process that sent it ended before it recorded the answer"
 CONFLICT_REASON = (
     "Not started: this key was kicked off before with other inputs, or for another crew. Give the row another key, or "
-    "the batch another name. A row whose runs have all failed is started with its new inputs where retry_failed=True "
-    "is given."
+    "the batch another name. A row whose runs have all failed is started with its new inputs when failed rows are "
+    "retried."
 )
 RETRYABLE = {
     RowState.FAILED: "CrewFailedError",

@@ -242,8 +242,8 @@ async def _check_ledger_is_shared(job: BatchJob) -> None:
             raise ConfigurationError(
                 f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the work pool "
                 f"{held.pool} has a second worker, {worker.name}, which could not continue the batch. Give it a "
-                "ledger in PostgreSQL: ledger='postgresql://…'. If that worker was stopped, wait until Prefect shows "
-                "it as offline. Nothing was started."
+                "ledger in PostgreSQL. If that worker was stopped, wait until Prefect shows it as offline. Nothing was "
+                "started."
             )
 
 

@@ -171,7 +171,7 @@ class StoredBatch:
         target, whole = open_output(address, output_type=options.output_type), whole_address(address)
         is_new = whole not in (await self.ledger.exported()).get("exports", ())
         await target.open()
-        words = {"remedy": "replace it with overwrite=True", "consequence": "Nothing was written."}
+        words = {"remedy": "replace it with overwrite=True (--overwrite)", "consequence": "Nothing was written."}
         await asyncio.to_thread(target.check, self.name, is_new=is_new and not overwrite, **words)
         await self.ledger.note_export(whole)
         while True:

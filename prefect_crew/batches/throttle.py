@@ -39,7 +39,7 @@ async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
     if most is not None and most > limit:
         raise ConfigurationError(
             f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight "
-            f"(concurrency limit {crew.concurrency_limit!r}). Give max_in_flight={limit} or less."
+            f"(concurrency limit {crew.concurrency_limit!r}). Set max_in_flight to {limit} or less."
         )
     return most or min(IN_FLIGHT, limit)
 

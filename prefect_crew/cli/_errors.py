@@ -6,7 +6,6 @@ A table in docs/reference/cli.md has the meaning of each exit code.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,10 +63,12 @@ def message(error: BaseException, run: str | None = None) -> str:
     if is_signal(error):
         return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
     text = reason(error)
-    if isinstance(error, CrewError | CycloptsError):
+    if isinstance(error, CrewError):
+        return text
+    if isinstance(error, CycloptsError):
         for words, plain in _PLAIN.items():
             text = re.sub(words, plain, text)
-        return by_options(text)
+        return text
     response: Any = getattr(error, "response", None)
     if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
         refusal = text if response is None else _refusal(response)
@@ -122,17 +123,3 @@ _PLAIN = {
     r"^Invalid values for group [^.]+\. ": "",
 }
 """Words in place of those of the parser."""
-_ARGUMENT = re.compile(
-    r"(?<!in Python )\b(on_change|on_bad_row|delimiter|max_in_flight|retry_failed|ledger|format|encoding|every|"
-    r"schedule|force_new|overwrite|crew)=(?:True\b|'([^']*)'|(…|\d+))"
-)
-
-
-def by_options(text: str) -> str:
-    """Return a text in which options of the command line replace the arguments of functions, such as `every=…`."""
-
-    def option(match: re.Match[str]) -> str:
-        value = shlex.quote(match[2]) if match[2] else match[3]
-        return " ".join(filter(None, (f"--{match[1].replace('_', '-')}", value)))
-
-    return _ARGUMENT.sub(option, text)

@@ -30,7 +30,7 @@ from prefect_crew.batches.run import aplan_batch, arun_batch
 from prefect_crew.batches.runner import stop_row
 from prefect_crew.batches.stored import BatchStatus, StoredBatch, list_batches, open_stored_batch
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import OTHER, ROWS, by_options
+from prefect_crew.cli._errors import OTHER, ROWS
 from prefect_crew.cli._options import (
     CrewAccess,
     CrewName,
@@ -203,7 +203,7 @@ async def _run(
     shell_name = shlex.quote(progress.batch or name)
     page = page_url(progress.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": progress.flow_run_id, "flow_run_url": page}
-    _output.put(by_options(str(report)), json=as_json)
+    _output.put(str(report), json=as_json)
     if page:
         _output.note(page, "dim")
     failures = f"prefect-crew batch failures {shell_name}"
@@ -242,7 +242,7 @@ async def plan(
     loaded_crew = await access.load(crew)
     arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
     batch_plan = await aplan_batch(cast("Any", loaded_crew), dataset, name=name, export=export, **arguments)
-    _output.put(by_options(str(batch_plan)), json=output and batch_plan.as_dict())
+    _output.put(str(batch_plan), json=output and batch_plan.as_dict())
     return ROWS if batch_plan.bad_count and choices.on_bad_row == "refuse" else 0
 
 

@@ -147,7 +147,7 @@ def test_message_about_many_bad_rows_has_an_end():
     assert error.rows[0] == BadRow(2, "has no value for topic")
     assert str(error).startswith(
         "leads.csv: 50 rows cannot be run: lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 40 more: has no value for "
-        "topic. Correct them, or skip them with on_bad_row='skip'."
+        "topic. Correct them, or skip them with on_bad_row='skip' (--on-bad-row skip)."
     )
     many = [BadRow(number, f"reason {number}") for number in range(1000)]
     assert "line 19: reason 19; and 4,980 more rows. Correct" in str(BadRowsError(many, 5000, source="leads.csv"))

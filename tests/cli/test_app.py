@@ -20,7 +20,7 @@ from pydantic import BaseModel, SecretStr, SerializerFunctionWrapHandler, model_
 
 from prefect_crew.cli import _output, _prefect, main, run
 from prefect_crew.cli import app as module
-from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, by_options, message, own_error, reason
+from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, message, own_error, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
 from support.commands import Command, environment
@@ -182,22 +182,6 @@ def test_a_message_about_wrong_fields_shows_no_value():
     assert reason(caught.value).startswith("number: ")
     assert reason(caught.value) in message(caught.value)
     assert not re.search("hush-hush|price-99", message(caught.value))
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("give on_change='continue'; x", "give --on-change continue; x"),
-        ("Give max_in_flight=3 or less.", "Give --max-in-flight 3 or less."),
-        ("Give that ledger (ledger=…).", "Give that ledger (--ledger …)."),
-        ("again with retry_failed=True.", "again with --retry-failed."),
-        ("give delimiter='\\t'", "give --delimiter '\\t'"),
-        ("The ledger is away; my_key='x'", "The ledger is away; my_key='x'"),
-        ("in Python force_new=True; or --force-new.", "in Python force_new=True; or --force-new."),
-    ],
-)
-def test_arguments_are_named_as_the_command_line_has_them(text: str, shown: str):
-    assert by_options(text) == shown
 
 
 WITHOUT_PREFECT = {"demo", "init", "serve", "docs", "doctor", "receiver start"}

@@ -125,7 +125,7 @@ def test_an_export_replaces_no_file_of_something_else(leads: Leads):
     leads.run(name="leads.jsonl")
     refused = leads("export", str(rows)).error(1)
     assert "leads.jsonl exists already and is not from this batch" in refused
-    assert "or replace it with --overwrite. Nothing was written." in refused
+    assert "or replace it with overwrite=True (--overwrite). Nothing was written." in refused
     assert rows.read_text() == text
     assert leads("export", str(rows), "--overwrite").out == f"1 lines of batch {leads.name} are in {rows}.\n"
     assert rows.read_text() == leads.output.read_text()

@@ -96,7 +96,7 @@ async def test_a_missing_or_empty_limit_starts_nothing(crew_server: CrewServerFa
 
 async def test_a_batch_beyond_the_limit_is_refused(crew_server: CrewServerFactory, batch: Batches):
     server = crew_server(slow(0.1))
-    with pytest.raises(pc.ConfigurationError, match="Give max_in_flight=3 or less"):
+    with pytest.raises(pc.ConfigurationError, match="Set max_in_flight to 3 or less"):
         await batch(server.crew(concurrency_limit=await new_limit(3)), topics(1), max_in_flight=5)
     assert server.kickoffs == 0
 
