@@ -39,12 +39,15 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
     """
     with Progress(quiet=True) as progress:
         progress.phase("Loading Prefect")
-        importlib.import_module("prefect.main")  # which sets up the logging that _quiet_logs changes
+        importlib.import_module("prefect.main")  # which sets up the logging
+        from prefect.logging.handlers import PrefectConsoleHandler
         from prefect.settings import get_current_settings
 
         settings = get_current_settings()
         url = settings.api.url
-        _quiet_logs()
+        for handler in (*logging.getLogger().handlers, *logging.getLogger("prefect").handlers):
+            if isinstance(handler, PrefectConsoleHandler):
+                handler.addFilter(_show_own_logs)  # once, however often it is called
         if url:
             from prefect_crew._internal.prefect_errors import shown_url
 
@@ -182,44 +185,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 _PACKAGE = str(Path(__file__).parent.parent)
 
 
-def _quiet_logs() -> None:
-    """Show only the important logs of Prefect on this terminal, as notes, until the command ends.
+def _show_own_logs(record: logging.LogRecord) -> bool:
+    """Write the warnings of this package as notes, and keep all other logs off this terminal; a filter of handlers.
 
-    These are warnings of this package, errors of Prefect, and retries, each once, since a retry logs the same again.
-    The command itself reports a failed flow, in place of the engines. Logs on Prefect's pages are not changed.
+    The command itself reports a failed flow. Prefect's pages have all logs, and so has the terminal with --debug.
     """
-    from prefect.logging.handlers import PrefectConsoleHandler
-
     if _output.current.debug:
-        return
-    for name in ("EventsWorker", "APILogWorker"):
-        # As the process exits, they count what they still send. That is no problem, and no filter is left by then.
-        logging.getLogger(name).setLevel(logging.ERROR)
-    messages = set[str]()
-
-    def route(record: logging.LogRecord) -> bool:
-        try:
-            text = record.getMessage().partition("\n")[0]
-        except Exception:  # noqa: BLE001 - an error of a filter, unlike that of a handler, reaches the code that logs
-            return False
-        if record.pathname.startswith(_PACKAGE):
-            # Whether a crew that was to be stopped has stopped is said at any level.
-            matters = record.levelno >= (logging.INFO if record.module == "stop" else logging.WARNING)
-        elif record.pathname.endswith(("flow_engine.py", "task_engine.py", "engine.py")):
-            matters = "Retry " in text
-        elif record.name.startswith("prefect._internal."):  # events and logs that the Prefect API did not take
-            matters = False
-        else:
-            matters = record.levelno >= logging.ERROR
-        if matters and text not in messages:
-            messages.add(text)
-            _output.note(text)
-        return False
-
-    for handler in {*logging.getLogger().handlers, *logging.getLogger("prefect").handlers}:
-        if isinstance(handler, PrefectConsoleHandler):
-            handler.addFilter(route)
-            _output.current.at_end.callback(handler.removeFilter, route)
+        return True
+    # Whether a crew that was to be stopped has stopped is said at any level.
+    matters = record.levelno >= (logging.INFO if record.module == "stop" else logging.WARNING)
+    if matters and record.pathname.startswith(_PACKAGE):
+        _output.note(record.getMessage())
+    return False
 
 
 def page_url(its_id: str | None, kind: Literal["flow-run", "deployment"] = "flow-run") -> str | None:

@@ -14,7 +14,6 @@ import cyclopts
 import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.logging.handlers import PrefectConsoleHandler
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import BaseModel, SecretStr, SerializerFunctionWrapHandler, model_serializer
 
@@ -71,12 +70,6 @@ def test_a_reader_that_has_gone(tmp_path: Path, crews: CrewServer, line: list[st
     assert done.stderr == b""
 
 
-@pytest.mark.usefixtures("prefect_api")
-def test_what_prefect_counts_while_a_process_ends_is_not_shown(here):
-    assert here("crews", "ls").code == 0
-    assert not logging.getLogger("EventsWorker").isEnabledFor(logging.WARNING)
-
-
 def test_a_token_never_appears_even_with_debug(here, crews: CrewServer):
     for token in (["--token", "wrong-token-9"], ["--token=wrong-token-9"]):
         done = here("inputs", f"{crews.url}/greet", *token, "--debug")
@@ -130,16 +123,14 @@ def test_an_error_after_the_kickoff_names_the_run(here, crews: CrewServer, monke
     assert kickoff_id not in here("doctor").err, "the run of an earlier command"
 
 
-def test_a_log_call_of_others_that_is_wrong_does_not_raise():
-    handler = PrefectConsoleHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        with _output.begin().at_end:
-            _prefect._quiet_logs()
-            assert handler.filters
-            assert not handler.filter(logging.makeLogRecord({"msg": "after %d", "args": ("x",)}))
-    finally:
-        logging.getLogger().removeHandler(handler)
+def test_only_warnings_of_this_package_are_shown(capsys: pytest.CaptureFixture[str]):
+    _output.begin()
+    for name, level in ((_prefect.__file__, "WARNING"), (_prefect.__file__, "INFO"), (logging.__file__, "ERROR")):
+        record = logging.makeLogRecord({"pathname": name, "levelno": getattr(logging, level), "msg": f"{level} of it"})
+        assert not _prefect._show_own_logs(record)
+    assert capsys.readouterr().err == "WARNING of it\n"
+    _output.begin(debug=True)
+    assert _prefect._show_own_logs(record)
 
 
 def test_the_documentation_lists_all_codes():
