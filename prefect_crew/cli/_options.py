@@ -52,7 +52,8 @@ Ledger = Annotated[
     str | None,
     Parameter(
         name="--ledger",
-        help="The batch's ledger, if the one on record cannot be opened: a path, a PostgreSQL URL or secret://NAME.",
+        help="The batch's ledger, if the one on record cannot be opened: a path, secret://NAME, or a PostgreSQL URL, "
+        "whose password other users of this machine can see.",
     ),
 ]
 Yes = Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask for confirmation.")]
@@ -69,16 +70,12 @@ def is_url(crew: str) -> bool:
 class CrewAccess:
     """The access to a crew that is given as a URL. A stored crew brings its own."""
 
-    token: Annotated[
-        str | None,
-        Parameter(
-            env_var="CREW_TOKEN",
-            help="The token for a URL. On the command line other users of this machine can see it: set the variable, "
-            "or leave it out and type it when asked.",
-        ),
-    ] = None
     token_file: Annotated[
-        Path | None, Parameter(env_var="CREW_TOKEN_FILE", help="A file that holds the token for a URL.")
+        Path | None,
+        Parameter(
+            env_var="CREW_TOKEN_FILE",
+            help="A file that holds the token for a URL; left out, CREW_TOKEN is it, or it is asked for.",
+        ),
     ] = None
     allow_http: Annotated[
         bool, Parameter(help="Send the token to a URL over http, without encryption, beyond this machine.")
@@ -105,8 +102,6 @@ class CrewAccess:
 
         if is_url(crew):
             return await load_crew(self.block(crew))
-        if self._is_on_command_line:
-            raise ConfigurationError(f"--token is for a URL; the crew {crew!r} is stored together with its token.")
         try:
             loaded_crew = await load_crew(crew)
         except ConfigurationError:
@@ -125,24 +120,18 @@ class CrewAccess:
         return CrewClient(crew, self.read_token(crew), allow_http=self.allow_http)
 
     @property
-    def _is_on_command_line(self) -> bool:
-        return bool(self.token) and self.token != os.environ.get("CREW_TOKEN")
-
-    @property
     def has_token(self) -> bool:
         """Whether a token is given, so that nobody is asked for one."""
-        return bool(self.token) or self.token_file is not None
+        return bool(os.environ.get("CREW_TOKEN")) or self.token_file is not None
 
     def read_token(self, url: str) -> str:
-        """Return the token for a URL: from the command line, a file, the environment, or a person.
+        """Return the token for a URL: from a file, the environment, or a person.
 
         Raises:
             ConfigurationError: There is none.
         """
-        token = self.token
-        if self._is_on_command_line:
-            _output.note("Other users of this machine can see --token. Set CREW_TOKEN, or give --token-file.", "yellow")
-        elif self.token_file is not None:
+        token = os.environ.get("CREW_TOKEN")
+        if self.token_file is not None:
             token = read_text(self.token_file, "token").strip()
         elif not token and sys.stdin.isatty():
             typed = _output.current.typed

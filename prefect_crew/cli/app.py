@@ -18,12 +18,10 @@ from contextlib import closing, contextmanager
 from importlib.metadata import version
 from inspect import iscoroutine
 from io import TextIOWrapper
-from itertools import pairwise
 from types import FrameType
 from typing import Any
 
 from cyclopts import App, CycloptsError, Group, Parameter
-from pydantic_core import PydanticSerializationError
 
 from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import docs as documentation
@@ -96,20 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     invocation = _output.begin(debug="--debug" in own)
     arguments = [argument for argument in own if argument != "--debug"] + arguments[len(own) :]
-    # Before they are parsed: an error of the line may quote them.
     invocation.hide(os.environ.get("CREW_TOKEN", ""))
-    for argument, following in pairwise([*own, ""]):
-        if argument.startswith("--token") and not argument.startswith("--token-file"):
-            invocation.hide(argument.partition("=")[2] or following)
-        elif argument.startswith("--ledger") and (
-            password := _PASSWORD.search(argument.partition("=")[2] or following)
-        ):
-            invocation.hide(password[1] or password[2])
-            _output.note(
-                "Other users of this machine can see the password in --ledger. Give secret://NAME, a Prefect Secret "
-                "block that holds the URL.",
-                "yellow",
-            )
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
             stream.reconfigure(errors="backslashreplace")
@@ -118,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore")
         try:
             return run(arguments)
-        except BaseException as raised:
-            error = _signal_within(raised) or raised
+        except BaseException as error:
             if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # Rich exits so
                 # The reader has gone, as `head` does. Python would complain once more when it flushes.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,21 +133,6 @@ def _offer_to_stop(invocation: _output.Invocation) -> None:
         _output.note("")
     except Exception as error:  # noqa: BLE001  the command ends as interrupted, whatever became of the stop
         _output.note(_errors.message(_errors.own_error(error)), "red")
-
-
-_PASSWORD = re.compile(r"://[^/@:]*:([^/]+)@|[?&](?:ssl)?password=([^&]+)")
-"""The password in the URL of a ledger."""
-
-
-def _signal_within(error: BaseException) -> BaseException | None:
-    """Return the signal that pydantic turned into an error of its own, because it arrived in a function of pydantic.
-
-    Only the text of such an error still names the signal.
-    """
-    if not isinstance(error, PydanticSerializationError):
-        return None
-    kind = next((kind for kind in (KeyboardInterrupt, TerminatedError) if kind.__name__ in str(error)), None)
-    return None if kind is None else kind().with_traceback(error.__traceback__)
 
 
 def run(arguments: list[str]) -> int:

@@ -73,7 +73,8 @@ class BatchChoices:
     """How rows become runs.
 
     Args:
-        ledger: A path, a PostgreSQL URL or secret://NAME; if left out, a file next to a local export.
+        ledger: A path, secret://NAME, or a PostgreSQL URL, whose password other users of this machine can see; if left
+            out, a file next to a local export.
         key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
         session_column: The column that names the session of a CrewAI Flow; rows of a session run one after the other.
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
@@ -157,7 +158,7 @@ def run(
         }
         return await arun_batch(cast("Any", loaded_crew), dataset, on_progress=progress.watch_batch, **arguments)
 
-    crew_of_runs = CrewOfRun(access.token, access.token_file, access.allow_http, crew) if is_url(crew) else CrewOfRun()
+    crew_of_runs = CrewOfRun(access.token_file, access.allow_http, crew) if is_url(crew) else CrewOfRun()
     return _run(name, call, output, crew_of_runs, by_name=not is_url(crew), ledger=choices.ledger)
 
 

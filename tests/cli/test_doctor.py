@@ -153,8 +153,11 @@ def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - began < 1.5
 
 
-def test_findings_are_written_line_by_line(here: Command, alone: Command, prefect_api: object, crews: CrewServer):
-    done = here("doctor", f"{crews.url}/greet", "--token", "wrong-token", "-o", "json")
+def test_findings_are_written_line_by_line(
+    here: Command, alone: Command, prefect_api: object, crews: CrewServer, tmp_path: Path
+):
+    (wrong := tmp_path / "token").write_text("wrong-token")
+    done = here("doctor", f"{crews.url}/greet", "--token-file", str(wrong), "-o", "json")
     assert done.code == 1
     assert done.json["problems"] == 1
     (problem,) = [finding for finding in done.json["findings"] if finding["level"] == "problem"]
