@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from runpy import run_path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -55,17 +57,16 @@ class CustomMetadataHook(MetadataHookInterface):
 
 
 class CustomBuildHook(BuildHookInterface):  # pyright: ignore[reportMissingTypeArgument]
-    """Puts the pages that `prefect-crew docs` prints into the wheel."""
+    """Puts the pages that `prefect-crew docs` prints into the wheel, as it prints them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Name the files. An editable install reads them where they are."""
+        """Write the files. In an editable install the command makes them itself."""
         if version == "editable":
             return
-        root = Path(self.root)
-        # By their names: a folder would take along what is not in the repository.
-        for path in (root / "docs").rglob("*.md"):
-            if path.name == "internals.md":  # for developers, who have the repository
-                continue
-            build_data["force_include"][str(path)] = f"prefect_crew/{path.relative_to(root).as_posix()}"
-        for name in ("CHANGELOG.md",):  # a page includes it
-            build_data["force_include"][str(root / name)] = f"prefect_crew/{name}"
+        finished = run_path(str(Path(self.root) / "docs" / "printed.py"))
+        self.folder = TemporaryDirectory()  # until the files are in the wheel
+        for name in finished["pages"]():
+            file = Path(self.folder.name, f"{name}.md")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(finished["printed"](name), encoding="utf-8")
+            build_data["force_include"][str(file)] = f"prefect_crew/docs/{name}.md"

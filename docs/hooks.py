@@ -12,9 +12,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from printed import with_files, without_links_outside
+
 # First: Prefect parses the docstrings of flows with griffe, whose warnings mkdocstrings counts as soon as it is loaded.
 import prefect_crew.operations  # noqa: F401
-from prefect_crew.cli.docs import fill_in, without_links_outside
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,6 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Return a page's text as MkDocs renders it."""
-    markdown = without_links_outside(fill_in(markdown, ROOT / "docs"), page.file.src_uri.removesuffix(".md"))
+    markdown = without_links_outside(with_files(markdown), page.file.src_uri.removesuffix(".md"))
     markdown = re.sub(r"^<!-- file: (\S+) -->\n```(\w+)$", r'```\2 title="\1"', markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- (?:page|run|output|not run)\b.*?-->\n", "", markdown, flags=re.MULTILINE)

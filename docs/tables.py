@@ -17,10 +17,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, MinLen
+from printed import table
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-
-from prefect_crew.cli.docs import table
 
 DOCS = Path(__file__).parent
 WORDS = {
