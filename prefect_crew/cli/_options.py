@@ -134,12 +134,8 @@ class CrewAccess:
         if self.token_file is not None:
             token = read_text(self.token_file, "token").strip()
         elif not token and sys.stdin.isatty():
-            typed = _output.current.typed
-            if not typed.get(url):
-                with _output.asking():
-                    question = f"Token of {url} (on the Status tab of the crew's page; it is not shown): "
-                    typed[url] = getpass(question).strip()
-            token = typed[url]
+            with _output.asking():
+                token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
         if not token:
             raise ConfigurationError(
                 f"There is no token for {url}: set CREW_TOKEN, or give --token-file. The token is on the Status tab of "

@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from json import dumps
 from typing import TYPE_CHECKING, Any
@@ -44,19 +44,15 @@ class Invocation:
     Attributes:
         debug: Whether errors show their traceback, and Prefect's logs are shown.
         tokens: Texts that must not be written.
-        typed: The tokens that a person has typed, by URL, so that nobody is asked twice.
         seen: The run that the command kicked off or found last, for later errors.
         line: The last line of the screen, while the command redraws it.
-        stop: The offer of Ctrl-C on a terminal: a question, and the call that a yes makes, which returns a sentence.
         at_end: The things that are closed when the command ends.
     """
 
     debug: bool = False
     tokens: set[str] = field(default_factory=set[str], repr=False)
-    typed: dict[str, str] = field(default_factory=dict[str, str], repr=False)
     seen: SeenRun | None = None
     line: LiveLine | None = None
-    stop: tuple[str, Callable[[], Coroutine[Any, Any, str]]] | None = None
     at_end: ExitStack = field(default_factory=ExitStack)
 
     def hide(self, token: str) -> str:
@@ -124,17 +120,11 @@ def confirm(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
-    if not says_yes(question):
+    is_agreed = False
+    with asking(), suppress(EOFError):  # the end of the input, as Ctrl-D gives it, is no yes
+        is_agreed = Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
+    if not is_agreed:
         raise CrewError("Nothing was changed.")
-
-
-def says_yes(question: str) -> bool:
-    """Ask on the terminal, and return whether the answer is yes."""
-    try:
-        with asking():
-            return Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
-    except EOFError:  # the end of the input, as Ctrl-D gives it, is no yes
-        return False
 
 
 def put(text: str = "", style: str | None = None, *, json: Any = None) -> None:

@@ -111,28 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not isinstance(error, Exception) and not _errors.is_signal(error):
                 raise
             with _signals(_IGNORED):
-                if isinstance(error, KeyboardInterrupt):
-                    _offer_to_stop(invocation)
                 return _report(error, as_json=bool(re.search(r"(^| )(-o|--output)[ =]?json( |$)", " ".join(own))))
         finally:
             with _signals(_IGNORED):  # what is closed now takes a few seconds at most
                 invocation.at_end.close()
-
-
-def _offer_to_stop(invocation: _output.Invocation) -> None:
-    """Ask on a terminal, after Ctrl-C, whether to stop what the command has started. A second Ctrl-C is a no."""
-    # Python has no sys.stdin where the command was started without one.
-    if invocation.stop is None or sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):  # pyright: ignore[reportUnnecessaryComparison]
-        return
-    question, stop = invocation.stop
-    try:
-        with _output.asking():  # Ctrl-C also ends a stop that takes long
-            if _output.says_yes(question):
-                _output.note(asyncio.run(stop()))
-    except KeyboardInterrupt:
-        _output.note("")
-    except Exception as error:  # noqa: BLE001  the command ends as interrupted, whatever became of the stop
-        _output.note(_errors.message(_errors.own_error(error)), "red")
 
 
 def run(arguments: list[str]) -> int:

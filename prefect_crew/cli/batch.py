@@ -158,8 +158,7 @@ def run(
         }
         return await arun_batch(cast("Any", loaded_crew), dataset, on_progress=progress.watch_batch, **arguments)
 
-    crew_of_runs = CrewOfRun(access.token_file, access.allow_http, crew) if is_url(crew) else CrewOfRun()
-    return _run(name, call, output, crew_of_runs, by_name=not is_url(crew), ledger=choices.ledger)
+    return _run(name, call, output, by_name=not is_url(crew))
 
 
 def _confirm_retry(name: str, yes: bool) -> None:
@@ -176,10 +175,8 @@ async def _run(
     name: str,
     call: Callable[[Progress], Awaitable[BatchReport]],
     output: str | None,
-    crew: CrewOfRun = CrewOfRun(),
     *,
     by_name: bool = True,
-    ledger: str | None = None,
 ) -> int:
     """Run a batch, print its report and how to continue it; return the exit code.
 
@@ -187,10 +184,6 @@ async def _run(
     """
     _look_here()
     progress = Progress()
-
-    async def stop_runs() -> str:
-        return (await _cancel(progress.batch or name, ledger, crew))[0]
-
     try:
         with progress:
             report = await call(progress)
@@ -199,7 +192,6 @@ async def _run(
         again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
         stop = f"prefect-crew batch cancel {shell_name}"
         _output.note(f"To go on where it stopped: {again}. To stop the runs in flight: {stop}")
-        _output.current.stop = ("Stop its runs in flight as well?", stop_runs)
         raise
     shell_name = shlex.quote(progress.batch or name)
     page = page_url(progress.flow_run_id)
@@ -437,19 +429,12 @@ async def _go_on(
             )
         return report
 
-    return await _run(name, call, output, ledger=ledger)
+    return await _run(name, call, output)
 
 
 @app.command
 async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> int:
     """Cancel the flow run that runs a batch. If no process runs the batch, stop the batch's runs in flight."""
-    sentence, code = await _cancel(name, ledger, crew)
-    _output.put(sentence)
-    return code
-
-
-async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, int]:
-    """Cancel a batch; return the outcome as a sentence, and the exit code."""
     async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
         code = 0
         if await lock.take():
@@ -465,7 +450,8 @@ async def _cancel(name: str, ledger: str | None, crew: CrewOfRun) -> tuple[str, 
             done = counts if records else "no run is in flight."
         else:
             done = await _cancel_flow_run(batch.flow_run_id)
-        return f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip(), code
+        _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
+    return code
 
 
 async def _cancel_flow_run(run_id: str | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -30,7 +29,7 @@ from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.prices import money
 
 if TYPE_CHECKING:
-    from prefect_crew.client.models import CrewInput, CrewResult, CrewStatus
+    from prefect_crew.client.models import CrewInput, CrewResult
 
 
 def inputs(crew: CrewName, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> None:
@@ -89,20 +88,9 @@ def run(
     async def run_it() -> None:
         from prefect_crew.flows import run_loaded_crew
         from prefect_crew.runs.options import RunOptions
-        from prefect_crew.runs.run import LiveRun
-
-        async def stop(live_run: LiveRun) -> str:
-            from prefect_crew.cli.runs import ask_to_stop
-
-            crew_of_run = replace(loaded_crew, on_status=None)  # what was redrawn has ended
-            return (await ask_to_stop(LiveRun(crew_of_run, live_run.kickoff_id), str(live_run.kickoff_id)))[0]
-
-        def watch(live_run: LiveRun, status: CrewStatus | None) -> None:
-            progress.watch(live_run, status)
-            _output.current.stop = ("Stop the crew as well?", partial(stop, live_run))
 
         with Progress() as progress:
-            loaded_crew = replace(await access.load(crew), on_status=watch)
+            loaded_crew = replace(await access.load(crew), on_status=progress.watch)
             if allow_extra:
                 loaded_crew = replace(loaded_crew, allow_extra_inputs=True)
             turn = "" if session is None else f", and waiting for its turn in session {session!r}"

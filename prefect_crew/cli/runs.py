@@ -19,7 +19,7 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._errors import OTHER
 from prefect_crew.cli._options import CrewOfRun, Ledger, Output, Yes
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.client.models import StopAnswer, StopOutcome
+from prefect_crew.client.models import StopOutcome
 from prefect_crew.costs import By, grouped, read_costs
 from prefect_crew.exceptions import (
     BatchBusyError,
@@ -311,28 +311,19 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
     record = record_of_id or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
         raise NotStoppedError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
-    sentence, answer = await ask_to_stop(LiveRun(await crew.need(record), record.kickoff_id), run)
-    _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
-    return 0 if answer.accepted else OTHER
-
-
-async def ask_to_stop(live_run: LiveRun, run: str) -> tuple[str, StopAnswer]:
-    """Ask the crew's server to stop a run; return the outcome as a sentence, and the server's answer.
-
-    Raises NotStoppedError if the run goes on.
-    """
-    answer = await stop_run(live_run)
-    has_ended = answer.state is not None and answer.state.ended
-    if not answer.accepted and not has_ended:
+    answer = await stop_run(LiveRun(await crew.need(record), record.kickoff_id))
+    if answer.accepted:
+        sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
+    elif answer.state is not None and answer.state.ended:
+        sentence = f"Run {run} had already ended: {answer.state}."
+    else:
         why = answer.message or {
             StopOutcome.UNSUPPORTED: "the crew's server has no /stop. The crew's page may offer it",
             StopOutcome.UNKNOWN_RUN: "the server does not know this run",
         }.get(answer.outcome, "the server gave no reason")
         raise NotStoppedError(f"Run {run} was not stopped: {why}.")
-    sentence = f"Run {run} had already ended: {answer.state}."
-    if answer.accepted:
-        sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
-    return sentence, answer
+    _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
+    return 0 if answer.accepted else OTHER
 
 
 @app.command

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from support.commands import TOKEN, Command, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.terminals import Terminal
 
 pytestmark = pytest.mark.usefixtures("instant_polling")
 
@@ -131,23 +129,3 @@ def test_a_signal_leaves_the_crew_running(
     document, _ = json.JSONDecoder().raw_decode(process.output, process.output.index('{\n  "error"'))
     assert document["error"].items() >= {"kickoff_id": run.id, "idempotency_key": key, "exit_code": code}.items()
     assert "is left running" in process.output
-
-
-@pytest.mark.programs
-@pytest.mark.skipif(sys.platform == "win32", reason="it needs a terminal of Unix")
-@pytest.mark.parametrize(("keys", "state"), [("y\r", "stopped"), ("n\r", "running"), ("\x03", "running")])
-def test_ctrl_c_asks_whether_to_stop(
-    crews: CrewServer, prefect_api: PrefectServer, tmp_path: Path, keys: str, state: str
-):
-    key = f"terminal-{time.time()}"
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
-    terminal = Terminal([program("prefect-crew"), "run", f"{crews.url}/slow", "-i", "who=Ada", "--key", key], env=env)
-    with terminal:
-        terminal.wait_for("0 of 1")
-        terminal.press("\x03")
-        terminal.wait_for("Stop the crew as well?")
-        terminal.press(keys)
-        assert terminal.wait(30) == 130
-    (run,) = [run for run in crews.runs if run.meta and run.meta.get("idempotency_key") == key]
-    assert str(run.state) == state, terminal.output
-    assert "Traceback" not in terminal.output
