@@ -120,8 +120,8 @@ def _start_embedded() -> None:
     command, env = embedded_server(port)
 
     def start() -> subprocess.Popen[bytes]:
-        # The keys send SIGINT to every process of the terminal, so the server would end before a crew's stop is on
-        # record. A process inherits the signal mask of the thread that starts it.
+        # The keys send SIGINT to every process of the terminal, so the server would end before the end of the flow run
+        # is on record. A process inherits the signal mask of the thread that starts it.
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         process = subprocess.Popen(command, env=env)  # noqa: S603 - fixed words, and a port
