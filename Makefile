@@ -108,7 +108,6 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry prefect_crew
-	$(BIN)/python .ci/words.py
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
