@@ -47,11 +47,6 @@ class CrewSettings(PrefectBaseSettings):
         description="The receiver's base URL, as people reach it. If it is set, each question of a stored crew is sent "
         "with a link that answers it, by the block that `automations apply --notify` names.",
     )
-    answer_user_header: str | None = Field(
-        default=None,
-        description="The header in which a proxy that signs people in sends their name to the receiver. If it is set, "
-        "the receiver stores this name with an answer, and takes no answer by link without it.",
-    )
     keep_records_days: int = Field(
         default=30,
         ge=1,

@@ -4,7 +4,7 @@
     POST /answer/{token}    sends the answer, once
 
     200 the question, or: sent          404 forged, expired, sent by another site, or not about the open question
-    400, 408, 413, 415 no whole form    403 the proxy that signs people in names nobody
+    400, 408, 413, 415 no whole form
     409 the question changed, was answered or was closed after the person had opened its page
     502 it may have arrived             503 not sent, or nothing can be read: try again
 
@@ -55,7 +55,6 @@ from prefect_crew.runs.reviews.links import AnswerLink, is_about, read_link
 from prefect_crew.runs.reviews.questions import describe_answer, digest, place_of
 from prefect_crew.runs.reviews.reviewer import NOBODY
 from prefect_crew.runs.run import LiveRun, answers_record
-from prefect_crew.settings import CrewSettings
 from prefect_crew.webhooks import fingerprint, seal, unseal
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
@@ -98,8 +97,8 @@ class _Form:
     name: str
     seen: str
 
-    def review(self, question: ReviewRequest, name: str | None) -> Review:
-        """Return the answer. `name`, of the person whom a proxy has signed in, counts before the form's name.
+    def review(self, question: ReviewRequest) -> Review:
+        """Return the answer.
 
         Raises:
             ConfigurationError: A field is missing or cannot be taken. The message is for the person.
@@ -113,7 +112,7 @@ class _Form:
             raise ConfigurationError("A rejection needs feedback. Write what the crew has to do better.")
         option = options.get(self.decision)
         approve = self.decision == "approve" if option is None else approves(question.options, option)
-        by = name or one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
+        by = one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
         if by == NOBODY:
             raise ConfigurationError("This name stands for rejections without a person. Write another name.")
         return Review(approve=approve, feedback=self.feedback, option=option, by=by)
@@ -143,7 +142,6 @@ class _Visit:
     link: AnswerLink
     signer: SecretStr
     form: _Form | None = None
-    name: str | None = None
     problem: BodyError | None = None
 
 
@@ -164,7 +162,7 @@ class AnswerPages:
         if opened is None or is_foreign:
             return await self._refuse(began)
         try:
-            visit = _Visit(*opened, name=_name_of_proxy(request), form=await _read_form(request) if is_post else None)
+            visit = _Visit(*opened, form=await _read_form(request) if is_post else None)
         except BodyError as error:
             visit = _Visit(*opened, problem=error)
         work = asyncio.create_task(self._respond(visit))
@@ -209,14 +207,14 @@ class AnswerPages:
                 raise visit.problem
             page, shown = self._page(run, question, link)
             if form is None:
-                return page.response(200, name=visit.name)
+                return page.response(200)
             if not self._has_seen(link, form, shown):
                 again = "The question has changed since you read it. Nothing was sent. Read it again, then answer."
-                return page.response(409, replace(form, decision=""), name=visit.name, notice=again)
+                return page.response(409, replace(form, decision=""), notice=again)
             try:
-                review = form.review(question, visit.name)
+                review = form.review(question)
             except ConfigurationError as error:
-                return page.response(400, form, name=visit.name, notice=f"{error} Nothing was sent.")
+                return page.response(400, form, notice=f"{error} Nothing was sent.")
             return await self._send(page, visit, form, review)
 
     def _page(self, run: LiveRun, question: ReviewRequest, link: AnswerLink) -> tuple[_Question, str]:
@@ -250,7 +248,7 @@ class AnswerPages:
         if question := await _open_question(run, visit):
             again = "The crew did not take the answer before yours. Yours was not sent: choose again."
             form = replace(form, decision="")
-            return self._page(run, question, link)[0].response(409, form, name=visit.name, notice=again)
+            return self._page(run, question, link)[0].response(409, form, notice=again)
         why = "The crew does not wait for this answer any more. Nothing was sent."
         return _message(409, "The question is closed", why, form)
 
@@ -270,14 +268,14 @@ class AnswerPages:
         except Exception as error:  # noqa: BLE001  any of them may come after the crew has taken the answer
             text = "Run %s: an answer by link may not have been sent: %s. To look: prefect-crew reviews inspect %s"
             logger.warning(text, run.kickoff_id, run.redact(_reason(error)), run.as_argument())
-            return await _failed(page, form, review, error, nonce)
+            return await _failed(page, form, error, nonce)
         verb = "approved" if answer.approve else "rejected"
         logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
         choice = f"“{plain(run.redact(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
         return _message(200, "Your answer was sent", f"{choice} by {answer.by}. You can close this page.")
 
 
-async def _failed(page: _Question, form: _Form, review: Review, error: Exception, nonce: str) -> Response:
+async def _failed(page: _Question, form: _Form, error: Exception, nonce: str) -> Response:
     """Return the page about an answer that was not sent, or may have arrived: its record decides."""
     run, is_away = page.run, isinstance(error, PrefectAwayError)
     if not is_away:
@@ -293,7 +291,7 @@ async def _failed(page: _Question, form: _Form, review: Review, error: Exception
             why = "Open the link again in a minute. If it shows no question then, answer on the crew's page."
         return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
     why = "Your answer was not sent. Nothing is lost: try again in a minute."
-    return page.response(503, form, name=review.by, notice=why)
+    return page.response(503, form, notice=why)
 
 
 def _uncertain(form: _Form | None, page_url: str | None = None) -> Response:
@@ -356,21 +354,6 @@ async def _open_question(run: LiveRun, visit: _Visit) -> ReviewRequest | None:
     return question if is_about(visit.link, question, visit.signer) else None
 
 
-def _name_of_proxy(request: Request) -> str | None:
-    """Return the name of the person whom a proxy has signed in, None if no setting names its header.
-
-    Raises:
-        BodyError: The header is missing, or there are several: the request has not come through the proxy.
-    """
-    header = CrewSettings().answer_user_header
-    if header is None:
-        return None
-    names = [one_line(value.encode("latin-1").decode("utf-8", "replace")) for value in request.headers.getlist(header)]
-    if len(names) != 1 or not names[0]:
-        raise BodyError(403, "you are not signed in. Sign in, then open the link again")
-    return names[0][:MAX_NAME]
-
-
 @dataclass(frozen=True)
 class _Question:
     """The page of an open question. `seen` proves what it shows. Every text of the crew is masked and cut."""
@@ -379,7 +362,7 @@ class _Question:
     question: ReviewRequest
     seen: str
 
-    def response(self, status: int, form: _Form | None = None, *, name: str | None, notice: str = "") -> Response:
+    def response(self, status: int, form: _Form | None = None, *, notice: str = "") -> Response:
         """Return the page, with a notice and the texts of a form that was not sent."""
         run, question = self.run, self.question
         is_full = run.show == "full"
@@ -404,7 +387,6 @@ class _Question:
             withheld=withheld,
             page_url=run.crew.page_url,
             options=options,
-            signed_in=name if CrewSettings().answer_user_header else None,
             form=form or _Form("", "", "", ""),
             seen=self.seen,
             max_feedback=MAX_FEEDBACK,

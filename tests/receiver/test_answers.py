@@ -358,29 +358,13 @@ async def test_a_status_call_that_fails_sends_nothing(chat: Chat):
         assert server.requests["resume"] == 0
 
 
-PROXY = {"X-Forwarded-User": "grace@example.com"}
-
-
-async def test_a_name_is_the_proxys_if_a_setting_says_so(chat: Chat, monkeypatch: pytest.MonkeyPatch):
-    async with asking() as (_, _, key):
-        url = await chat.link()
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_USER_HEADER", "X-Forwarded-User")
-        assert (await read(url)).status == 403
-        assert (await send(url, seen="x", decision="approve")).status == 403
-        assert "signed in as grace@example.com" in (await read(url, **PROXY)).said
-        assert (await send(url, headers=PROXY, decision="approve", name="Mallory")).status == 200
-        assert (await answers_of(key))[0].by == "grace@example.com"
-
-
 async def test_a_persons_name_is_one_short_line_without_secrets(chat: Chat):
-    """It is the form's: without the setting, the header is anybody's."""
     async with asking() as (server, _, key):
         name = f"\x1b[2JAda\r\n\u202e{server.token} {'x' * 500}"
-        page = await send(await chat.link(), headers=PROXY, decision="approve", name=name)
+        page = await send(await chat.link(), decision="approve", name=name)
         assert page.status == 200
         by = (await answers_of(key))[0].by
         assert "Ada" in by
-        assert "grace" not in by
         assert len(by) <= 100
         assert by.isprintable()
         assert server.token not in by + page.text

