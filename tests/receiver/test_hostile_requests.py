@@ -86,10 +86,8 @@ async def test_hostile_requests_do_nothing(receiver_process: tuple[Process, int]
     await attack("replayed", 0)  # what is replayed has to be genuine once
     await attack_so_often(2_000)
     before = resident(process)
-    slow = [asyncio.create_task(exchange(port, b"POST /hooks/crew/x HTTP/1.1\r\n", within=30)) for _ in range(50)]
     await attack_so_often(REQUESTS - 2_000)
     after = resident(process)
-    assert await asyncio.gather(*slow) == [None] * 50, "heads that never come are not waited for"
 
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         ready = (await client.get("/ready")).json()

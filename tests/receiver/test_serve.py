@@ -1,10 +1,8 @@
-"""The receiver on a port: slow heads, connections that send nothing, and what is not HTTP."""
+"""The receiver on a port: its limits, its signals, and what is not HTTP."""
 
 import asyncio
-import contextlib
 import signal
 import threading
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from support.wire import exchange, request
 
 @pytest.fixture
 async def port(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
-    monkeypatch.setattr(serve, "HEAD_TIMEOUT", 0.3)
     monkeypatch.setattr("prefect_crew.receiver.bodies.BODY_TIMEOUT", 0.3)
     async with served(create_receiver(SECRET, forwarder=kept)) as url:
         yield int(url.rpartition(":")[2])
@@ -33,28 +30,6 @@ async def port(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int
 def raw(urls: Any, body: object = BODIES["crew-first"], **facts: object) -> bytes:
     content = httpx.Request("POST", "http://x", json=body).content
     return request("POST", httpx.URL(url_of(urls(base="http://x", **facts), "crew")).path, content)
-
-
-async def test_a_head_that_does_not_come_is_not_waited_for(port: int):
-    started = time.monotonic()
-    dribbles = [b"POST / HTTP/1.1\r\n", *(f"X-{number}: y\r\n".encode() for number in range(100))]
-    heads = [[b""], [b"POST /hooks/crew"], dribbles]
-    assert await asyncio.gather(*(exchange(port, *parts, pause=0.05) for parts in heads)) == [None] * 3
-    assert time.monotonic() - started < 20, "it is closed before the answer is given up"
-
-
-async def test_the_next_head_has_its_time_as_well(port: int, urls: Any, kept: Kept):
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    for number in range(2):
-        writer.write(raw(urls, attempt=number + 1).replace(b"Connection: close\r\n", b""))
-        assert b" 200 " in await reader.readline()
-        while (await reader.readline()).strip():
-            pass
-        await reader.readexactly(len(b'{"status":"accepted"}'))
-    writer.write(b"POST /hooks")
-    assert await asyncio.wait_for(reader.read(), 20) == b"", "it is closed without an answer"
-    writer.close()
-    assert len(kept.events) == 2
 
 
 async def test_no_http_and_half_a_body_harm_nothing(port: int, urls: Any, kept: Kept):
@@ -120,20 +95,16 @@ async def test_the_command_ends_without_prefect(
         writer.close()
 
 
-async def test_beyond_a_limit_the_idlest_connection_is_closed(port: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve, "IDLE", 3)
-    monkeypatch.setattr(serve, "HEAD_TIMEOUT", 60.0)
-    opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
-    first, second, third = opened
-    # What has just been answered is the newest again.
-    first[1].write(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert b" 200 " in await first[0].readline()
-    fourth = await asyncio.open_connection("127.0.0.1", port)
-    with contextlib.suppress(ConnectionError):  # it may be reset
-        assert await asyncio.wait_for(second[0].read(), 30) == b""
-    for reader, writer in (first, third, fourth):
-        assert not reader.at_eof()
-        writer.transport.abort()
+async def test_heads_and_connections_have_limits(kept: Kept, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serve, "CONNECTIONS", 3)
+    async with served(create_receiver(SECRET, forwarder=kept)) as url:
+        port = int(url.rpartition(":")[2])
+        assert await exchange(port, b"GET / HTTP/1.1\r\nX-Long: " + b"y" * serve.MAX_HEAD) == 400
+        await until(lambda: exchange(port, request("GET", "/health")), "an answer")
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        assert await exchange(port, request("GET", "/health")) == 503
+        for _, writer in opened:
+            writer.transport.abort()
 
 
 async def test_a_large_body_is_parsed_in_a_thread(port: int, urls: Any, kept: Kept, monkeypatch: Any):
