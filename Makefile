@@ -36,12 +36,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
 SESSIONS = lint docs wheel-smoke coverage oldest
 
-.PHONY: help sessions environment demo test rest programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format docs audit dist constraints clean
+.PHONY: help sessions environment demo test rest programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format size docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), rest (these three), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), rest (these three), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, size, docs (the site), audit, dist, constraints, clean."
 
 sessions:
 	@echo $(SESSIONS)
@@ -112,6 +112,10 @@ lint: $(VENV)/.lint
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# Lines and code lines of each room of the package, beside the figures of its layout.
+size: | $(UV)
+	@$(BIN)/python .ci/size.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
