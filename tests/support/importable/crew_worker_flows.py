@@ -4,7 +4,6 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncGenerator
-from pathlib import Path
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -185,23 +184,3 @@ async def four_steps() -> list[str]:
     two = await arun_crew("quick", {"topic": "tea"})
     three = await arun_crew("on-command", {"topic": "tea"})
     return [one, two.output, three.output, await step("four")]
-
-
-@flow
-async def waits_for_a_file(path: str) -> None:
-    while not Path(path).exists():
-        await asyncio.sleep(5)
-
-
-@flow
-async def watches_the_loop(path: str, end: str) -> None:
-    """Write the longest lag of the event loop in seconds to a file, since somebody has removed the file."""
-    longest = 0.0
-    while not Path(end).exists():
-        began = time.monotonic()
-        await asyncio.sleep(0.1)
-        lag = time.monotonic() - began - 0.1
-        longest = max(longest, lag) if Path(path).exists() else lag
-        new = Path(f"{path}.new")
-        new.write_text(str(longest))
-        new.replace(path)  # whole, since somebody may read it at this moment

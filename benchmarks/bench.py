@@ -1,0 +1,240 @@
+"""Measure what has a goal, and print a table: figures, goals, and the machine's load.
+
+    python benchmarks/bench.py                  all parts: about an hour on a quiet machine
+    python benchmarks/bench.py run burst        these parts
+    python benchmarks/bench.py --small          tiny numbers, to see that everything works
+    python benchmarks/bench.py --postgres       Prefect servers on PostgreSQL, not on SQLite
+
+It starts what it needs: Prefect servers with Prefect's own settings. What is compared is measured alternately, each
+measurement in a process of its own, three times; medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+from figures import FILE, cpu_seconds, number
+
+from support.environment import isolated
+from support.postgres import Postgres, find_postgres
+from support.prefect_server import QUICK, PrefectServer
+
+HERE = Path(__file__).parent
+LIMIT = 5400.0
+"""Seconds for one measurement."""
+CALM, CALM_WITHIN = 0.2, 60.0
+"""Share of a core below which a server has done what the measurement before left to it; seconds to wait for that."""
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. A value meets a goal that it is not above; `parts` is what the value is made of."""
+
+    work: str
+    figure: str
+    value: float
+    goal: float | None = None
+    parts: str = ""
+
+    def cells(self) -> Iterable[str]:
+        goal = "" if self.goal is None else f"{self.goal:g}, {'met' if self.value <= self.goal else '**missed**'}"
+        return self.work, self.figure, number(self.value), goal, self.parts
+
+
+class DurablePostgres(Postgres):
+    """PostgreSQL with its own defaults: that of the tests does not wait for the disk."""
+
+    NOT_DURABLE = ()
+
+
+class Bench:
+    """Runs measurements, and starts the servers that they need; all end with the stack.
+
+    Attributes:
+        small: Whether everything is to be tiny.
+        load: The highest load of the machine since a part began.
+    """
+
+    def __init__(self, stack: contextlib.ExitStack, *, small: bool, on_postgres: bool) -> None:
+        self.small = small
+        self.load = 0.0
+        self._stack = stack
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefect-crew-bench-")))
+        self._postgres: Postgres | None = None
+        if on_postgres:
+            if (programs := find_postgres()) is None:
+                sys.exit("It needs PostgreSQL's programs (Debian: apt-get install postgresql).")
+            self._postgres = stack.enter_context(DurablePostgres(programs))
+        self._servers: dict[str, PrefectServer] = {}
+
+    def server(self, name: str) -> PrefectServer:
+        if name not in self._servers:
+            url = self._postgres.create_database(f"prefect_{name}") if self._postgres else None
+            server = self._servers[name] = PrefectServer(self._folder / name, database_url=url)
+            self._stack.callback(server.stop)
+            with patch.dict(QUICK, clear=True):  # which are settings of the tests
+                server.start()
+        return self._servers[name]
+
+    def measure(self, script: str, *arguments: object, on: str = "server") -> Figures:
+        """Run a benchmark against a server; return its figures, and the server's CPU seconds."""
+        folder, server = self._folder / f"work-{time.monotonic_ns()}", self.server(on)
+        folder.mkdir()
+        pid = server.process.pid
+        self._calm_down(pid)
+        before = cpu_seconds(pid)
+        env = {
+            FILE: str(folder / "figures"),
+            "BENCHMARK_DATABASE": server.database_url,
+            "PREFECT_API_URL": server.api_url,
+            "PREFECT_LOGGING_LEVEL": "ERROR",
+            "PYTHONDONTWRITEBYTECODE": "",  # what is imported is compiled once, and not in each measurement
+        }
+        command = [sys.executable, str(HERE / f"{script}.py"), *map(str, arguments)]
+        done = subprocess.run(
+            command, env=isolated(folder / "home", env), timeout=LIMIT, stderr=subprocess.PIPE, text=True
+        )
+        if done.returncode:
+            sys.exit(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        self._calm_down(pid)
+        figures = json.loads((folder / "figures").read_text())
+        self.load = max(self.load, figures.pop("load"))
+        return {**figures, "server_cpu_seconds": cpu_seconds(pid) - before}
+
+    def _calm_down(self, pid: int) -> None:
+        """Wait until a server rests: it records late what a flow has left behind."""
+        deadline, cpu = time.monotonic() + (0 if self.small else CALM_WITHIN), -1.0
+        while time.monotonic() < deadline and (now := cpu_seconds(pid)) - cpu > CALM:
+            cpu = now
+            time.sleep(1)
+
+    def alternately(self, *ways: Sequence[object], on: Sequence[str] = ("server", "server")) -> Iterable[Figures]:
+        """Measure several ways in turn, so that all meet the same machine; return the medians of each."""
+        several: list[list[Figures]] = [[] for _ in ways]
+        for _ in range(1 if self.small else 3):
+            for way, server, measured in zip(ways, on, several, strict=False):
+                measured.append(self.measure(str(way[0]), *way[1:], on=server))
+        for measured in several:
+            yield {
+                name: median(one[name] for one in measured) if isinstance(value, int | float) else value
+                for name, value in measured[0].items()
+            }
+
+
+def run(bench: Bench) -> list[Row]:
+    (figures,) = bench.alternately(("run", "--seconds", 0.5 if bench.small else 2.0))
+    work = "one run"
+    shown = f"{figures['files']:g} files, {figures['asyncio_tasks']:g} asyncio tasks"
+    return [
+        Row(work, "functions of ours entered", figures["functions"], 90, shown),
+        Row(work, "requests to Prefect, in a flow that runs", figures["requests"], 3, figures["kinds"]),
+        Row(work, "on top of the crew's own time, s", figures["extra_seconds"], 0.25),
+    ]
+
+
+def burst(bench: Bench) -> list[Row]:
+    runs, seconds = (5, 0.5) if bench.small else (100, 8.0)
+    options = ("--runs", runs, "--seconds", seconds)
+    crews, tasks = bench.alternately(("burst", "crews", *options), ("burst", "tasks", *options))
+    work = f"{runs} runs of {seconds:g} s at once in one flow"
+    cpu, own_cpu = (1000 * way["server_cpu_seconds"] / runs for way in (crews, tasks))
+    walls = f"{number(crews['seconds'])} and {number(tasks['seconds'])} s"
+    return [
+        Row(work, "wall, times two tasks of Prefect's own", crews["seconds"] / tasks["seconds"], 1.4, walls),
+        Row(work, "CPU of the Prefect server, ms a run", cpu, parts=f"Prefect's own {number(own_cpu)} ms"),
+    ]
+
+
+def past(bench: Bench) -> list[Row]:
+    records = 500 if bench.small else 150_000
+    servers = ("empty", "full")
+    for server, count in zip(servers, (1, records), strict=True):
+        bench.measure("past", "make", "--records", count, on=server)
+    way = ("past", "work", "--times", 1 if bench.small else 3)
+    empty, full = bench.alternately(way, way, on=servers)
+    rows: list[Row] = []
+    for name in (name for name in full if name.endswith("_seconds") and not name.startswith("server")):
+        figure = name.removesuffix("_seconds").replace("_", " ")
+        seconds = f"{number(full[name])} and {number(empty[name])} s"
+        rows.append(Row(f"{records:,} ended runs", f"{figure}, times no past", full[name] / empty[name], 1.5, seconds))
+    return rows
+
+
+def rows(bench: Bench) -> list[Row]:
+    count, in_flight, seconds = (100, 50, 0.2) if bench.small else (5000, 2000, 2.0)
+    options = ("--rows", count, "--in-flight", in_flight, "--seconds", seconds)
+    batch, loop = bench.alternately(("rows", "batch", *options), ("rows", "loop", *options))
+    work = f"{count:,} rows of {seconds:g} s, {in_flight:,} in flight"
+    walls = f"{number(batch['seconds'])} and {number(loop['seconds'])} s"
+    return [
+        Row(work, "wall, times a bare loop", batch["seconds"] / loop["seconds"], 1.4, walls),
+        Row(work, "CPU a row, ms", batch["row_cpu_ms"], 1.3, f"loop {number(loop['row_cpu_ms'])} ms"),
+        Row(work, "peak memory, MB", batch["memory_mb"], 160, f"loop {number(loop['memory_mb'])} MB"),
+    ]
+
+
+def worker(bench: Bench) -> list[Row]:
+    runs, hold = (5, 2) if bench.small else (300, 20)
+    itself, another = (
+        bench.measure("worker", "--runs", runs, "--hold", hold, "--by", by) for by in ("itself", "another")
+    )
+    work = f"{runs} flow runs that wait in one crew worker"
+    of_each = f"{number(itself['run_kb'])} KB a flow run, {number(itself['core_percent'])} % of a core"
+    begun = f"{number(itself['run_begun_seconds'])} s to begin each"
+    return [
+        Row(work, "memory in all, MB", itself["memory_mb"], 120, f"{of_each}, {begun}"),
+        Row(work, "killed: waited for again by its next start, s", itself["again_seconds"], 30),
+        Row(work, "killed: waited for again by another worker, s", another["again_seconds"], 90),
+    ]
+
+
+def pipeline(bench: Bench) -> list[Row]:
+    (figures,) = bench.alternately(("pipeline", "--runs", 1 if bench.small else 5))
+    parts = f"{number(figures['seconds'])} s; of Prefect's own tasks {number(figures['floor_step_ms'])} ms"
+    work = "a pipeline of 20 steps in 5 layers, 0.2 s crew"
+    return [Row(work, "on top of a step of the critical path, ms", figures["step_ms"], 130, parts)]
+
+
+PARTS: dict[str, Callable[[Bench], list[Row]]] = {
+    part.__name__: part for part in (run, burst, past, rows, worker, pipeline)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--small", action="store_true", help="tiny numbers")
+    parser.add_argument("--postgres", action="store_true", help="Prefect servers on PostgreSQL")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the servers end with it
+    head = ("work", "figure", "measured", "goal", "made of", "load")
+    lines = [head, ("---",) * len(head)]
+    with contextlib.ExitStack() as stack:
+        bench = Bench(stack, small=options.small, on_postgres=options.postgres)
+        for name in options.parts or PARTS:
+            bench.load = os.getloadavg()[0]
+            print(f"{name} (load {bench.load:.1f})", flush=True)
+            lines += [(*row.cells(), f"{bench.load:.1f}") for row in PARTS[name](bench)]
+    print(f"\n{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, Prefect {version('prefect')}\n")
+    print(*(f"| {' | '.join(line)} |" for line in lines), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
