@@ -6,22 +6,19 @@ retried flow reattaches to its runs by their records, not by stored results.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast, overload
+from typing import Any, Unpack, cast
 from uuid import UUID
 
 from prefect import Task, unmapped
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.futures import PrefectFuture, PrefectFutureList
 from prefect.tasks import TaskOptions
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
 from prefect_crew._internal.prefect_errors import naming_prefect_away
-from prefect_crew._text import with_guesses
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -40,40 +37,7 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
-P = ParamSpec("P")
-Q = ParamSpec("Q")
-W = ParamSpec("W")
-S = ParamSpec("S")
-R = TypeVar("R")
-Now = TypeVar("Now")
-K = TypeVar("K", bound="CrewTask[..., Any, ..., ..., ..., Any]")
-
 _naming_prefect_away = naming_prefect_away("Call the task again, which reattaches to a run that was started.")
-
-
-# Types for type checkers. The call of a task returns its result in sync code and an awaitable in async code, and no
-# type can depend on that. So its type here is a result that can also be awaited: it is exact in both kinds of code. A
-# type checker does not find a forgotten `await`.
-
-if TYPE_CHECKING:
-
-    class _StateNow(State[R]):
-        def __await__(self) -> Generator[Any, Any, State[R]]: ...
-
-    class _InputsNow(list[CrewInput]):
-        def __await__(self) -> Generator[Any, Any, list[CrewInput]]: ...
-
-    class _TextNow(str):
-        def __await__(self) -> Generator[Any, Any, str]: ...
-
-    class _ResultNow(CrewResult[Data]):
-        def __await__(self) -> Generator[Any, Any, CrewResult[Data]]: ...
-
-    class _ResumeNow(ResumeAnswer):
-        def __await__(self) -> Generator[Any, Any, ResumeAnswer]: ...
-
-    class _StopNow(StopAnswer):
-        def __await__(self) -> Generator[Any, Any, StopAnswer]: ...
 
 
 def _hidden(value: Any) -> Any:
@@ -91,53 +55,37 @@ def _hidden(value: Any) -> Any:
     return value
 
 
-class CrewTask(Task[P, Any], Generic[P, R, Q, W, S, Now]):
-    """A Prefect task over an async function. Sync code can call it as well. `with_options` returns a `CrewTask`, too.
+class CrewTask(Task[..., Any]):
+    """A Prefect task over an async function. Sync code can call it as well, and gets the result.
 
-    For type checkers: `P` are the parameters of the function. `Q` are the names of the parameters of `submit` and
-    `map`, where each value may be a future or several values. `W` are these names with `wait_for`, `S` with
-    `return_state=True`. `R` is the result, `Now` the type that a call returns.
+    Type checkers see `Any`: what a call returns depends on the code around it, which no type can say.
     """
 
-    @overload
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Now: ...
-    @overload
-    def __call__(self, *args: W.args, **kwargs: W.kwargs) -> Now: ...
-    @overload
-    def __call__(self, *args: S.args, **kwargs: S.kwargs) -> _StateNow[R]: ...
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task. Return the result in sync code, an awaitable of the result in async code."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         coroutine = self.acall(*args, **kwargs)
         return coroutine if in_async_context() else run_sync(coroutine)
 
     @_naming_prefect_away  # also of Prefect's engine, before the task runs
-    async def acall(self, *args: Any, **kwargs: Any) -> R:
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task from a coroutine, whatever kind of flow is around it."""
         with calling_task():
-            return await cast("Coroutine[Any, Any, Any]", super().__call__(*args, **kwargs))
+            return await cast("Any", super()).__call__(*args, **kwargs)
 
-    @overload
-    def submit(self, *args: Q.args, **kwargs: Q.kwargs) -> PrefectFuture[R]: ...
-    @overload
-    def submit(self, *args: S.args, **kwargs: S.kwargs) -> State[R]: ...
-    def submit(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
         """Submit the task to the flow's task runner, like Prefect's own method."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with calling_task():
             return cast("Any", super()).submit(*args, **kwargs)
 
-    @overload
-    def map(self, *args: Q.args, **kwargs: Q.kwargs) -> PrefectFutureList[R]: ...
-    @overload
-    def map(self, *args: S.args, **kwargs: S.kwargs) -> list[State[R]]: ...
-    def map(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def map(self, *args: Any, **kwargs: Any) -> Any:
         """Map the task over iterables on the flow's task runner, like Prefect's own method."""
         args, kwargs = _hidden(args), {name: _hidden(value) for name, value in kwargs.items()}
         with calling_task():
             return cast("Any", super()).map(*args, **kwargs)
 
-    def apply_async(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def apply_async(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse to defer the task to a task worker, since Prefect would store the parameters, with the crew's token.
 
         Raises:
@@ -149,87 +97,14 @@ class CrewTask(Task[P, Any], Generic[P, R, Q, W, S, Now]):
             "with its parameters. Nothing was stored. Call the task in a flow instead."
         )
 
-    delay = apply_async  # pyright: ignore[reportAssignmentType]
+    delay = apply_async
 
-    def with_options(self, **options: Unpack[TaskOptions]) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def with_options(self, **options: Unpack[TaskOptions]) -> CrewTask:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a copy with other options, like Prefect's own method."""
         copy = super().with_options(**cast("Any", options))
         # Prefect's method always makes a plain Task; our subclass differs from it only in its methods.
-        copy.__class__ = type(self)
-        return cast("Self", copy)
-
-
-class _WaitOptions(TypedDict, total=False):
-    idempotency_key: str | None
-    name: str | None
-    wait: WaitPolicy | None
-    review: ReviewChoice | None
-    wait_for: Any
-
-
-class _WaitNames(TypedDict, total=False):
-    idempotency_key: Any
-    name: Any
-    wait: Any
-    review: Any
-    wait_for: Any
-
-
-class WaitTask(CrewTask[..., CrewResult[Any], ..., ..., ..., Any]):
-    """The task `wait_for_crew`. Its `output_type` is the type of the result's `data`."""
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __call__(
-            self,
-            crew: DeployedCrew | str,
-            kickoff_id: str,
-            *,
-            output_type: type[Data] | None = None,
-            **options: Unpack[_WaitOptions],
-        ) -> _ResultNow[Data]: ...
-        @overload
-        def __call__(
-            self,
-            crew: Any,
-            kickoff_id: Any,
-            *,
-            output_type: type[Data] | None = None,
-            return_state: Literal[True],
-            **options: Unpack[_WaitNames],
-        ) -> _StateNow[CrewResult[Data]]: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
-        @overload
-        def submit(
-            self, crew: Any, kickoff_id: Any, *, output_type: type[Data] | None = None, **options: Unpack[_WaitNames]
-        ) -> PrefectFuture[CrewResult[Data]]: ...
-        @overload
-        def submit(
-            self,
-            crew: Any,
-            kickoff_id: Any,
-            *,
-            output_type: type[Data] | None = None,
-            return_state: Literal[True],
-            **options: Unpack[_WaitNames],
-        ) -> State[CrewResult[Data]]: ...
-        def submit(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
-        @overload
-        def map(
-            self, crew: Any, kickoff_id: Any, *, output_type: type[Data] | None = None, **options: Unpack[_WaitNames]
-        ) -> PrefectFutureList[CrewResult[Data]]: ...
-        @overload
-        def map(
-            self,
-            crew: Any,
-            kickoff_id: Any,
-            *,
-            output_type: type[Data] | None = None,
-            return_state: Literal[True],
-            **options: Unpack[_WaitNames],
-        ) -> list[State[CrewResult[Data]]]: ...
-        def map(self, *args: Any, **kwargs: Any) -> Any: ...  # pyright: ignore[reportIncompatibleMethodOverride]  # noqa: D102
+        copy.__class__ = CrewTask
+        return cast("CrewTask", copy)
 
 
 def _inside_own_task() -> bool:
@@ -259,22 +134,8 @@ def _origin(run: LiveRun) -> str:
     return " (from record)" if run.record.phase is RecordPhase.ENDED else " (reattached)"
 
 
-@overload
-def _task(verb: str, like: type[K], **options: Unpack[TaskOptions]) -> Callable[[Callable[..., Any]], K]: ...
-@overload
-def _task(
-    verb: str,
-    like: Callable[Q, Now],
-    with_wait: Callable[W, None],
-    with_state: Callable[S, None],
-    **options: Unpack[TaskOptions],
-) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], CrewTask[P, R, Q, W, S, Now]]: ...
-def _task(verb: str, like: Any, *_: Any, **options: Any) -> Any:
-    """Make a task of an async function.
-
-    `like` is a class of tasks. Or it is a function with the names of the task's parameters and the return type of a
-    call, for type checkers, as are `with_wait` and `with_state`: see `CrewTask`.
-    """
+def _task(verb: str, **options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], CrewTask]:
+    """Make a task of an async function. `verb` begins the names of its task runs."""
 
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew, kickoff_id, origin = parameters.get("crew"), str(parameters.get("kickoff_id") or ""), ""
@@ -293,20 +154,12 @@ def _task(verb: str, like: Any, *_: Any, **options: Any) -> Any:
         title = title or (crew.label if isinstance(crew, Crew) else crew)
         return f"{verb} {title} {kickoff_id[:8]}".strip()[: 200 - len(origin)] + origin
 
-    def make(function: Callable[..., Coroutine[Any, Any, Any]]) -> Any:
-        kind: Any = like if isinstance(like, type) else CrewTask
-        # No tags: for each tag Prefect looks for a concurrency limit at each task run.
-        return kind(_naming_prefect_away(function), cache_policy=NO_CACHE, task_run_name=task_run_name, **options)
-
-    return make
+    # No tags: for each tag Prefect looks for a concurrency limit at each task run.
+    options |= {"cache_policy": NO_CACHE, "task_run_name": task_run_name}
+    return lambda function: CrewTask(_naming_prefect_away(function), **options)
 
 
-def _inputs(crew: Any, *, wait_for: Any = None) -> _InputsNow: ...
-def _inputs_waiting(crew: Any, *, wait_for: Any) -> None: ...
-def _inputs_state(crew: Any, *, wait_for: Any = None, return_state: Literal[True]) -> None: ...
-
-
-@_task("inputs", _inputs, _inputs_waiting, _inputs_state, retries=2, retry_delay_seconds=2)
+@_task("inputs", retries=2, retry_delay_seconds=2)
 async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; an empty list if it names none. `crew` may be the name of a stored block.
 
@@ -326,30 +179,7 @@ def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
 
-class _KickoffNames(TypedDict, total=False):
-    idempotency_key: Any
-    name: Any
-    force_new: Any
-    meta: Any
-    webhooks: Any
-    restore_from: Any
-    session: Any
-    budgets: Any
-
-
-def _kickoff(crew: Any, inputs: Any = None, *, wait_for: Any = None, **names: Unpack[_KickoffNames]) -> _TextNow: ...
-def _kickoff_waiting(crew: Any, inputs: Any = None, *, wait_for: Any, **names: Unpack[_KickoffNames]) -> None: ...
-def _kickoff_state(
-    crew: Any, inputs: Any = None, *, wait_for: Any = None, return_state: Literal[True], **names: Unpack[_KickoffNames]
-) -> None: ...
-
-
-@_task(
-    *("kickoff", _kickoff, _kickoff_waiting, _kickoff_state),
-    retries=3,
-    retry_delay_seconds=[2, 10, 30],
-    retry_condition_fn=_surely_not_done,
-)
+@_task("kickoff", retries=3, retry_delay_seconds=[2, 10, 30], retry_condition_fn=_surely_not_done)
 async def kickoff_crew(
     crew: DeployedCrew | str,
     inputs: Mapping[str, Any] | Inputs | None = None,
@@ -397,7 +227,7 @@ async def kickoff_crew(
     return (await open_run(request, inside_own_task=_inside_own_task())).kickoff_id
 
 
-@_task("wait", WaitTask)
+@_task("wait")
 async def wait_for_crew(
     crew: DeployedCrew | str,
     kickoff_id: str,
@@ -427,68 +257,32 @@ async def wait_for_crew(
     return await wait_for_run(LiveRun.of(await load_crew(crew), kickoff_id), options)
 
 
-_REFUSED = {
-    **dict.fromkeys(
-        ("cache_policy", "cache_key_fn", "cache_expiration", "refresh_cache"),
-        "a cached kickoff id is not compared with the record, and only the record has the outcome of a run",
-    ),
-    **dict.fromkeys(
-        ("persist_result", "result_storage", "result_serializer", "result_storage_key", "cache_result_in_memory"),
-        "Prefect would find a stored kickoff id without the record, and only the record says what became of a run",
-    ),
-    "retry_condition_fn": "a kickoff is repeated only after an error that surely started nothing",
-}
-"""The options of Prefect that `kickoff_options` refuses, each with the reason."""
+_REFUSED = (
+    "cache_policy", "cache_key_fn", "cache_expiration", "refresh_cache", "persist_result", "result_storage",
+    "result_serializer", "result_storage_key", "cache_result_in_memory", "retry_condition_fn",
+)  # fmt: skip
 
 
-def tasks_of(options: RunOptions) -> tuple[CrewTask[..., str, ..., ..., ..., Any], WaitTask]:
+def tasks_of(options: RunOptions) -> tuple[CrewTask, CrewTask]:
     """Return the kickoff task and the wait task of `run_crew`, each with its options of Prefect.
 
     Raises:
         ConfigurationError: Prefect's tasks refuse an option, or the kickoff task must not have it. Nothing was started.
     """
-    for name, why in _REFUSED.items():
-        if name in (options.kickoff_options or {}):
-            raise ConfigurationError(f"kickoff_options cannot have {name!r}: {why}. Nothing was started. Leave it out.")
-    kickoff: CrewTask[..., str, ..., ..., ..., Any] = kickoff_crew
-    return _with(kickoff, "kickoff_options", options.kickoff_options), _with(
-        wait_for_crew, "wait_options", options.wait_options
-    )
-
-
-def _with(task: K, argument: str, options: Mapping[str, Any] | None) -> K:
-    if not options:
-        return task
-    names = inspect.signature(Task[..., Any].with_options).parameters.keys() - {"self"}
-    if unknown := [name for name in options if name not in names]:
+    if name := next((name for name in options.kickoff_options or {} if name in _REFUSED), None):
         raise ConfigurationError(
-            f"{argument} has the options {with_guesses(unknown, sorted(names))}, which no task of Prefect takes. "
-            "Nothing was started."
+            f"kickoff_options cannot have {name!r}: only the record of a run decides whether it is started. Nothing "
+            "was started. Leave it out."
         )
+    both = ((kickoff_crew, options.kickoff_options), (wait_for_crew, options.wait_options))
     try:
-        return task.with_options(**cast("TaskOptions", options))
+        kickoff, wait = (task.with_options(**cast("Any", chosen)) if chosen else task for task, chosen in both)
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{argument} cannot be used: {error}. Nothing was started.") from None
+        raise ConfigurationError(f"An option of a task cannot be used: {error}. Nothing was started.") from None
+    return kickoff, wait
 
 
-class _Approve(TypedDict):
-    approve: Any
-
-
-class _ResumeNames(_Approve, total=False):
-    feedback: Any
-    task_id: Any
-    webhooks: Any
-
-
-def _resume(crew: Any, kickoff_id: Any, *, wait_for: Any = None, **names: Unpack[_ResumeNames]) -> _ResumeNow: ...
-def _resume_waiting(crew: Any, kickoff_id: Any, *, wait_for: Any, **names: Unpack[_ResumeNames]) -> None: ...
-def _resume_state(
-    crew: Any, kickoff_id: Any, *, wait_for: Any = None, return_state: Literal[True], **names: Unpack[_ResumeNames]
-) -> None: ...
-
-
-@_task("resume", _resume, _resume_waiting, _resume_state, retry_condition_fn=_surely_not_done)
+@_task("resume", retry_condition_fn=_surely_not_done)
 async def resume_crew(
     crew: DeployedCrew | str,
     kickoff_id: str,
@@ -519,14 +313,7 @@ async def resume_crew(
     )
 
 
-def _stop(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None, wait_for: Any = None) -> _StopNow: ...
-def _stop_waiting(crew: Any, kickoff_id: Any, *, idempotency_key: Any = None, wait_for: Any) -> None: ...
-def _stop_state(
-    crew: Any, kickoff_id: Any, *, idempotency_key: Any = None, wait_for: Any = None, return_state: Literal[True]
-) -> None: ...
-
-
-@_task("stop", _stop, _stop_waiting, _stop_state)
+@_task("stop")
 async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 

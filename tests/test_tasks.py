@@ -219,7 +219,7 @@ async def test_no_frame_of_a_cancelled_task_shows_inputs():
 
 # As tasks of Prefect: every keyword of Prefect's own calls, wherever they are called
 
-TASKS: list[CrewTask[Any, Any]] = [discover_inputs, kickoff_crew, wait_for_crew, resume_crew, stop_crew]
+TASKS: list[CrewTask] = [discover_inputs, kickoff_crew, wait_for_crew, resume_crew, stop_crew]
 Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 

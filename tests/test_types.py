@@ -8,11 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from prefect_crew import DeployedCrew, blocks, tasks
+from prefect_crew import DeployedCrew, blocks
 from prefect_crew.batches.options import BatchArguments, BatchOptions
 from prefect_crew.batches.run import arun_batch
 
@@ -53,32 +52,6 @@ def test_a_strict_checker_refuses_each_mistake(check: Callable[[Path], Found], t
     wrong = {("wrong.py", number) for number, line in enumerate(lines, 1) if line.endswith(marks)}
     assert len(wrong) >= 10
     assert check(tmp_path) == wrong
-
-
-def parameters(function: Callable[..., Any]) -> dict[str, bool]:
-    """Return for each parameter of a function whether a call has to give it."""
-    is_required = dict[str, bool]()
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            options = getattr(tasks, parameter.annotation.removeprefix("Unpack[").removesuffix("]"))
-            is_required |= {name: name in options.__required_keys__ for name in options.__annotations__}
-        else:
-            is_required[name] = parameter.default is parameter.empty
-    return is_required
-
-
-@pytest.mark.parametrize("like", ["_inputs", "_kickoff", "_resume", "_stop"])
-def test_submit_and_map_have_the_parameters_of_their_task(like: str):
-    own = parameters(getattr(tasks, "discover_inputs" if like == "_inputs" else f"{like[1:]}_crew").fn)
-    assert parameters(getattr(tasks, like)) == {**own, "wait_for": False}
-    assert parameters(getattr(tasks, f"{like}_waiting")) == {**own, "wait_for": True}
-    assert parameters(getattr(tasks, f"{like}_state")) == {**own, "wait_for": False, "return_state": True}
-
-
-@pytest.mark.parametrize("options", [tasks._WaitOptions, tasks._WaitNames])
-def test_the_wait_has_the_options_of_its_function(options: Any):
-    own = {"crew", "kickoff_id", "output_type"}
-    assert {*options.__annotations__} - {"wait_for"} == {*inspect.signature(tasks.wait_for_crew.fn).parameters} - own
 
 
 def test_options_of_a_batch_are_equal_in_three_places():

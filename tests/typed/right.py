@@ -4,7 +4,7 @@ from typing import assert_type
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.futures import PrefectFuture, PrefectFutureList
+from prefect.futures import PrefectFutureList
 from pydantic import BaseModel, JsonValue
 
 import prefect_crew as pc
@@ -22,30 +22,17 @@ crew = pc.DeployedCrew(url="https://my-crew.crewai.com", token="…", max_attemp
 
 
 @flow
-def plan(topic: str) -> Trip:
-    inputs = pc.discover_inputs(crew)
-    assert_type(inputs[0].name, str)
+def plan(topic: str) -> None:
     kickoff_id: str = pc.kickoff_crew.with_options(retries=5, tags=["dear"])(crew, {"topic": topic}, name="research")
-    assert_type(pc.wait_for_crew(crew, kickoff_id).data, JsonValue)
-    futures = pc.kickoff_crew.map([crew, "travel"], [{"topic": "Lisbon"}, {"topic": "Porto"}])
-    assert_type(futures, PrefectFutureList[str])
-    results = pc.wait_for_crew.submit(crew, pc.kickoff_crew.submit(crew), output_type=Trip, wait_for=[futures[0]])
-    assert_type(results, PrefectFuture[pc.CrewResult[Trip]])
-    stopped: State[pc.StopAnswer] = pc.stop_crew(crew, kickoff_id, wait_for=[results], return_state=True)
-    started: State[str] = pc.kickoff_crew(crew, {"topic": topic}, name="again", wait_for=[stopped], return_state=True)
-    assert_type(pc.kickoff_crew(crew, name="last", wait_for=[started]).upper(), str)
-    assert_type(pc.resume_crew.submit(crew, kickoff_id, approve=True, return_state=True), State[pc.ResumeAnswer])
-    ends = pc.wait_for_crew.map(crew, futures, output_type=Trip, wait_for=[stopped], return_state=True)
-    assert_type(ends, list[State[pc.CrewResult[Trip]]])
-    return results.result().data
+    futures: PrefectFutureList[str] = pc.kickoff_crew.map([crew, "travel"], [{"topic": "Lisbon"}, {"topic": "Porto"}])
+    stopped: State[pc.StopAnswer] = pc.stop_crew(crew, kickoff_id, wait_for=futures, return_state=True)
+    print(pc.wait_for_crew.submit(crew, pc.kickoff_crew.submit(crew), output_type=Trip, wait_for=[stopped]).result())
 
 
 @flow
 async def aplan(topic: str) -> Trip:
     kickoff_id = await pc.kickoff_crew("travel", {"topic": topic}, budgets=[pc.Budget(max_cost=20, estimate_cost=1)])
-    assert_type(kickoff_id, str)
-    assert_type(await pc.resume_crew(crew, kickoff_id, approve=True), pc.ResumeAnswer)
-    result = await pc.wait_for_crew("travel", kickoff_id, output_type=Trip, review="form")
+    result: pc.CrewResult[Trip] = await pc.wait_for_crew("travel", kickoff_id, output_type=Trip, review="form")
     again = await pc.aget_result("daily", output_type=Trip)
     run = await crew.atrigger({"topic": topic}, idempotency_key="daily")
     assert_type(await run.astop(), pc.StopAnswer)

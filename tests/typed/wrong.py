@@ -1,6 +1,5 @@
 """Mistakes: both checkers refuse each line with `# wrong`, pyright alone those with `# pyright`, and no other."""
 
-# ruff: noqa: B018
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,23 +22,7 @@ pc.run_crew(crew, {"topic": "Lisbon"}, idempotency="daily")  # wrong
 print(pc.run_crew(crew, output_type=Trip).data.town)  # wrong
 pc.run_crew(crew, kickoff_options={"retry": 5})  # wrong
 pc.get_result("daily", output=Trip)  # wrong
-pc.kickoff_crew(crew, {"topic": "Lisbon"}, idempotency="daily")  # wrong
-pc.wait_for_crew(crew)  # wrong
-pc.kickoff_crew.submit(crew, idempotency="daily")  # wrong
-pc.wait_for_crew.map(crew, ["a", "b"], polcy=pc.WaitPolicy())  # wrong
-pc.kickoff_crew(crew, {"topic": "Lisbon"}, idempotency="daily", wait_for=[])  # wrong
-pc.kickoff_crew(crew, {"topic": "Lisbon"}, idempotency="daily", return_state=True)  # wrong
-pc.kickoff_crew.submit(crew, idempotency="daily", wait_for=[])  # wrong
-pc.kickoff_crew.map(crew, idempotency=["daily"], return_state=True)  # wrong
-pc.discover_inputs(crew, waits_for=[], return_state=True)  # wrong
-pc.resume_crew.submit(crew, "id", feedbak="Shorter.", approve=True, wait_for=[])  # wrong
-pc.resume_crew(crew, "id", return_state=True)  # wrong
-pc.stop_crew.map(crew, ["id"], key="daily", return_state=True)  # wrong
-pc.wait_for_crew(crew, "id", polcy=pc.WaitPolicy(), wait_for=[], return_state=True)  # wrong
-pc.wait_for_crew.submit(crew, "id", polcy=pc.WaitPolicy(), return_state=True)  # wrong
-pc.stop_crew.submit(crew, "id").result().accept  # wrong
 pc.kickoff_crew.with_options(retry=5)  # wrong
-pc.stop_crew(crew, "id").accept  # wrong
 pc.run_batch(crew, "a.csv", name="a", export="a.jsonl", inputs=topic_of)  # wrong
 pc.run_batch(crew, "a.csv", name="a", export="a.jsonl", key=lambda row: row.topic)  # pyright
 pc.plan_batch(crew, "a.csv", retry=5)  # wrong
