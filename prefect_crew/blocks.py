@@ -7,10 +7,10 @@ import inspect
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypedDict, Unpack, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 from urllib.parse import urlsplit
 from uuid import UUID
 
@@ -48,22 +48,6 @@ if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
     from prefect_crew.records.model import RunRecord
     from prefect_crew.runs.run import LiveRun
-
-    class BlockFields(TypedDict, total=False):
-        """The fields of a `DeployedCrew` other than its URL and token, with the types that it takes."""
-
-        page_url: str | None
-        max_attempts: int
-        concurrency_limit: str | None
-        price: float | Price | None
-        budgets: Sequence[Budget]
-        show: Literal["full", "summary", "none"]
-        secret_inputs: list[str] | tuple[str, ...] | set[str] | frozenset[str]
-        flow: bool
-        allow_extra_inputs: bool
-        request_timeout: float
-        allow_http: bool
-        wait: WaitPolicy
 
 
 # Prefect imports this module at each start. The modules that run a crew take half a second, so methods import them.
@@ -148,7 +132,7 @@ class DeployedCrew(JobBlock[CrewResult]):
 
     if TYPE_CHECKING:
         # pydantic accepts a text for a secret, and type checkers do not know that.
-        def __init__(self, *, url: str, token: SecretStr | str, **fields: Unpack[BlockFields]) -> None: ...
+        def __init__(self, *, url: str, token: SecretStr | str, **fields: Any) -> None: ...
 
         # By Prefect's types these may return a coroutine. For async code there are `aload` and `asave`.
         @classmethod
@@ -192,7 +176,7 @@ class DeployedCrew(JobBlock[CrewResult]):
         return self
 
     @classmethod
-    def from_env(cls, prefix: str = "CREW", **fields: Unpack[BlockFields]) -> Self:
+    def from_env(cls, prefix: str = "CREW", **fields: Any) -> Self:
         """Return a crew from environment variables, without a stored block.
 
         This reads `{prefix}_URL` and `{prefix}_TOKEN`, else the settings `PREFECT_INTEGRATIONS_CREW_URL` and `_TOKEN`.

@@ -1,6 +1,5 @@
 """What type checkers know of the package, and that it is so when it runs."""
 
-import ast
 import inspect
 import json
 import re
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from prefect_crew import DeployedCrew, blocks
 from prefect_crew.batches.options import BatchArguments, BatchOptions
 from prefect_crew.batches.run import arun_batch
 
@@ -59,12 +57,3 @@ def test_options_of_a_batch_are_equal_in_three_places():
     assert {*BatchArguments.__annotations__} == BatchOptions.model_fields.keys()
     for name, field in BatchOptions.model_fields.items():
         assert signature[name].default == field.default, name
-
-
-def test_type_checkers_know_the_fields_of_a_block():
-    module = ast.parse(Path(blocks.__file__).read_text())
-    fields = next(part for part in ast.walk(module) if isinstance(part, ast.ClassDef) and part.name == "BlockFields")
-    names = [
-        part.target.id for part in fields.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
-    ]
-    assert sorted(names) == sorted({*DeployedCrew.model_fields} - {"url", "token"})

@@ -16,8 +16,7 @@ def topic_of(row: str) -> Mapping[str, Any]:
     return {"topic": row}
 
 
-crew = pc.DeployedCrew(url="https://my-crew.crewai.com", token="…", max_attemps=2)  # wrong
-pc.DeployedCrew.from_env(secret_input=["pin"])  # wrong
+crew = pc.DeployedCrew(url="https://my-crew.crewai.com", token="…")
 pc.run_crew(crew, {"topic": "Lisbon"}, idempotency="daily")  # wrong
 print(pc.run_crew(crew, output_type=Trip).data.town)  # wrong
 pc.run_crew(crew, kickoff_options={"retry": 5})  # wrong
