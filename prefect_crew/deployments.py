@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -23,18 +21,11 @@ from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
-from prefect.utilities.annotations import freeze
-from prefect.utilities.schema_tools import ValidationError as InvalidParametersError
-from prefect.utilities.schema_tools import validate
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
-from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
-from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.automations import TAG
 from prefect_crew.blocks import load_crew, values_of_blocks
@@ -49,8 +40,6 @@ from prefect_crew.pipelines.definition import (
 )
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
-from prefect_crew.records.keys import render_key, shared_by_times
-from prefect_crew.runs.options import RunOptions
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -119,39 +108,18 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         The default name is the name of the crew or the pipeline.
 
         Raises:
-            ConfigurationError: A scheduled run would lack a required input; a schedule has one key for all its times; a
-                parameter, of a schedule too, does not fit; the name is that of another crew's deployment; an option of
-                `with_options` would not reach the flow runs; or Prefect refuses an option.
+            ConfigurationError: A default does not fit, or a secret one names no Secret block; or an option of
+                `with_options` would not reach the flow runs.
             CrewError: The crew does not name its inputs.
         """
-        name = name or self.label
         parameters = dict(options.pop("parameters", None) or {})
-        defaults: Mapping[str, Any] = parameters.pop("inputs", None) or {}
         if self._storage is None:
             self._refuse_lost_options()
-        await self._refuse_another(name)
-        form = await self._read_form(defaults)
-        await self._check_parameters(name, form, parameters, _schedules_in(options))
-        if self._storage is None:
-            parameters |= form.parameters
-            options["entrypoint_type"] = EntrypointType.MODULE_PATH  # Prefect's methods always give one
-        else:
-            await _refuse_crew_pool(str(self._entrypoint), options.get("work_pool_name"))
-            parameters["inputs"] = {key: form.inputs[key].default for key in defaults}
+        form = await self._read_form(parameters.pop("inputs", None) or {})
+        options["parameters"] = {**parameters, **form.parameters}
+        options["entrypoint_type"] = EntrypointType.MODULE_PATH  # Prefect's methods always give one
         options["tags"] = [TAG, *(tag for tag in options.get("tags") or () if tag != TAG)]
-        try:
-            deployment = await super(InputsFlow, self._copy(_form=form)).ato_deployment(
-                name, parameters=parameters, **options
-            )
-        except ValidationError as error:
-            problems = "; ".join(
-                problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_url=False)
-            )
-            raise ConfigurationError(f"The deployment cannot be made: {problems}.") from None
-        except ValueError as error:
-            raise ConfigurationError(f"The deployment cannot be made: {error}") from None
-        await _warn_of_shared_keys(deployment)
-        return deployment
+        return await super(InputsFlow, self._copy(_form=form)).ato_deployment(name or self.label, **options)
 
     def to_deployment(self, name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment as `ato_deployment` does; if the caller can await, the coroutine, as Prefect does."""
@@ -165,9 +133,6 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
     @_naming_prefect_away
     async def adeploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy the flow to a work pool. This takes all options that Prefect has. Raises as `ato_deployment` does."""
-        if self._storage is not None:
-            pool = work_pool_name or get_current_settings().deployments.default_work_pool_name
-            await _refuse_crew_pool(str(self._entrypoint), pool)
         return await super().adeploy(name or self.label, work_pool_name, **options)
 
     def deploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -185,69 +150,6 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
                 f"Flow runs of this deployment would not have {', '.join(lost)}, because they import the flow of the "
                 "package. Nothing was deployed. Write the flow into a module, and run: prefect deploy MODULE.FLOW"
             )
-
-    async def _refuse_another(self, name: str) -> None:
-        """Refuse the name of another crew's or pipeline's deployment, which Prefect would replace."""
-        deployment = await read_deployment(f"{self.name}/{name}")
-        if deployment is None:
-            return
-        pipeline: dict[str, Any] = deployment.parameters.get("pipeline") or {}
-        label: str | None = _crew_of(deployment) or pipeline.get("name")
-        if label not in (None, self.label):
-            raise ConfigurationError(
-                f"The deployment {self.name}/{name} is of {label!r}, not of {self.label!r}. Nothing was deployed. "
-                f"Give another name, or run: prefect deployment delete {shlex.quote(f'{self.name}/{name}')}"
-            )
-
-    async def _check_parameters(
-        self, name: str, form: Form, parameters: Mapping[str, Any], schedules: Sequence[Any]
-    ) -> None:
-        """Refuse parameters, of the deployment or a schedule, that do not fit, and schedules whose runs would fail or
-        have one idempotency key for all their times."""
-        title = f"{self.name}/{name}"
-        defaults = {key: item.default for key, item in form.inputs.items() if item.default is not None}
-        self._check_types(title, form, {**parameters, "inputs": defaults})
-        for schedule in schedules:
-            own = _parameters_of(schedule)
-            inputs: Any = own.get("inputs") or {}
-            await form.with_defaults(inputs)
-            # Prefect gives a run the inputs of its schedule in place of all defaults, also where they are null.
-            missing = [field for field in form.required if field not in inputs] if "inputs" in own else form.missing
-            if missing:
-                raise ConfigurationError(
-                    f"A scheduled run needs a default for each required input. Missing: {', '.join(missing)}. Nothing "
-                    "was deployed. Give the defaults. Or deploy without a schedule. A stored schedule stays: "
-                    f"delete the schedule of {title}, or choose another name."
-                )
-            every: dict[str, Any] = {**parameters, **own, "inputs": inputs if "inputs" in own else defaults}
-            self._check_types(title, form, every)
-            key = every.get("idempotency_key")
-            if key is not None and not every.get("force_new") and render_key(key, datetime.now(UTC)) == key:
-                raise shared_by_times(key)
-
-    def _check_types(self, title: str, form: Form, parameters: Mapping[str, Any]) -> None:
-        """Refuse parameters that the flow does not take, or that are of another type."""
-        schema = self.parameters.model_dump()
-        fields = {key: field for key, field in schema["properties"].items() if key not in ("crew", "pipeline")}
-        if unknown := [key for key in parameters if key not in fields]:
-            raise ConfigurationError(
-                f"{title} cannot have the parameter {unknown[0]!r}; it takes {', '.join(sorted(fields))}."
-            )
-        plain: dict[str, Any] = {
-            key: value.unfreeze() if isinstance(value, freeze) else value for key, value in parameters.items()
-        }
-        try:
-            validate(
-                to_jsonable_python(plain),
-                {**schema, "properties": {**fields, "inputs": form.schema}},
-                raise_on_error=True,
-                ignore_required=True,
-            )
-        except (InvalidParametersError, ValueError) as error:  # of the schema; no JSON value
-            raise ConfigurationError(f"{title} cannot have these parameters. {error}.") from None
-        if plain.get("idempotency_key") is not None:
-            render_key(plain["idempotency_key"], datetime.now(UTC))  # it raises where the template is wrong
-        RunOptions.of(session=plain.get("session"))  # it raises where the name is wrong
 
 
 def crew_flow(crew: str) -> InputsFlow[CrewResult]:
@@ -313,19 +215,6 @@ async def _await(awaitable: Awaitable[T]) -> T:
     return await awaitable
 
 
-def _schedules_in(options: Mapping[str, Any]) -> list[Any]:
-    """Return the schedules that options of Prefect's `to_deployment` name."""
-    names = ("interval", "cron", "rrule", "schedule")
-    return [*(options[name] for name in names if options.get(name)), *(options.get("schedules") or ())]
-
-
-def _parameters_of(schedule: Any) -> dict[str, Any]:
-    """Return the parameters that a schedule of Prefect has of its own, in any form of the schedule."""
-    is_mapping = hasattr(schedule, "get")
-    own: dict[str, Any] | None = schedule.get("parameters") if is_mapping else getattr(schedule, "parameters", None)
-    return own or {}
-
-
 async def read_deployment(full_name: str) -> DeploymentResponse | None:
     """Return the deployment of a name, `flow/deployment`, or None. Raises ConfigurationError for an invalid name."""
     async with get_client() as client:
@@ -335,42 +224,6 @@ async def read_deployment(full_name: str) -> DeploymentResponse | None:
             return None
         except ValueError as error:
             raise ConfigurationError(f"A deployment cannot have the name {full_name!r}: {error}") from None
-
-
-async def _refuse_crew_pool(entrypoint: str, pool: str | None) -> None:
-    """Refuse to deploy a flow of `from_source` to a pool of crew workers: the workers import installed code only."""
-    if pool is None:
-        return
-    async with get_client() as client:
-        try:
-            is_of_crews = (await client.read_work_pool(pool)).type == "crew"
-        except ObjectNotFound:
-            return  # Prefect says it
-    if is_of_crews:
-        raise ConfigurationError(
-            f"The work pool {pool} is of the type crew, whose workers import installed code and cannot load "
-            f"{entrypoint}. Nothing was deployed. Deploy crew_flow(…) or pipeline_flow(…) without from_source, or "
-            "choose a process work pool."
-        )
-
-
-async def _warn_of_shared_keys(deployment: RunnerDeployment) -> None:
-    """Warn of each schedule that has several times with one idempotency key, since the later times start no run."""
-    for item in deployment.schedules or ():
-        parameters: dict[str, Any] = (deployment.parameters or {}) | _parameters_of(item)
-        key = None if parameters.get("force_new") else parameters.get("idempotency_key")
-        # The times of an RRULE may take many seconds to compute.
-        if key is None or not item.active or not isinstance(item.schedule, CronSchedule | IntervalSchedule):
-            continue
-        with suppress(ValueError):  # the schedule has no time, or none in this calendar
-            times = Counter(render_key(key, moment) for moment in await _dates(item.schedule, n=MOST))
-            if shared := next((rendered for rendered, count in times.items() if count > 1), None):
-                run_logger().warning(
-                    "Several run times of a schedule of %s share the key %r: only the flow run of the first of them "
-                    "starts a run.",
-                    deployment.full_name,
-                    shared,
-                )
 
 
 async def describe_schedule(schedule: Any) -> str:
@@ -409,11 +262,6 @@ class Form:
     required: Sequence[str]
     parameters: Mapping[str, Any]
     crew: str | None = None
-
-    @property
-    def missing(self) -> list[str]:
-        """The required inputs without a default."""
-        return [name for name in self.required if self.inputs[name].default is None]
 
     @property
     def schema(self) -> dict[str, Any]:

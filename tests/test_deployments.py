@@ -2,18 +2,16 @@
 
 import asyncio
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import cloudpickle
 import pytest
-from prefect import Flow, get_client
+from prefect import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.deployments.runner import RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Cron, RRule
 from prefect.utilities.callables import parameter_schema
@@ -97,9 +95,6 @@ def test_a_call_in_sync_code_and_a_copy_in_another_process(crew: CrewServer):
     assert copied.parameters == {"crew": "form"}
 
 
-DAILY = {"cron": "0 6 * * *"}
-
-
 async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
     pool = f"pool-{uuid4().hex[:8]}"
     async with get_client() as client:
@@ -145,41 +140,15 @@ def defaults(**parameters: Any) -> dict[str, Any]:
     return {"parameters": parameters}
 
 
-def daily(**parameters: Any) -> dict[str, Any]:
-    return {"schedules": [Cron("0 6 * * *", parameters=parameters)]}
-
-
-COLOUR = {"inputs": {"colour": "red"}}
-NO_INTEGER = "deployed-crew/refused cannot have these parameters.*inputs.days.*'4' is not of type 'integer'"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "cron without defaults": (DAILY, "Missing: topic, days, odd"),
-    "interval without defaults": ({"interval": 60}, "Missing"),
-    "rrule without defaults": ({"rrule": "FREQ=DAILY"}, "Missing"),
-    "schedule without defaults": ({"schedule": Cron("0 6 * * *")}, "Missing"),
-    "inputs of a schedule that lack some": (daily(inputs={"topic": "tea"}), "Missing: days, odd"),
-    "unknown input of a schedule": (
-        {"schedules": [{"schedule": SIX, "parameters": COLOUR}]},
-        "not know.* colour",
-    ),
-    "unknown input": (defaults(**COLOUR), "does not know the inputs colour; it takes topic, "),
+    "unknown input": (defaults(inputs={"colour": "red"}), "does not know the inputs colour; it takes topic, "),
     "wrong type": (defaults(inputs={"days": "many"}), "must be JSON of the type integer"),
-    "unknown name in the key": (defaults(idempotency_key="{start}"), "start"),
-    "one key for all times": ({**DAILY, **defaults(inputs=GIVEN, idempotency_key="always")}, "same for every time"),
-    "no cron": ({"cron": "now", **defaults(inputs=GIVEN)}, "cannot be made: .*cron"),
-    "unknown parameter": (defaults(inputs=GIVEN, zzz=1), "parameter 'zzz'; it takes"),
-    "another crew": (defaults(crew="another"), "parameter 'crew'"),
-    "unknown parameter of a schedule": (daily(inputs=GIVEN, **{"idempotency-key": "x"}), "parameter 'idempotency-key'"),
-    "null in place of inputs": ({**daily(inputs=None), **defaults(inputs=GIVEN)}, "Missing: topic, days, odd"),
-    "wrong type of a schedule": (daily(inputs={**GIVEN, "days": "4"}), NO_INTEGER),
-    "wrong parameter of a schedule": ({**daily(review="nobody"), **defaults(inputs=GIVEN)}, "'review'"),
-    "wrong type of a default": (defaults(inputs={"days": [4]}), "inputs.days"),
-    "no JSON value": (defaults(inputs={"topic": object()}), "Unable to serialize"),
     "a text in place of inputs": (defaults(inputs="tea"), "takes its inputs by name"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_deployment_whose_runs_would_fail_is_refused(crew: CrewServer, case: str):
+def test_a_default_that_does_not_fit_is_refused(crew: CrewServer, case: str):
     options, problem = REFUSED[case]
     with pytest.raises(ConfigurationError, match=problem):
         crew_flow("form").to_deployment("refused", **options)
@@ -197,21 +166,6 @@ def test_options_that_flow_runs_would_not_have_are_refused(crew: CrewServer, opt
     changed = crew_flow("form").with_options(**options)
     with pytest.raises(ConfigurationError, match=f"would not have {lost}, because"):
         changed.to_deployment("lost")
-
-
-def test_the_name_of_a_deployment_of_another_crew_is_refused(crew: CrewServer, tmp_path: Path):
-    block: Any = crew.crew()
-    block.save("other", overwrite=True, _sync=True)
-    (tmp_path / "flows.py").write_text("from prefect_crew import crew_flow\nother = crew_flow('other')\n")
-    of_file: Any = Flow.from_source(str(tmp_path), "flows.py:other")
-    name = f"shared-{uuid4()}"
-    for first in (crew_flow("other"), of_file):
-        deployment: Any = first.to_deployment(name)
-        deployment.apply()
-        assert isinstance(first.to_deployment(name), RunnerDeployment), "its own name is free"
-        with pytest.raises(ConfigurationError, match=f"deployed-crew/{name} is of 'other', not of 'form'"):
-            crew_flow("form").to_deployment(name)
-        assert isinstance(crew_flow("form").with_options(name="trips").to_deployment(name), RunnerDeployment)
 
 
 def test_a_crew_that_is_not_stored_is_named_where_the_form_is_made(prefect_api: PrefectServer):
@@ -242,33 +196,3 @@ async def test_a_pipeline_of_a_file_is_held_by_its_deployment_with_the_defaults(
     assert crew.runs[-1].inputs["days"] == "2"
     with pytest.raises(ConfigurationError, match=r"nowhere\.yaml cannot be read"):
         pipeline_flow("nowhere.yaml")
-
-
-MONTH = {"idempotency_key": "month-{scheduled_start:%B}", "inputs": GIVEN}
-
-
-@pytest.mark.parametrize(
-    ("options", "shared"),
-    [
-        (daily(inputs=GIVEN, idempotency_key=KEY), None),
-        (daily(inputs=GIVEN), None),
-        (daily(**MONTH, force_new=True), None),
-        (daily(**MONTH), "'month-"),
-        ({**DAILY, "parameters": MONTH}, "'month-"),
-        ({"interval": 3600, "parameters": MONTH}, "'month-"),
-        # seven keys, none of them twice in a row
-        (daily(inputs=GIVEN, idempotency_key="weekday-{scheduled_start:%A}"), "'weekday-"),
-        ({"schedules": [Cron("0 6 * * *", parameters=MONTH, active=False)]}, None),
-        ({"schedules": [Cron("0 0 30 2 *", parameters=MONTH)]}, None),  # at no time
-        ({"interval": timedelta(days=3650), "parameters": MONTH}, None),  # beyond the calendar
-        ({"rrule": "FREQ=SECONDLY;BYHOUR=3", "parameters": MONTH}, None),
-    ],
-)
-def test_a_key_that_several_times_share_is_warned_of(
-    crew: CrewServer, caplog: pytest.LogCaptureFixture, options: dict[str, Any], shared: str | None
-):
-    crew_flow("form").to_deployment("shared", **options)
-    begin = "Several run times of a schedule of deployed-crew/shared share the key "
-    warnings = [record.getMessage() for record in caplog.records if record.getMessage().startswith(begin)]
-    assert len(warnings) == (shared is not None)
-    assert not warnings or warnings[0].startswith(f"{begin}{shared}")

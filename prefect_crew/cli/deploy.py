@@ -15,9 +15,9 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectNotFound
-from prefect.schedules import Cron, Interval, Schedule
 from prefect.settings import get_current_settings
 from prefect.types.entrypoint import EntrypointType
 
@@ -81,7 +81,7 @@ def deploy(
         pipeline: A file with a pipeline, YAML or JSON.
         pool: The work pool whose workers run it, with this package installed; if left out, the pool that the deployment
             has, or Prefect's default pool.
-        cron: A cron schedule. Each required input then needs a default.
+        cron: A cron schedule. Its runs have the inputs that are given here.
         interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
@@ -194,11 +194,11 @@ def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCrea
     return [DeploymentScheduleCreate.model_validate(entry.model_dump(include=fields)) for entry in deployment.schedules]
 
 
-def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> Schedule | None:
+def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> CronSchedule | IntervalSchedule | None:
     try:
         if cron is not None:
-            return Cron(cron, timezone=timezone)
-        return None if interval is None else Interval(timedelta(seconds=interval), timezone=timezone)
+            return CronSchedule(cron=cron, timezone=timezone)
+        return None if interval is None else IntervalSchedule(interval=timedelta(seconds=interval), timezone=timezone)
     except (ValueError, OverflowError) as error:
         raise ConfigurationError(f"The schedule cannot be made: {reason(error)}") from None
 

@@ -153,21 +153,15 @@ async def scheduled_key(template: str, *, starts_anew: bool = False) -> str:
 
     Raises:
         ConfigurationError: As `render_key` does. Or a schedule has made this flow run, and all its times share the key.
-            Prefect deploys files and `prefect.yaml` without a check of this.
     """
     key, context = render_key(template, await scheduled_start()), FlowRunContext.get()
     flow_run = None if context is None else context.flow_run
     if key == template and not starts_anew and flow_run is not None and flow_run.auto_scheduled:
-        raise shared_by_times(template)
+        raise ConfigurationError(
+            f"The idempotency key {key!r} is the same for every time of the schedule, so all its runs would get the "
+            "first run's result. Put the time into the key, such as daily-{scheduled_start:%Y-%m-%d}."
+        )
     return key
-
-
-def shared_by_times(key: str) -> ConfigurationError:
-    """Return the error about an idempotency key without a time in a schedule."""
-    return ConfigurationError(
-        f"The idempotency key {key!r} is the same for every time of the schedule, so all its runs would get the first "
-        "run's result. Put the time into the key, such as daily-{scheduled_start:%Y-%m-%d}."
-    )
 
 
 # The user's key

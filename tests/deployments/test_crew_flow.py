@@ -54,12 +54,6 @@ def test_a_flow_of_a_module_keeps_its_options(pool: CrewPool, tmp_path: Path):
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
 
 
-def test_a_flow_of_a_file_is_refused_on_a_crew_pool(pool: CrewPool, tmp_path: Path):
-    with pytest.raises(AssertionError, match="of the type crew, whose workers import installed code"):
-        command(sys.executable, "my_flows.py", "source", pool.name, env=pool.env, cwd=tmp_path)
-    assert not pool.call("POST", "/deployments/filter", {"deployments": {"name": {"any_": ["source"]}}})
-
-
 def test_a_flow_of_a_file_runs_on_a_process_pool(prefect_server: PrefectServer, pool: CrewPool, tmp_path: Path):
     with CrewPool(prefect_server, tmp_path, f"{pool.name}-processes", kind="process") as processes:
         processes.worker("there")
