@@ -58,7 +58,7 @@ __all__ = [
     "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError", "CrewTimeoutError", "DatasetError", "DeployedCrew",
     "ExportError", "FlowRunCancelledError", "HumanInputWebhook", "IdempotencyConflictError", "InvalidCallError",
     "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
-    "NotFoundError", "NotStartedError", "NotStoppedError", "NotWaitingError", "OutputTypeError", "PipelineContext",
+    "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError", "PipelineContext",
     "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError", "PrefectRefusedError", "Price",
     "RateLimitedError", "ResolveError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewFunctionError",
     "ReviewLimitError", "ReviewRequest", "RunNotFoundError", "ServerError", "SessionBlockedError", "Spending",

@@ -21,7 +21,6 @@
     ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
     ├── SessionBlockedError          an earlier turn of the session is not over, and nobody may know its end
     ├── BudgetExceededError          a budget has no room for another run
-    ├── NotStoppedError              the run or the batch was not stopped, and may go on
     ├── NotWaitingError              the run does not wait for a person
     ├── AnswerUncertainError         an answer was sent, and nobody knows whether it arrived
     ├── ReviewFunctionError          the review function raised, or returned no Review
@@ -68,7 +67,7 @@ __all__ = [
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
     "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
     "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError",
-    "NoResultError", "NotFoundError", "NotStartedError", "NotStoppedError", "NotWaitingError", "OutputTypeError",
+    "NoResultError", "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError",
     "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError",
     "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError",
     "SessionBlockedError", "TooManyAttemptsError", "UnreadableRecordError",
@@ -333,10 +332,6 @@ class ResolveError(CrewError):
 
 class UnreadableRecordError(CrewError):
     """A later version of this package, or somebody else, wrote the record of a run. The call did not use the record."""
-
-
-class NotStoppedError(CrewError):
-    """The run or the batch was not stopped, and may go on."""
 
 
 class NotWaitingError(CrewError):

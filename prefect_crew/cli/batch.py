@@ -46,7 +46,7 @@ from prefect_crew.cli._options import (
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
-from prefect_crew.exceptions import CrewError, NotStoppedError, UnreadableRecordError
+from prefect_crew.exceptions import CrewError, UnreadableRecordError
 from prefect_crew.records.model import RunRecord
 from prefect_crew.records.sessions import note_over
 
@@ -463,9 +463,9 @@ async def _cancel_flow_run(run_id: str | None) -> str:
                 answer = await client.set_flow_run_state(run.id, Cancelling())
                 if answer.status is not SetStateStatus.ACCEPT:
                     why = getattr(answer.details, "reason", None) or answer.status
-                    raise NotStoppedError(f"Prefect does not cancel flow run {run.name}, which runs this batch: {why}.")
+                    raise CrewError(f"Prefect does not cancel flow run {run.name}, which runs this batch: {why}.")
                 return f"flow run {run.name} is being cancelled."
-    raise NotStoppedError(
+    raise CrewError(
         "A process runs this batch, and no unfinished flow run is on record for it. Find that flow run on Prefect's "
         "page and cancel it."
     )

@@ -25,7 +25,6 @@ from prefect_crew.exceptions import (
     BatchBusyError,
     ConfigurationError,
     CrewError,
-    NotStoppedError,
     RunNotFoundError,
     UnreadableRecordError,
 )
@@ -310,7 +309,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
     record_of_id = next((attempt for attempt in attempts if attempt.kickoff_id == run), None)
     record = record_of_id or latest_start(attempts) or attempts[-1]
     if record.kickoff_id is None:
-        raise NotStoppedError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
+        raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {record.phase}.")
     answer = await stop_run(LiveRun(await crew.need(record), record.kickoff_id))
     if answer.accepted:
         sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
@@ -321,7 +320,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
             StopOutcome.UNSUPPORTED: "the crew's server has no /stop. The crew's page may offer it",
             StopOutcome.UNKNOWN_RUN: "the server does not know this run",
         }.get(answer.outcome, "the server gave no reason")
-        raise NotStoppedError(f"Run {run} was not stopped: {why}.")
+        raise CrewError(f"Run {run} was not stopped: {why}.")
     _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
     return 0 if answer.accepted else OTHER
 
