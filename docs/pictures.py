@@ -73,9 +73,9 @@ def take_pipeline(page: Page, server: PrefectServer, seen: Seen) -> None:
     from prefect_crew import CrewStep, run_pipeline
     from prefect_crew.devserver import CrewServer
 
-    with CrewServer({name: script(name) for name in REPORT}) as crews:
+    with contextlib.ExitStack() as running:
         for name in REPORT:
-            crews.crew(url=f"{crews.url}/{name}").save(name, overwrite=True)
+            running.enter_context(CrewServer(script(name))).crew().save(name, overwrite=True)
         notes = "{{ research.output }} {{ prices.output }}"
         steps = [
             CrewStep("research", "research", {"topic": "{{ topic }}"}),

@@ -12,7 +12,7 @@ modules.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -29,9 +29,7 @@ __all__ = ["CrewServerFactory", "crew_server", "instant_polling", "scripted_crew
 class CrewServerFactory(Protocol):
     """The function of the fixture `crew_server`: each call starts a server."""
 
-    def __call__(
-        self, spec: Spec | Mapping[str, Spec] = "echo", *, port: int = 0, **options: Unpack[ServerOptions]
-    ) -> CrewServer:
+    def __call__(self, spec: Spec = "echo", *, port: int = 0, **options: Unpack[ServerOptions]) -> CrewServer:
         """Start a server; see `prefect_crew.devserver.CrewServer`."""
         ...
 

@@ -23,15 +23,13 @@ PLACES = HTTP_PLACES + WEBHOOK_PLACES
 
 class Kind(NamedTuple):
     """A fault: the text says what the server does, `value` is the default of VALUE (None if it takes none), `places`
-    are its possible places, `group` is the thing that it spoils. `is_after`: the fault comes after the server's work if
-    its name has neither suffix, `-before-accept` or `-after-accept`.
+    are its possible places, `group` is the thing that it spoils.
     """
 
     text: str
     value: float | None = None
     places: tuple[str, ...] = HTTP_PLACES
     group: Literal["answer", "time", "run", "delivery"] = "answer"
-    is_after: bool = False
 
     @property
     def has_phases(self) -> bool:
@@ -47,15 +45,12 @@ FAULTS = {
     "503": Kind("answers 503 with Retry-After: VALUE", 1.0),
     "503-bare": Kind("answers 503 without Retry-After"),
     "drop": Kind("closes the connection without an answer"),
-    "reset": Kind("resets the connection (RST)"),
     "timeout": Kind("never answers; with a VALUE, closes after that many seconds", 0.0),
     "redirect": Kind("answers 307 to another path"),
     "html": Kind("answers 200 with an HTML page"),
     "garbage": Kind("answers 200 with JSON that is cut off"),
     "empty": Kind("answers 200 with an empty body"),
-    "cut": Kind("closes the connection in the middle of the answer", is_after=True),
-    "no-id": Kind("answers 200 without an id", places=("kickoff",), is_after=True),
-    "crash": Kind("the server ends without a word"),
+    "no-id": Kind("answers 200 without an id", places=("kickoff",)),
     "forgotten": Kind("answers 404 for this run from now on", places=("status",), group="run"),
     "early-404": Kind("the run is unknown to its first VALUE status calls", 2.0, ("kickoff", "status"), "run"),
     "early-404-seconds": Kind("the run is unknown for VALUE seconds", 1.0, ("kickoff", "status"), "run"),
@@ -131,7 +126,7 @@ class Fault:
     @property
     def is_after(self) -> bool:
         """Whether the fault comes after the work."""
-        return self.name.endswith("-after-accept") or (self.kind.is_after and self.name == self.base_name)
+        return self.name.endswith("-after-accept")
 
     @property
     def _parts(self) -> list[str]:

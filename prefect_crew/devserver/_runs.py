@@ -8,7 +8,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -249,18 +249,9 @@ class CrewRuns:
         self.is_flow: bool = getattr(program, "flow", False)
         self._listener = listener
         self._spawn = spawn
-        self._max_runs: int | None = max_runs or getattr(program, "max_runs", None)
-        self._slots: asyncio.Semaphore | contextlib.nullcontext[None] = contextlib.nullcontext()
+        most: int | None = max_runs or getattr(program, "max_runs", None)
+        self._slots = asyncio.Semaphore(most) if most else contextlib.nullcontext()
         self.runs: dict[str, Run] = {}
-
-    def open(self) -> None:
-        """Begin to run, on this event loop. Abandoned runs begin again, with the same ids."""
-        self._slots = asyncio.Semaphore(self._max_runs) if self._max_runs else contextlib.nullcontext()
-        for run in list(self.runs.values()):
-            if not run.state.ended:
-                again = replace(run)
-                again.faults |= {name: value for name, value in run.faults.items() if name in ("stuck", "forgotten")}
-                self.start(again)
 
     def start(self, run: Run) -> None:
         """Accept a run, and start its program."""

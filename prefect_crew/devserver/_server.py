@@ -1,4 +1,4 @@
-"""The dev server: crews behind the crew API, as an ASGI app, in a thread of this process or as a process of its own."""
+"""The dev server: a crew behind the crew API, as an ASGI app, in a thread or as a process of its own."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import asyncio
 import contextlib
 import hmac
 import json
-import os
 import secrets
 import shlex
 import socket
-import struct
 import sys
-import threading
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping
-from functools import partial
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack, cast
 
@@ -42,9 +38,8 @@ from prefect_crew.devserver._webhooks import CALLBACKS, ReviewWebhook, WebhookSe
 if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
 
-CRASH_EXIT_CODE = 86
-"""The exit code of `serve` when the fault `crash` ends it."""
 T = TypeVar("T", bound=BaseModel)
+Work = Callable[[Request], Awaitable[Response]]
 
 
 class ServerOptions(TypedDict, total=False):
@@ -107,7 +102,7 @@ class CrewServer:
     Its ASGI app is `asgi`, to be mounted elsewhere; faults of the connection need this server.
 
     Args:
-        spec: The crew; see `load_program`. A mapping serves several crews, each under `/NAME`.
+        spec: The crew; see `load_program`.
         port: The port; 0 takes a free one.
         **options: As below.
 
@@ -118,7 +113,7 @@ class CrewServer:
         - `faults`: Mistakes of the server, as `Fault` or as text such as "status:500@1".
         - `speed`: The divisor of the seconds in scripts.
         - `stop`: Whether there is `/stop`; the published contract has none.
-        - `max_runs`: At most this many runs of a crew at once; later ones are pending. None: no limit for scripts, 100
+        - `max_runs`: At most this many runs at once; later ones are pending. None: no limit for scripts, 100
           for CrewAI code.
         - `review_webhook`: Where people are asked as a Flow does it: by a signed webhook, answered at its callback URL.
 
@@ -130,20 +125,16 @@ class CrewServer:
         unauthorized: How many requests had a missing or wrong token; they count nowhere else.
         accepted: The kickoffs that started a run: kickoff id to meta.
         on_kickoff: Called with the kickoff id of each run that starts, in the server's event loop.
-        crashed: Set when the fault `crash` has ended the server; `restart()` brings it back.
 
     Raises:
         ValueError: An option or the crew is wrong. The text has the reason.
     """
 
-    def __init__(
-        self, spec: Spec | Mapping[str, Spec] = "echo", *, port: int = 0, **options: Unpack[ServerOptions]
-    ) -> None:
+    def __init__(self, spec: Spec = "echo", *, port: int = 0, **options: Unpack[ServerOptions]) -> None:
         response_format = options.get("response_format", "documented")
         if response_format not in FORMATS:
             raise ValueError(f"There is no response format {response_format!r}. Formats: {', '.join(FORMATS)}.")
-        specs = spec if isinstance(spec, Mapping) else {"": spec}
-        programs = {name: load_program(source, speed=options.get("speed", 1.0)) for name, source in specs.items()}
+        program = load_program(spec, speed=options.get("speed", 1.0))
         self.port: int = port
         self.token: str = options.get("token") or secrets.token_urlsafe(24)
         self.faults: Faults = Faults(options.get("faults", ()))
@@ -151,25 +142,21 @@ class CrewServer:
         self.unauthorized: int = 0
         self.accepted: dict[str, Any] = {}
         self.on_kickoff: Callable[[str], None] = lambda kickoff_id: None
-        self.crashed: threading.Event = threading.Event()
         self._format = FORMATS[response_format]
         self._tasks: set[asyncio.Task[None]] = set()
         self.hanging: set[Connection] = set()
         review = options.get("review_webhook")
         self._sender = WebhookSender(self.faults, spawn=self._spawn, response_format=self._format, review=review)
-        most, stop = options.get("max_runs"), options.get("stop", True)
-        self.crews: dict[str, CrewRuns] = {
-            name: CrewRuns(program, listener=self._sender, spawn=self._spawn, max_runs=most)
-            for name, program in programs.items()
-        }
+        self.crew_runs: CrewRuns = CrewRuns(
+            program, listener=self._sender, spawn=self._spawn, max_runs=options.get("max_runs")
+        )
         self.asgi: Starlette = Starlette(
-            routes=[route for name, crew in self.crews.items() for route in self._routes(name, crew, stop=stop)],
+            routes=self._routes(stop=options.get("stop", True)),
             lifespan=self._lifespan,
             exception_handlers={404: self._not_here, 405: self._not_here},
         )
         self.asgi.router.redirect_slashes = False
         self._running: contextlib.ExitStack | None = None
-        self._uvicorn: WebServer | None = None
 
     def __repr__(self) -> str:
         return f"<CrewServer {self.url}>"
@@ -193,8 +180,8 @@ class CrewServer:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs of all crews, oldest first for each crew."""
-        return [run for crew in self.crews.values() for run in list(crew.runs.values())]
+        """All runs, oldest first."""
+        return list(self.crew_runs.runs.values())
 
     @property
     def kickoffs(self) -> int:
@@ -234,7 +221,6 @@ class CrewServer:
             raise RuntimeError(f"{self!r} runs already")
         listener = open_listener("127.0.0.1", self.port)  # here, so that its error is the caller's
         self.port = listener.getsockname()[1]
-        self.crashed.clear()
         try:
             with contextlib.ExitStack() as running:
                 portal = running.enter_context(start_blocking_portal(name=f"crew server {self.url}"))
@@ -251,21 +237,10 @@ class CrewServer:
         if running is not None:
             running.close()
 
-    def restart(self) -> None:
-        """Start again, also after a crash. Runs that had not ended begin again, with the same ids."""
-        self.stop()
-        self.start()
-
     async def _serve(self, listener: socket.socket, *, task_status: TaskStatus[WebServer]) -> None:
         with listener:
-            uvicorn = self._uvicorn = _Uvicorn(self, on_started=lambda: task_status.started(uvicorn))
+            uvicorn = _Uvicorn(self, on_started=lambda: task_status.started(uvicorn))
             await uvicorn.serve(sockets=[listener])
-
-    def open(self) -> None:
-        """Begin to run, on this event loop; see `CrewRuns.open`."""
-        self._sender.open()
-        for crew in self.crews.values():
-            crew.open()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -273,62 +248,42 @@ class CrewServer:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def abandon(self) -> None:
-        """End as a crash does: send and finish nothing from now on, and let no request hang."""
+    async def close(self) -> None:
+        """Cancel the runs in flight and drop the requests that hang, and wait for their end."""
         for connection in self.hanging:
             connection.drop()
         for task in self._tasks:
             task.cancel()
-
-    async def close(self) -> None:
-        """Abandon the runs in flight and the requests that hang, and wait for their end."""
-        self.abandon()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def crash(self) -> None:
-        """End at once, without clean-up: the process of `serve`, or else the thread that `start` has started."""
-        if self._uvicorn is None:
-            os._exit(CRASH_EXIT_CODE)
-        self.abandon()
-        for server in self._uvicorn.servers:
-            server.close()
-        for connection in list(self._uvicorn.server_state.connections):
-            Connection(connection.transport).reset()
-        self._uvicorn.stop()
-        self.crashed.set()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncGenerator[None, None]:
-        self.open()
         try:
             yield
         finally:
             await self.close()
 
-    def _routes(self, name: str, crew: CrewRuns, *, stop: bool) -> list[Route]:
-        def route(
-            method: str, path: str, place: str, endpoint: Callable[..., Awaitable[Response]], *, is_open: bool = False
-        ) -> Route:
+    def _routes(self, *, stop: bool) -> list[Route]:
+        def route(method: str, path: str, place: str, work: Work, *, is_open: bool = False) -> Route:
             async def call(request: Request) -> Response:
                 if not is_open and not self._has_token(request):
                     return self._unauthorized(request)
-                return await self._answer(request, place, partial(endpoint, request, crew))
+                return await self._answer(request, place, work)
 
             return Route(path, call, methods=[method])
 
-        prefix = f"/{name}" if name else ""
         # Ids may hold anything, slashes too.
         return [
-            *(route("GET", path, "health", self._health, is_open=True) for path in {"/", prefix or "/", f"{prefix}/"}),
-            route("GET", f"{prefix}/inputs", "inputs", self._inputs),
-            route("GET", f"{prefix}/inspect", "inspect", self._inspect),
-            route("POST", f"{prefix}/kickoff", "kickoff", self._kickoff),
-            route("POST", f"{prefix}/resume", "resume", self._resume),
+            route("GET", "/", "health", self._health, is_open=True),
+            route("GET", "/inputs", "inputs", self._inputs),
+            route("GET", "/inspect", "inspect", self._inspect),
+            route("POST", "/kickoff", "kickoff", self._kickoff),
+            route("POST", "/resume", "resume", self._resume),
             # Its URL holds a token of its own.
-            route("POST", f"{prefix}{CALLBACKS}{{token}}", "resume", self._callback, is_open=True),
-            *([route("POST", f"{prefix}/stop/{{id:path}}", "stop", self._stop)] if stop else []),
-            route("GET", f"{prefix}/status/{{id:path}}", "status", self._status),
-            route("GET", f"{prefix}/{{id:path}}/status", "status", self._status),
+            route("POST", f"{CALLBACKS}{{token}}", "resume", self._callback, is_open=True),
+            *([route("POST", "/stop/{id:path}", "stop", self._stop)] if stop else []),
+            route("GET", "/status/{id:path}", "status", self._status),
+            route("GET", "/{id:path}/status", "status", self._status),
         ]
 
     def _has_token(self, request: Request) -> bool:
@@ -350,7 +305,7 @@ class CrewServer:
             return self._unauthorized(request)
         return _JSON(self._format.error(phrase, message), status, getattr(error, "headers", None))
 
-    async def _answer(self, request: Request, place: str, work: Callable[[], Awaitable[Response]]) -> Response:
+    async def _answer(self, request: Request, place: str, work: Work) -> Response:
         """Do the work of a call, with its faults."""
         self.requests[place] += 1
         # A look at the version is in nobody's count of requests, so `any` leaves it out.
@@ -363,41 +318,39 @@ class CrewServer:
                 await asyncio.sleep(fault.value or 0)
         spoiling = next((fault for fault in drawn if fault.kind.group == "answer"), None)
         request.state.faults_of_run = {fault.name: fault.value or 0 for fault in drawn if fault.kind.group == "run"}
-        answer = None
         if spoiling is None or spoiling.is_after:
             try:
-                answer = await work()
+                answer = await work(request)
             except _RefusedError as error:
                 status, body = error.args
                 answer = PlainTextResponse(body, status) if isinstance(body, str) else _JSON(body, status)
-            # Where nothing was accepted, there is no "after"; but any answer can be cut off.
-            if spoiling is None or (answer.status_code >= 400 and spoiling.base_name != "cut"):
+            if spoiling is None or answer.status_code >= 400:  # where nothing was accepted, there is no "after"
                 return answer
-        return self._spoiled(spoiling, answer, request.url.path)
+        return self._spoiled(spoiling, request.url.path)
 
-    async def _health(self, request: Request, crew: CrewRuns) -> Response:
+    async def _health(self, request: Request) -> Response:
         return _JSON({"detail": "Not Found"}, 404) if self._format.is_live else PlainTextResponse("Healthy")
 
-    async def _inputs(self, request: Request, crew: CrewRuns) -> Response:
-        return _JSON(self._format.inputs(crew.program))
+    async def _inputs(self, request: Request) -> Response:
+        return _JSON(self._format.inputs(self.crew_runs.program))
 
-    async def _inspect(self, request: Request, crew: CrewRuns) -> Response:
-        definition = getattr(crew.program, "definition", None)
+    async def _inspect(self, request: Request) -> Response:
+        definition = getattr(self.crew_runs.program, "definition", None)
         if definition is None:
             raise _RefusedError(404, self._format.error("Not Found", "This crew has no definition to inspect."))
         return _JSON(definition())
 
-    async def _kickoff(self, request: Request, crew: CrewRuns) -> Response:
+    async def _kickoff(self, request: Request) -> Response:
         is_live = self._format.is_live
         body, targets = await self._read(request, _LiveKickoff if is_live else _Kickoff)
         inputs = body.inputs
-        required = [item.name for item in crew.program.inputs() if item.required]
+        required = [item.name for item in self.crew_runs.program.inputs() if item.required]
         missing = [name for name in required if inputs.get(name) is None]
-        if missing and not (is_live and crew.is_flow):
+        if missing and not (is_live and self.crew_runs.is_flow):
             raise _RefusedError(*self._format.missing(missing))
-        if is_live and not crew.is_flow:
+        if is_live and not self.crew_runs.is_flow:
             inputs = {name: str(value) for name, value in inputs.items()}
-        flow_id = inputs.get("id") if crew.is_flow else None
+        flow_id = inputs.get("id") if self.crew_runs.is_flow else None
         for name, value in (("inputs.id", flow_id), ("restoreFromStateId", body.restore_from)):
             if value is not None and not is_live and not is_uuid(value):
                 raise _RefusedError(422, self._format.error("Validation Error", f"'{name}' must be a valid UUID."))
@@ -409,13 +362,13 @@ class CrewServer:
             base_url=str(request.base_url).rstrip("/"),
         )
         run.faults |= request.state.faults_of_run
-        crew.start(run)
+        self.crew_runs.start(run)
         self.accepted[run.id] = run.meta
         self.on_kickoff(run.id)
         return _JSON({"kickoff_id": run.id})
 
-    async def _status(self, request: Request, crew: CrewRuns) -> Response:
-        run = crew.runs.get(request.path_params["id"])
+    async def _status(self, request: Request) -> Response:
+        run = self.crew_runs.runs.get(request.path_params["id"])
         if run is not None:
             run.faults |= request.state.faults_of_run
         if run is None or run.deny_status():
@@ -423,11 +376,11 @@ class CrewServer:
             return _JSON(body, code)
         return _JSON(self._format.status(run))
 
-    async def _resume(self, request: Request, crew: CrewRuns) -> Response:
+    async def _resume(self, request: Request) -> Response:
         if self._format.is_live:
-            return await self._resume_live(request, crew)
+            return await self._resume_live(request)
         body, targets = await self._read(request, _Resume)
-        run = self._known_run(crew, body.execution_id)
+        run = self._known_run(body.execution_id)
         if self._sender.review is not None:
             message = "A Flow takes its answer at the callback URL."
             raise _RefusedError(400, self._format.error("Execution not pending", message))
@@ -437,18 +390,18 @@ class CrewServer:
             raise _RefusedError(400, self._format.error("Execution not pending", message))
         return _JSON({"status": word, "message": f"The answer was accepted: {word}."})
 
-    async def _resume_live(self, request: Request, crew: CrewRuns) -> Response:
+    async def _resume_live(self, request: Request) -> Response:
         """Answer any execution and any task with a new id; only a question's own run goes on under it."""
         body, targets = await self._read(request, _LiveResume)
-        run, kickoff_id = crew.runs.get(body.execution_id), str(uuid.uuid4())
+        run, kickoff_id = self.crew_runs.runs.get(body.execution_id), str(uuid.uuid4())
         questions = run.questions.values() if run is not None else ()
         question = next((question for question in questions if question.uuid == body.task_id), None)
         if run is not None and question is not None and self._sender.review is None:
-            kickoff_id = crew.rename(run)
+            kickoff_id = self.crew_runs.rename(run)
             run.answer(question.task_id, Answer(body.is_approve, body.human_feedback), targets)
         return _JSON({"kickoff_id": kickoff_id})
 
-    async def _callback(self, request: Request, crew: CrewRuns) -> Response:
+    async def _callback(self, request: Request) -> Response:
         feedback = (await self._read(request, _Callback))[0].feedback
         entry, review = self._sender.asked.get(request.path_params["token"]), self._sender.review
         if entry is None or review is None:
@@ -460,14 +413,14 @@ class CrewServer:
         run.answer(question.task_id, Answer(approve, feedback))
         return _JSON({"status": "accepted", "request": {"status": "responded", "feedback": feedback}})
 
-    async def _stop(self, request: Request, crew: CrewRuns) -> Response:
-        run = self._known_run(crew, request.path_params["id"])
-        if not crew.stop(run):  # never published, and the same in all formats
+    async def _stop(self, request: Request) -> Response:
+        run = self._known_run(request.path_params["id"])
+        if not self.crew_runs.stop(run):  # never published, and the same in all formats
             return _JSON({"detail": f"Cannot stop execution. Current state: {WORDS[run.state][0]}"}, 400)
         return _JSON({"status": "stopped", "kickoffId": run.id})
 
-    def _known_run(self, crew: CrewRuns, id_: str) -> Run:
-        run = crew.runs.get(id_)
+    def _known_run(self, id_: str) -> Run:
+        run = self.crew_runs.runs.get(id_)
         if run is None or "forgotten" in run.faults:
             raise _RefusedError(404, self._format.error("Execution not found", "No execution has the given id."))
         return run
@@ -483,11 +436,11 @@ class CrewServer:
         except ValidationError as error:
             raise _RefusedError(*self._format.invalid(error)) from None
 
-    def _spoiled(self, fault: Fault, answer: Response | None, path: str) -> Response:
-        """Return the answer as the faults change it. The answer is None if the fault comes before the work."""
+    def _spoiled(self, fault: Fault, path: str) -> Response:
+        """Return the answer that a fault gives, before the work or after it."""
         match fault.base_name:
-            case "drop" | "reset" | "timeout" | "cut" | "crash":
-                return _BrokenAnswer(fault, answer, self)
+            case "drop" | "timeout":
+                return _NoAnswer(fault, self)
             case "redirect":
                 return Response(status_code=307, headers={"Location": f"/elsewhere{path}"})
             case "html":
@@ -514,13 +467,6 @@ class Connection:
     def drop(self) -> None:
         self._transport.abort()  # close() would wait for an answer that never comes
 
-    def reset(self) -> None:
-        with contextlib.suppress(OSError):  # the client was faster
-            # A linger time of zero makes the kernel send RST instead of FIN.
-            linger = struct.pack("ii", 1, 0)
-            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._transport.abort()
-
 
 class ConnectionProtocol(H11Protocol):
     """uvicorn's HTTP protocol, with the connection in the state of each request."""
@@ -530,37 +476,23 @@ class ConnectionProtocol(H11Protocol):
         self.app_state = {**self.app_state, "connection": Connection(transport)}
 
 
-class _BrokenAnswer(Response):
-    """No answer or the first half of an answer, and then the end of the connection."""
+class _NoAnswer(Response):
+    """The end of the connection, at once or after some time."""
 
-    def __init__(self, fault: Fault, answer: Response | None, server: CrewServer) -> None:
-        body, status = (answer.body, answer.status_code) if answer else (b'{"status":"running"}', 200)
-        super().__init__(body, status, media_type="application/json")
+    def __init__(self, fault: Fault, server: CrewServer) -> None:
+        super().__init__()
         self._fault = fault
         self._server = server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection = scope["state"]["connection"]  # there only if this package's own server is used
-        match self._fault.base_name:
-            case "crash":
-                self._server.crash()  # where the process lives on, it resets its connections
-            case "reset":
-                connection.reset()
-            case "timeout":
-                self._server.hanging.add(connection)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._fault.value or None):
-                        await _until_gone(receive)
-                self._server.hanging.discard(connection)
-                connection.drop()
-            case "cut":
-                body = bytes(self.body)
-                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": body[: len(body) // 2], "more_body": True})
-                await asyncio.sleep(0.05)  # aborting a connection throws away what is still to be written
-                connection.drop()
-            case _:
-                connection.drop()
+        if self._fault.base_name == "timeout":
+            self._server.hanging.add(connection)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._fault.value or None):
+                    await _until_gone(receive)
+            self._server.hanging.discard(connection)
+        connection.drop()
         await _until_gone(receive)
 
 
@@ -583,7 +515,7 @@ class _Uvicorn(WebServer):
 
 
 def serve(
-    spec: Spec | Mapping[str, Spec] = "travel",
+    spec: Spec = "travel",
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -613,13 +545,12 @@ def serve(
     if sys.stdout.isatty():  # a pipe that nobody reads would block the server once it is full
         server.on_kickoff = lambda kickoff_id: print_line(f"Started run {kickoff_id}")
     with contextlib.closing(open_listener(host, port)) as listener:
-        path, served = next(iter(server.crews.items()))
-        inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in served.program.inputs() if item.required)
-        url = f"{url_of(listener)}/{path}".rstrip("/")
+        program, url = server.crew_runs.program, url_of(listener)
+        inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in program.inputs() if item.required)
         if on_listening is not None:
             on_listening(url, server.token, served.is_flow)
         token = "" if name or options.get("token") else f"CREW_TOKEN={server.token} "
         line = f"{token}prefect-crew run {shlex.quote(name) if name else url}{inputs}"
-        line = f"Serving the crew {served.program.name} at {url}  Try: {line}  Stop: Ctrl-C"
+        line = f"Serving the crew {program.name} at {url}  Try: {line}  Stop: Ctrl-C"
         asyncio.run(_Uvicorn(server, on_started=lambda: print_line(line)).serve(sockets=[listener]))
     return 0

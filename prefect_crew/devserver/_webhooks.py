@@ -131,10 +131,6 @@ class WebhookSender:
         self._faults = faults
         self._spawn = spawn
         self._format = response_format
-        self.open()
-
-    def open(self) -> None:
-        """Begin to send, on the event loop that runs now."""
         self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
 
     def __call__(self, run: Run, event: str, value: Any) -> None:

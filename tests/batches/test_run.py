@@ -96,7 +96,7 @@ async def test_a_changed_batch_asks_for_a_decision(batch: Batches, crew_server: 
 async def test_another_deployment_asks_for_a_decision(batch: Batches, echo: CrewServer):
     await batch(echo.crew(), topics(2), name="deployed")
     (before,) = {line["crew_version"] for line in batch.lines().values()}
-    echo.crews[""].program = load_program(PICKY)
+    echo.crew_runs.program = load_program(PICKY)
     with pytest.raises(pc.BatchChangedError, match=rf"version {before} of the crew, not \w+\. Nothing"):
         await batch(echo.crew(), topics(3), name="deployed")
     await batch(echo.crew(), topics(3), name="deployed", on_change="continue")
@@ -112,13 +112,13 @@ async def test_an_unknown_version_is_no_change(
 ):
     looks = itertools.count()
     if answer == "another each time":
-        echo.crews[""].program.definition = lambda: {"uptime": next(looks)}  # type: ignore[attr-defined]
+        echo.crew_runs.program.definition = lambda: {"uptime": next(looks)}  # type: ignore[attr-defined]
     await batch(echo.crew(), topics(2), name=answer, max_kickoffs=1)
     with monkeypatch.context() as patch:
         if answer == "none":
             patch.setattr(pc.CrewClient, "version", lambda self: asyncio.sleep(0))
         assert (await batch(echo.crew(), topics(2), name=answer)).ok
-    echo.crews[""].program = load_program(PICKY)
+    echo.crew_runs.program = load_program(PICKY)
     assert (await batch(echo.crew(), topics(2), name=answer)).ok, "no row is left to start"
     assert next(looks) == (4 if answer == "another each time" else 0)
 
@@ -344,7 +344,7 @@ async def test_names_of_inputs_that_are_gone_start_no_row_again(batch: Batches, 
         assert report.completed == 2
         assert report.kickoffs == 0
         assert server.kickoffs == 2
-    server.crews[""].program = load_program(script({"output": "x"}))
+    server.crew_runs.program = load_program(script({"output": "x"}))
     with pytest.raises(pc.ConfigurationError, match="names no inputs now"):
         await batch(crew, rows, name="named", on_change="continue")
 

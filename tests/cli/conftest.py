@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command, Finished, outside
 from support.prefect_server import PrefectServer
 from support.scripts import JOURNAL
+from support.servers import Crews
 
 SCRIPTS = {
     "greet": """
@@ -75,14 +75,14 @@ def alone(tmp_path: Path) -> Command:
 
 
 @pytest.fixture(scope="session")
-def crews() -> Iterator[CrewServer]:
+def crews() -> Iterator[Crews]:
     """Several crews on one port: `f"{crews.url}/greet"`, and broken, reviewed, slow."""
-    with CrewServer(SCRIPTS, token=TOKEN) as server:
+    with Crews(SCRIPTS, token=TOKEN) as server:
         yield server
 
 
 @pytest.fixture
-def store(prefect_api: object, crews: CrewServer) -> Callable[..., str]:
+def store(prefect_api: object, crews: Crews) -> Callable[..., str]:
     """`store("greet", name, **fields)`: store one of the crews as a block with these fields, and return its name."""
 
     def save(crew: str, name: str | None = None, **fields: Any) -> str:

@@ -22,7 +22,7 @@ from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import ASKS
 from support.commands import TOKEN, Command
 from support.records import new_record, put
-from support.servers import nameless
+from support.servers import Crews, nameless
 from support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -142,11 +142,12 @@ def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Comman
 @pytest.mark.parametrize("noted", [None, "draft"])
 def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Command, noted: str | None) -> None:
     script = "name: reviewed\ninputs: [who]\ntasks: [{name: draft, output: x, human: true}]"
-    with nameless(CrewServer({"reviewed": script}, token=TOKEN)) as live:
-        kickoff_id = asked(live)
-        write(live, crew=f"127.0.0.1:{live.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
-        crew = ("--crew", f"{live.url}/reviewed")
-        command = f"prefect-crew reviews approve {kickoff_id} --crew {live.url}/reviewed --task {noted or 'TASK'}"
+    with Crews({"reviewed": script}, token=TOKEN) as server:
+        nameless(server.crews["reviewed"])
+        kickoff_id = asked(server)
+        write(server, crew=f"127.0.0.1:{server.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
+        crew = ("--crew", f"{server.url}/reviewed")
+        command = f"prefect-crew reviews approve {kickoff_id} --crew {server.url}/reviewed --task {noted or 'TASK'}"
         assert f"Answer: {command}\n" in here("reviews", "inspect", kickoff_id, *crew).out
         assert here("reviews", "approve", kickoff_id, *crew).code == 2
         assert here("reviews", "approve", kickoff_id, *crew, "--task", "draft").code == 0

@@ -78,7 +78,7 @@ def test_extra_inputs_and_a_state_to_restore(here: Command, greet: str, crews: C
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
     line = ("-i", "who=Ada", "-i", "colour=red", "--allow-extra", "--restore-from", state)
     assert here("run", greet, *line).code == 0
-    last = [*crews.crews["greet"].runs.values()][-1]
+    last = crews.run([*crews.accepted][-1])
     assert last.inputs == {"who": "Ada", "colour": "red"}
     assert last.restore_from == state
 

@@ -137,7 +137,7 @@ def test_a_stopped_run_ends_at_its_next_step(crew: Serve, spec: str, calls_of: s
 def test_a_flow_needs_its_required_state(crew: Serve) -> None:
     server, client = crew("report_flow.py:ReportFlow")
     assert client.get("/inputs").json() == {"inputs": ["topic", "sections"], "required_inputs": ["topic"]}
-    topic, sections = server.crews[""].program.inputs()
+    topic, sections = server.crew_runs.program.inputs()
     assert topic.type == "str"
     assert topic.required is True
     assert topic.default is None

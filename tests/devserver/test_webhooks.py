@@ -200,12 +200,10 @@ def test_a_failed_webhook_logs_no_secret(
     assert "tök-en" not in caplog.text
 
 
-def test_all_arrive_after_a_restart_too(receiver: Receiver, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_arrive_one_after_another(receiver: Receiver, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_webhooks, "_MAX_CONCURRENT", 1)
-    server, client = serve("echo")
+    _, client = serve("echo")
     receiver.delay = 0.05
-    for life in (1, 2):
-        for _ in range(3):
-            kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/crew")
-        receiver.wait_for(lambda it, life=life: len(it.got) == 3 * life, seconds=3)
-        server.restart()
+    for _ in range(3):
+        kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/crew")
+    receiver.wait_for(lambda it: len(it.got) == 3, seconds=3)

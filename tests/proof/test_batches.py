@@ -58,24 +58,27 @@ KICKOFF_FAULTS = (
     *(
         "drop",
         "drop-after-accept",
-        "reset",
-        "reset-after-accept",
         "redirect",
         "html",
         "garbage",
         "empty",
-        "cut",
-        "no-id",
+        "no-id-after-accept",
     ),
     *("timeout-after-accept=1.5", "early-404=2", "early-404-seconds=0.3"),
 )
 STATUS_FAULTS = (
-    *("429=0.1", "429-bare", "500", "502", "503=0.1", "503-bare", "504", "408", "drop", "reset", "timeout=1.5"),
-    *("html", "garbage", "empty", "cut", "forgotten"),
+    *("429=0.1", "429-bare", "500", "502", "503=0.1", "503-bare", "504", "408", "drop", "timeout=1.5"),
+    *("html", "garbage", "empty", "forgotten"),
 )
 FAULTS = (*(f"kickoff:{name}" for name in KICKOFF_FAULTS), *(f"status:{name}" for name in STATUS_FAULTS))
 
-QUICK = ("kickoff:drop-after-accept%0.3", "kickoff:500%0.3", "kickoff:cut%0.3", "kickoff:422%0.3", "status:html%0.3")
+QUICK = (
+    "kickoff:drop-after-accept%0.3",
+    "kickoff:500%0.3",
+    "kickoff:empty-after-accept%0.3",
+    "kickoff:422%0.3",
+    "status:html%0.3",
+)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import pytest
 
 from prefect_crew.blocks import crew_of
 from prefect_crew.crew import WaitPolicy, fast_polling
-from prefect_crew.devserver import CrewServer
 from prefect_crew.devserver._faults import FAULTS
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.states import CrewState
@@ -25,6 +24,7 @@ from proof.network import REQUEST_TIMEOUT, TIMEOUT, row
 from proof.sim.scenario import Call, CrewRun, Scenario
 from proof.sim.world import World, key_of
 from proof.tables import Case, cases
+from support.crash import CrashingServer
 from support.scripts import script
 
 T = TypeVar("T")
@@ -105,7 +105,7 @@ def test_what_comes_of_a_fault(case: Case) -> None:
 class RealGround:
     """A real crew server on a port, and the Prefect server of the session."""
 
-    def __init__(self, case: Case, server: CrewServer, idempotency_key: str) -> None:
+    def __init__(self, case: Case, server: CrashingServer, idempotency_key: str) -> None:
         self.case = case
         self.server = server
         self.idempotency_key = idempotency_key
@@ -166,7 +166,7 @@ SCRIPTS: dict[str, dict[str, Any]] = {"resume": {"human": True}, "stop": {"secon
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_what_comes_of_a_fault_for_real(case: Case, idempotency_key: str) -> None:
     crew = script({"seconds": 0.5, "output": "done", **SCRIPTS.get(case.place, {})}, inputs=["topic"])
-    with CrewServer(crew) as server:
+    with CrashingServer(crew) as server:
         ground = RealGround(case, server, idempotency_key)
         with restarting(ground), fast_polling(0.1):
             assert asyncio.run(row(ground, case.place, idempotency_key)) == case.expected

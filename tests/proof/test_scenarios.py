@@ -22,7 +22,7 @@ WORLDS = {
     ),
     "a machine falls asleep over its kickoff and wakes up to a bad answer": Scenario(
         calls=(Call(freeze_at=8, freeze_for=400), Call(at=0.2, again=(15.0, 50.0, 50.0))),
-        faults=("kickoff:no-id@1",),
+        faults=("kickoff:no-id-after-accept@1",),
         resolve_after=0.0,
     ),
     "one call waits for a second try of its kickoff, and two others for that call": Scenario(
@@ -112,7 +112,7 @@ def test_a_flow_that_is_cancelled_stops_its_crew_once_also_where_it_times_out_th
     assert world.site.counters.requests["stop"] == 1
 
 
-@pytest.mark.parametrize("fault", ["503-before-accept", "no-id", "429"])
+@pytest.mark.parametrize("fault", ["503-before-accept", "no-id-after-accept", "429"])
 @pytest.mark.parametrize("step", range(1, 34))
 def test_a_machine_that_falls_asleep_before_each_of_its_steps_starts_nothing_twice(step: int, fault: str) -> None:
     sleeper, other = Call(flow=False, freeze_at=step, freeze_for=400.0), Call(flow=False, again=(15.0, 50.0, 50.0))

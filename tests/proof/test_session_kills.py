@@ -68,7 +68,7 @@ def test_fifty_turns_have_fifty_states(zygote: Zygote, seen: Seen, idempotency_k
                 bury(server, seen, keys[first : first + AT_ONCE], phases)
                 assert {one.error for one in ended} <= {None, "KickoffUncertainError", "SessionBlockedError"}, ended
                 left = [key for key, one in zip(left, ended, strict=True) if one.output is None]
-        states = server.crews[""].program.states  # pyright: ignore[reportAttributeAccessIssue]
+        states = server.crew_runs.program.states  # pyright: ignore[reportAttributeAccessIssue]
         assert server.kickoffs_by_key == dict.fromkeys(keys, 1)
         ids = [run.id for run in server.runs]
         assert [run.restore_from for run in server.runs] == [None, *ids[:-1]]

@@ -47,7 +47,7 @@ async def note(server: CrewServer, text: str, *, id_: str | None = None, **optio
 
 
 def states(server: CrewServer) -> dict[str, dict[str, Any]]:
-    return server.crews[""].program.states  # pyright: ignore[reportAttributeAccessIssue]
+    return server.crew_runs.program.states  # pyright: ignore[reportAttributeAccessIssue]
 
 
 async def turns(server: CrewServer, session: str | None = None) -> list[sessions.Turn]:

@@ -1,11 +1,13 @@
 """What tests that start a dev server share."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from prefect_crew.devserver import CrewServer, Fault, Program, Run
 from prefect_crew.devserver._response_formats import Documented
@@ -61,6 +63,21 @@ def nameless(server: CrewServer) -> CrewServer:
     """Let the status of a server not say which task runs or waits."""
     server._format = _Nameless()
     return server
+
+
+class Crews(CrewServer):
+    """Several crews on one port, each under its name. They share the token, the faults, and what is counted."""
+
+    def __init__(self, specs: Mapping[str, str], *, token: str) -> None:
+        super().__init__(token=token)
+        self.crews = {name: CrewServer(spec, token=token) for name, spec in specs.items()}
+        for crew in self.crews.values():
+            crew.faults, crew.requests, crew.accepted = self.faults, self.requests, self.accepted
+        self.asgi = Starlette(routes=[Mount(f"/{name}", crew.asgi) for name, crew in self.crews.items()])
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for crew in self.crews.values() for run in crew.runs]
 
 
 def kickoff(client: httpx.Client, inputs: dict[str, Any] | None = None, **more: Any) -> str:

@@ -22,14 +22,14 @@ PERMITS = True
 may, writes land late, and the Prefect server take the living for dead."""
 
 _CODES = ("400", "401", "403", "404", "405", "408", "422", "429", "429-bare", "500", "502", "503", "503-bare", "504")
-_BROKEN = ("drop", "reset", "timeout", "redirect", "html", "garbage", "empty", "cut", "crash")
+_BROKEN = ("drop", "timeout", "redirect", "html", "garbage", "empty", "crash")
 KICKOFF_FAULTS = tuple(f"{name}-{phase}-accept" for name in _CODES + _BROKEN for phase in ("before", "after"))
 """What can go wrong with a kickoff, before a run is started and after."""
 _OTHERS = (
     "latency=0.5",
     "latency=4",
     "latency=20",
-    "no-id",
+    "no-id-after-accept",
     "stuck",
     "early-404=3",
     "early-404-seconds=20",

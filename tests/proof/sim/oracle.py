@@ -38,8 +38,21 @@ from proof.sim.world import REQUEST_TIMEOUT, Ending, World, key_of, keys_of
 __all__ = ["broken_promises"]
 
 UNCLEAR = frozenset(
-    {"408", "500", "502", "503-bare", "504", "drop", "reset", "timeout", "redirect", "html", "garbage", "empty", "cut"}
-    | {"no-id", "crash"}
+    {
+        "408",
+        "500",
+        "502",
+        "503-bare",
+        "504",
+        "drop",
+        "timeout",
+        "redirect",
+        "html",
+        "garbage",
+        "empty",
+        "no-id",
+        "crash",
+    }
 )
 """Faults of a kickoff after which nobody can know whether it started a run."""
 LIES = frozenset({"400", "401", "403", "404", "405", "422", "429", "429-bare", "503"})

@@ -12,12 +12,13 @@ from typing import Any
 import httpx
 
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver import Answer, CrewServer, Outcome, ProgramError, Run
+from prefect_crew.devserver import Answer, Outcome, ProgramError, Run
 from prefect_crew.devserver._faults import Fired
 from proof.sim.loop import Process, current_process
 from proof.sim.prefect_api import SimPrefect
 from proof.sim.scenario import CrewRun, Scenario
 from proof.sim.transport import InProcessTransport
+from support.crash import CrashingServer
 
 __all__ = ["HOST", "TOKENS", "CrewSite"]
 
@@ -112,7 +113,7 @@ class CrewSite:
     def __init__(self, scenario: Scenario, prefect: SimPrefect) -> None:
         self.program = _Crew(scenario.runs)
         self.token = self.stored_token = TOKENS[0]
-        self._state: Any = CrewServer(self.program, token=self.token, faults=scenario.faults)
+        self._state: Any = CrashingServer(self.program, token=self.token, faults=scenario.faults)
         self._app = self._state.asgi
         self._state.crash = self._crash
         self.faults = self._state.faults
