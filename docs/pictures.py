@@ -8,6 +8,7 @@ Each picture is of Prefect's present interface, as a reader sees it. Look at the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import sys

@@ -32,11 +32,6 @@ class CrewSettings(PrefectBaseSettings):
         description="Secret that signs the webhooks' URLs, at least 32 characters. The receiver needs the same secret. "
         "Several are separated by blanks: the first signs, and the receiver accepts all.",
     )
-    webhook_llm_calls: bool = Field(
-        default=False,
-        description="Whether kickoffs also ask for an event of each call of a model. It reports the tokens by "
-        "model, also of runs that fail. Its body holds the prompt and the answer, which the receiver drops.",
-    )
     review_secret: SecretStr | None = Field(
         default=None,
         description="The signing secrets of Flows' review webhooks, as the platform shows them, separated by blanks. "

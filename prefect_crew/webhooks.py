@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from pydantic import SecretStr
 
 from prefect_crew.client._transport import checked_url
-from prefect_crew.client.webhooks import LLM_CALL, RUN_ENDS, BearerAuth, HumanInputWebhook, Webhooks
+from prefect_crew.client.webhooks import RUN_ENDS, BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.model import RunRecord, claim_of, utcnow
 from prefect_crew.settings import CrewSettings
@@ -48,7 +48,6 @@ COMPLETED = "crew.webhook.crew"
 WAKING = (COMPLETED, ASKED, *(f"crew.webhook.stream.{kind}" for kind in RUN_ENDS))
 """The events about webhooks that end a pause: an end, a wait for a person. Tasks and steps do not: each would cost a
 status call."""
-CALLED = f"crew.webhook.stream.{LLM_CALL}"
 REPORTED = frozenset(WAKING) - {"crew.webhook.stream.crew_kickoff_completed"}
 """Webhooks that become Prefect events. A crew that completed is reported by its crew webhook; the stream says it once
 more, and of each crew of a Flow."""
@@ -120,7 +119,7 @@ def webhooks_for(
         step=None if record is None or record.step is None else record.step[:LONGEST_NAME],
         flow_run_id=None if record is None else record.flow_run_id,
     )
-    return hook_urls(url, secret, hook, (*RUN_ENDS, LLM_CALL) if settings.webhook_llm_calls else RUN_ENDS)
+    return hook_urls(url, secret, hook)
 
 
 def is_prefect_cloud(url: str) -> bool:

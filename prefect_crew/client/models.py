@@ -99,7 +99,7 @@ class CrewStatus(_Model):
     counts as running. `last_task` is the task that ended last, if the server names it. `progress` is 0..1.
     `human_task_id` is the task that waits for a person, if the server names it. `output` and `data` are None until
     there is a result; an output that the server left empty is "". `idempotency_key` is the key in the run's `meta`.
-    `usage_by_model` comes from a stream of events. The repr shows no text of the crew.
+    The repr shows no text of the crew.
     """
 
     kickoff_id: str
@@ -121,7 +121,6 @@ class CrewStatus(_Model):
     execution_time: float | None = None
     usage: TokenUsage | None = None
     idempotency_key: str | None = Field(default=None, repr=False)
-    usage_by_model: Mapping[str, TokenUsage] = Field(default_factory=dict[str, TokenUsage])
     raw: Any = Field(default=None, repr=False)
 
     def result(self) -> CrewResult:

@@ -13,8 +13,6 @@ from prefect_crew.client.encoding import encode_inputs
 RUN_ENDS = ("crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed")
 """Events of a stream after which a run may have ended. No plain webhook reports a failure. Crews and Flows send
 different events of these, in no certain order, and some before the end."""
-LLM_CALL = "llm_call_completed"
-"""The event of a stream with the model and the tokens of one call. It also contains the prompt and the answer."""
 
 
 def _check_url(url: str) -> str:

@@ -206,8 +206,7 @@ class CrewServer:
         """Return a Prefect block for this server. `fields` are further fields of the block."""
         from prefect_crew.blocks import DeployedCrew
 
-        is_flow = all(crew.is_flow for crew in self.crews.values())
-        values: dict[str, Any] = {"url": self.url, "token": self.token, "flow": is_flow}
+        values: dict[str, Any] = {"url": self.url, "token": self.token, "flow": self.crew_runs.is_flow}
         return DeployedCrew(**values | fields)
 
     def start(self) -> None:
@@ -548,7 +547,7 @@ def serve(
         program, url = server.crew_runs.program, url_of(listener)
         inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in program.inputs() if item.required)
         if on_listening is not None:
-            on_listening(url, server.token, served.is_flow)
+            on_listening(url, server.token, server.crew_runs.is_flow)
         token = "" if name or options.get("token") else f"CREW_TOKEN={server.token} "
         line = f"{token}prefect-crew run {shlex.quote(name) if name else url}{inputs}"
         line = f"Serving the crew {program.name} at {url}  Try: {line}  Stop: Ctrl-C"

@@ -34,7 +34,7 @@ from prefect_crew.receiver.events import WebhookEvent, event_name, prefect_event
 from prefect_crew.records.notes import MAX_OUTPUT, Note, keep_note, keep_question
 from prefect_crew.records.resolve import Resolution, attempt_of, resolve_from_webhook
 from prefect_crew.records.store import PrefectRecords
-from prefect_crew.webhooks import CALLED, REPORTED, WAKING
+from prefect_crew.webhooks import REPORTED, WAKING
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
@@ -65,7 +65,7 @@ NoteName = tuple[str, int | None, int]
 
 
 class RecentWebhooks:
-    """The latest webhooks that end pauses or report tokens, in the order of their arrival, for one event loop.
+    """The latest webhooks that end pauses, in the order of their arrival, for one event loop.
 
     A cursor names the last webhook that a process has, and the start of this receiver, which no other start shares.
     """
@@ -79,9 +79,9 @@ class RecentWebhooks:
         self._is_closing = False
 
     def add(self, event: WebhookEvent) -> None:
-        """Keep a webhook that ends pauses or reports tokens, and answer the processes that wait. Drop any other."""
+        """Keep a webhook that ends pauses, and answer the processes that wait. Drop any other."""
         name, hook = event_name(event), event.hook
-        if name not in (*WAKING, CALLED):
+        if name not in WAKING:
             return
         self._kept.append(
             {

@@ -26,7 +26,7 @@ from prefect_crew.client.models import CrewStatus, TokenUsage
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import ASKED, CALLED, COMPLETED, is_prefect_cloud, latest_webhooks_of
+from prefect_crew.webhooks import ASKED, COMPLETED, is_prefect_cloud, latest_webhooks_of
 
 KEPT = 300.0  # seconds for which a webhook is remembered for a waiter that begins to wait after it
 MOST_KEPT = 10_000  # runs of which webhooks are remembered
@@ -45,23 +45,20 @@ Question = tuple[int, int]  # the attempt at the idempotency key, and how many a
 class Waker:
     """Ends the pauses of one waiter, on the event loop that made it."""
 
-    def __init__(self, hub: _Hub, idempotency_key: str, crew: str, *, calls: bool = False) -> None:
+    def __init__(self, hub: _Hub, idempotency_key: str, crew: str) -> None:
         self._hub = hub
         self._idempotency_key = idempotency_key
         self._crew = crew
-        self._calls = calls
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
-        self._has_ended = False
         self._asked: set[Question] = set()
 
-    def wake(self, question: Question | None = None, *, ends_pause: bool = True) -> None:
+    def wake(self, question: Question | None = None) -> None:
         """Report a webhook, from any thread. `question`: the question that the webhook brings, if any."""
         if question is not None:
             self._asked.add(question)
-        if ends_pause or self._has_ended:
-            with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
-                self._loop.call_soon_threadsafe(self._event.set)
+        with suppress(RuntimeError):  # the loop of a waiter that has just left is closed
+            self._loop.call_soon_threadsafe(self._event.set)
 
     def has_question_after(self, attempt: int, answers: int) -> bool:
         """Return whether a webhook reported a question that came after so many answers of people in this attempt.
@@ -78,7 +75,6 @@ class Waker:
         """
         if not status.state.ended:
             return status
-        self._has_ended = True
         try:
             async with asyncio.timeout(USAGE_WITHIN):
                 while self._may_hear_more(status, kickoff_id):
@@ -87,15 +83,13 @@ class Waker:
         except TimeoutError:
             self._hub.note_silent(self._crew)
         tokens = self._hub.tokens(self._idempotency_key, kickoff_id)
-        return status.model_copy(update={"usage": status.usage or tokens.usage, "usage_by_model": tokens.models})
+        return status.model_copy(update={"usage": status.usage or tokens.usage})
 
     def _may_hear_more(self, status: CrewStatus, kickoff_id: str) -> bool:
         """Return whether a webhook with the tokens of an ended run may still come."""
         tokens = self._hub.tokens(self._idempotency_key, kickoff_id)
         if status.usage or not self._hub.may_hear_of(self._crew):
             return False
-        if self._calls:
-            return status.state is not CrewState.STOPPED and not tokens.has_all_calls
         return status.state is CrewState.COMPLETED and not (tokens.usage or tokens.heard >= _TELLING)
 
     async def pause(self, seconds: float) -> bool:
@@ -112,43 +106,26 @@ class Waker:
 
 @dataclass
 class _Tokens:
-    """The tokens of one run in its webhooks: of the whole run, of its crews, and of each model.
-
-    The crew's own webhook has the tokens of the whole run. An event of the stream has the tokens of one crew, of which
-    a Flow may run several, or of one call of a model.
-    """
+    """The tokens of one run in its webhooks: of the whole run, and of its crews, of which a Flow may run several."""
 
     whole: TokenUsage | None = None
     crews: TokenUsage | None = None
-    models: dict[str, TokenUsage] = field(default_factory=dict[str, TokenUsage])
     heard: set[str] = field(default_factory=set[str])
     """The names of the webhooks."""
 
     @property
     def usage(self) -> TokenUsage | None:
-        """The count with the most detail: calls distinguish prompts and completions, but some calls may be missing."""
-        whole = self.whole or self.crews
-        if whole is not None and (whole.prompt_tokens is not None or not self.has_all_calls):
-            return whole
-        return TokenUsage.sum(self.models.values())
-
-    @property
-    def has_all_calls(self) -> bool:
-        """Whether the calls of models add up to the known total."""
-        whole, called = self.whole or self.crews or TokenUsage(), TokenUsage.sum(self.models.values())
-        return called is not None and (called.total_tokens or 0) >= (whole.total_tokens or 0)
+        """The tokens of the whole run, else those of its crews together; None if no webhook reported any."""
+        return self.whole or self.crews
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
         """Add the tokens of a webhook. Call this once for each webhook."""
         self.heard.add(name)
-        usage, model = tokens_of(body), body.get("model")
+        usage = tokens_of(body)
         if name == COMPLETED:
             self.whole = usage or self.whole
-        elif usage is not None and name != CALLED:
+        elif usage is not None:
             self.crews = TokenUsage.sum(filter(None, [self.crews, usage]))
-        elif usage is not None and isinstance(model, str) and (model in self.models or len(self.models) < 100):
-            total = TokenUsage.sum(filter(None, [self.models.get(model), usage]))
-            self.models[model] = total or usage
 
 
 @dataclass
@@ -303,10 +280,9 @@ class _Hub:
             if isinstance(kickoff_id, str) and (kickoff_id in run.tokens or len(run.tokens) < 100):
                 run.tokens.setdefault(kickoff_id, _Tokens()).add(name, body)
             wakers = list(run.wakers)
-            if name != CALLED:
-                run.notified_at, run.asked = time.monotonic(), question or run.asked
+            run.notified_at, run.asked = time.monotonic(), question or run.asked
         for waker in wakers:
-            waker.wake(question, ends_pause=name != CALLED)
+            waker.wake(question)
 
 
 _hub = _Hub()  # Process-wide: one connection serves the waiters of all event loops.
@@ -325,7 +301,7 @@ async def waker_for(idempotency_key: str, crew: str) -> AsyncGenerator[Waker | N
         yield None
         return
     _hub.start()
-    waker = Waker(_hub, idempotency_key, crew, calls=settings.webhook_llm_calls)
+    waker = Waker(_hub, idempotency_key, crew)
     _hub.add(idempotency_key, waker)
     try:
         yield waker

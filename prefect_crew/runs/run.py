@@ -237,14 +237,14 @@ class LiveRun:
         if self.is_blind:
             output = None if status.output is None else "*" * len(status.output)
             texts = {**dict.fromkeys((*_TEXTS, "data"), None), "error": status.error and WITHHELD}
-            empty: dict[str, Any] = {"tasks": [], "usage_by_model": {}, "raw": None}
+            empty: dict[str, Any] = {"tasks": [], "raw": None}
             return status.model_copy(update={**texts, **empty, "output": output})
         tree = self.redact.tree
         tasks = [
             task.model_copy(update={**{name: tree(getattr(task, name)) for name in _TASK_TEXTS}, "raw": None})
             for task in status.tasks
         ]
-        texts = {name: tree(getattr(status, name)) for name in (*_TEXTS, "data", "output", "error", "usage_by_model")}
+        texts = {name: tree(getattr(status, name)) for name in (*_TEXTS, "data", "output", "error")}
         return status.model_copy(update={**texts, "tasks": tasks, "raw": None})
 
     def view(

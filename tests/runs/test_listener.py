@@ -4,18 +4,17 @@ import asyncio
 import time
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 import httpx
 import pytest
 import respx
 
-from prefect_crew import DeployedCrew, Price, ReviewRequest, arun_crew
+from prefect_crew import DeployedCrew, ReviewRequest, arun_crew
 from prefect_crew.client.models import CrewResult, CrewStatus, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import CrewFailedError
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs import listener as listener_module
 from prefect_crew.runs.listener import Waker, _Hub
 from prefect_crew.states import CrewState
@@ -115,24 +114,6 @@ async def test_usage_comes_from_webhooks(receiver: str, crew_server: CrewServerF
     assert server.requests["status"] <= 2
 
 
-@pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])
-async def test_calls_of_models_tell_their_tokens(
-    receiver: str, crew_server: CrewServerFactory, key: str, monkeypatch: pytest.MonkeyPatch, fails: bool
-) -> None:
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_LLM_CALLS", "true")
-    calls = {
-        "openai/gpt-4o": {"prompt_tokens": 900, "completion_tokens": 100},
-        "small": {"prompt_tokens": 140, "completion_tokens": 60, "total_tokens": 200},
-    }
-    server = crew_server(script({"seconds": 1.5, "fail": "no idea" if fails else ""}, calls=calls, usage=USAGE))
-    with suppress(CrewFailedError):
-        await run(server.crew(wait=RARELY, price=Price(per_1k_input=1, per_1k_output=10)), keys=[key])
-    (record,) = await PrefectRecords().attempts(key)
-    assert record.state is (CrewState.FAILED if fails else CrewState.COMPLETED)
-    assert record.usage == TokenUsage(prompt_tokens=1040, completion_tokens=160, **USAGE)
-    assert record.cost == pytest.approx(1.04 + 1.6)
-
-
 Event = dict[str, object]
 
 
@@ -148,7 +129,7 @@ async def tokens_at_the_end(hub: _Hub, *events: Event, **options: Any) -> int | 
     hub.add("key", waker)
     for event in events:
         asyncio.get_running_loop().call_later(0.2, hub._hear, event)
-    status = await waker.with_usage(CrewStatus(kickoff_id="k-1", state=CrewState.COMPLETED))
+    status = await waker.with_usage(CrewStatus(kickoff_id="k-1", state=CrewState.COMPLETED), "k-1")
     hub.remove("key", waker)
     return status.usage and status.usage.total_tokens
 
@@ -160,7 +141,6 @@ async def tokens_at_the_end(hub: _Hub, *events: Event, **options: Any) -> int | 
         pytest.param([], {"crew": "https://silent.example"}, None, 0, 0.2, id="nothing-came-before"),
         pytest.param([ending("crew", 9)], {}, 9, 0.1, 0.5, id="tokens"),
         pytest.param([ending("crew", None), ending(COMPLETED, None)], {}, None, 0.1, 0.5, id="nothing-more-can-come"),
-        pytest.param([ending("stream.llm_call_completed", 9, model="m")], {"calls": True}, 9, 0.1, 0.5, id="a-call"),
     ],
 )
 async def test_the_end_waits_a_moment_for_tokens(
@@ -193,10 +173,13 @@ async def test_tokens_are_counted_once_for_each_event(events: list[Event], token
     for event in [*events, *events]:
         hub._hear(event)
     status = CrewStatus(kickoff_id="k-1", state=CrewState.COMPLETED)
-    assert (await waker.with_usage(status)).usage == (None if tokens is None else TokenUsage(total_tokens=tokens))
-    assert (await waker.with_usage(status.model_copy(update={"state": CrewState.RUNNING}))).usage is None
+    assert (await waker.with_usage(status, "k-1")).usage == (
+        None if tokens is None else TokenUsage(total_tokens=tokens)
+    )
+    running = status.model_copy(update={"state": CrewState.RUNNING})
+    assert (await waker.with_usage(running, "k-1")).usage is None
     reported = TokenUsage(total_tokens=1)
-    assert (await waker.with_usage(status.model_copy(update={"usage": reported}))).usage == reported
+    assert (await waker.with_usage(status.model_copy(update={"usage": reported}), "k-1")).usage == reported
 
 
 # Questions

@@ -48,9 +48,12 @@ class _Describing(Documented):
         return {"inputs": [item.model_dump(exclude_none=True) for item in program.inputs()]}
 
 
-class _Nameless(Documented):
+class _Hiding(Documented):
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
     def status(self, run: Run) -> dict[str, Any]:
-        return {name: part for name, part in super().status(run).items() if name not in ("current_task", "task_output")}
+        return {name: part for name, part in super().status(run).items() if name not in self.names}
 
 
 def describing(server: CrewServer) -> CrewServer:
@@ -61,7 +64,13 @@ def describing(server: CrewServer) -> CrewServer:
 
 def nameless(server: CrewServer) -> CrewServer:
     """Let the status of a server not say which task runs or waits."""
-    server._format = _Nameless()
+    server._format = _Hiding("current_task", "task_output")
+    return server
+
+
+def unseen(server: CrewServer) -> CrewServer:
+    """Let the status of a server not show what is to be judged."""
+    server._format = _Hiding("task_output")
     return server
 
 

@@ -30,6 +30,7 @@ from prefect_crew.runs.run import LiveRun
 from support.asking import judging
 from support.flow_runs import acall_in_flow
 from support.scripts import script
+from support.servers import unseen
 from support.waiting import until
 from support.webhooks import SECRET, Kept, served
 
@@ -60,7 +61,7 @@ async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: st
         asked.append(request)
         return Review(approve=request.round > 1, feedback="Shorter.", option=OPTIONS[request.round == 1])
 
-    with CrewServer(SCRIPT, review_webhook=hook) as server:
+    with unseen(CrewServer(SCRIPT, review_webhook=hook)) as server:
         assert await run_with(server, judge, key) == "Draft. needs_revision: Shorter."
         assert server.requests["resume"] == 2
     assert [(one.round, one.options, one.output) for one in asked] == [
@@ -90,7 +91,7 @@ async def test_a_refused_resume_waits_once(
 
     async with served(late) as url, asyncio.timeout(60):
         hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
-        with CrewServer(SCRIPT, review_webhook=hook) as server:
+        with unseen(CrewServer(SCRIPT, review_webhook=hook)) as server:
             running = asyncio.create_task(run_with(server, judging(asked)))
             await until(lambda: server.requests["resume"], "the first answer is refused")
             if not comes:
@@ -184,7 +185,7 @@ async def answer_on_the_platform(kickoff_id: str, task: str) -> None:
 
 async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook, key: str) -> None:
     """Nothing tells of an answer that was given on the platform. It goes with its run."""
-    with CrewServer(TWO, review_webhook=hook) as server:
+    with unseen(CrewServer(TWO, review_webhook=hook)) as server:
         for number in range(3):
             kickoff_id = await _kicked_off(server.crew(), this_key := f"{key} {number}")
             await answer_on_the_platform(kickoff_id, "outline")
@@ -207,7 +208,7 @@ async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -
             await answer_on_the_platform(request.kickoff_id, "outline")
         return Review(approve=True)
 
-    with CrewServer(TWO, review_webhook=hook) as server:
+    with unseen(CrewServer(TWO, review_webhook=hook)) as server:
         assert await run_with(server, judge) == "Text."
     assert asked == ["outline", "publish"]
 

@@ -33,6 +33,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking, judging
 from support.proxy import Proxy
 from support.scripts import script
+from support.servers import unseen
 from support.waiting import until
 
 SCRIPT = script({"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"})
@@ -186,7 +187,7 @@ async def met_people(server: CrewServer, **policy: Any) -> AsyncIterator[tuple[L
 async def test_nobody_in_time_rejects_the_unseen(crew_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
-    server = crew_server(Asking())
+    server = unseen(crew_server(Asking()))
     async with met_people(server, human_timeout=86400, on_human_timeout="reject") as (opened, people, see):
         assert opened.record is not None
         opened.record.has_webhooks = True
