@@ -17,7 +17,7 @@ from prefect_crew.exceptions import BadRowsError, ConfigurationError, DatasetErr
 from support.batches import CREW, row_plan
 
 ANY_INPUT = replace(CREW, allow_extra_inputs=True)
-AS_JSON = replace(ANY_INPUT, inputs_as_json=True)
+AS_JSON = replace(ANY_INPUT, flow=True)
 TOPIC = [CrewInput(name="topic"), CrewInput(name="tone", required=False)]
 
 

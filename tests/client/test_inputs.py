@@ -94,7 +94,7 @@ def test_prefect_stores_inputs_that_are_not_secret():
 
 
 def test_the_digest_leaves_secrets_out():
-    assert kept().digest == kept({**VALUES, "password": "swordfish"}).digest == kept(inputs_as_json=True).digest
+    assert kept().digest == kept({**VALUES, "password": "swordfish"}).digest == kept(flow=True).digest
     assert kept().digest == Inputs.of({"city": "Lisbon", "days": 3}).digest
     assert kept().digest != kept({**VALUES, "city": "Porto"}).digest
 

@@ -23,7 +23,7 @@ from prefect_crew.receiver.app import create_receiver
 from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.receiver.forward import Forwarder
 from prefect_crew.records.model import RecordPhase, utcnow
-from prefect_crew.records.notes import kept_output, kept_questions
+from prefect_crew.records.notes import kept_note, kept_questions
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
@@ -183,21 +183,21 @@ async def test_memory_is_bounded_whatever_the_webhooks_hold(key: str, monkeypatc
 async def test_a_question_is_reported_once_its_latest_text_is_stored(
     key: str, forwarder: Forwarder, monkeypatch: pytest.MonkeyPatch
 ):
-    genuine, attempts = module.keep_output, list[tuple[str, int]]()
+    genuine, attempts = module.keep_note, list[tuple[str, int]]()
 
     async def keep_slowly(*facts: Any) -> None:
         await asyncio.sleep(0.2)
-        attempts.append((facts[-1], len(forwarder.recent._kept)))
+        attempts.append((facts[-1].output, len(forwarder.recent._kept)))
         if len(attempts) == 2:
             raise TimeoutError  # it is tried again
         await genuine(*facts)
 
-    monkeypatch.setattr(module, "keep_output", keep_slowly)
+    monkeypatch.setattr(module, "keep_note", keep_slowly)
     for text in ("first", "second", "third", "third"):
         forwarder.put(event_about(key, "human_input-first", task_output=text))
         await asyncio.sleep(0.01)
     await until(lambda: len(forwarder.recent._kept) == 2, "both are reported")
-    assert await kept_output(new_record(key), 0) == "third"
+    assert (await kept_note(new_record(key), 0)).output == "third"
     forwarder.put(event_about(key, "human_input-first", task_output="third"))
     await until(lambda: len(forwarder.recent._kept) == 3, "it is seen to")
     assert attempts == [("first", 0), ("third", 1), ("third", 1)]
@@ -215,13 +215,13 @@ async def test_a_question_while_prefect_is_away_is_kept(key: str, prefect_api: P
         await until(lambda: forwarder.report()["waiting"] == 0, "both are stored")
         assert woken_by(forwarder) == ["human_input"]
     assert (await kept_questions(key))[key].task_id == "t"
-    assert await kept_output(new_record(key), 0) == "a draft"
+    assert (await kept_note(new_record(key), 0)).output == "a draft"
 
 
 async def test_a_forbidden_text_holds_up_nothing(key: str, forwarder: Forwarder, monkeypatch: Any, caplog: Any):
     """The key of the receiver may write events, and no blocks."""
     error = httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(403))
-    for keep in ("keep_output", "keep_question"):
+    for keep in ("keep_note", "keep_question"):
         monkeypatch.setattr(module, keep, AsyncMock(side_effect=error))
     forwarder.put(event_about(key, "human_input-first"))
     forwarder.put(question_of(key))

@@ -139,7 +139,7 @@ async def test_a_kickoff_carries_key_meta_and_webhooks(crew_server: CrewServerFa
     given: dict[str, Any] = {"meta": {"order": 7, "idempotency_key": "not this one"}}
     given["webhooks"] = pc.Webhooks(crew="http://127.0.0.1:9/crew")
     for as_json, expected in ((False, {"city": '["Lisbon","Porto"]', "days": "3"}), (True, inputs)):
-        crew, this_key = server.crew(inputs_as_json=as_json, allow_extra_inputs=True), f"{key} {as_json}"
+        crew, this_key = server.crew(flow=as_json, allow_extra_inputs=True), f"{key} {as_json}"
         sent = server.run((await crew.atrigger(inputs, idempotency_key=this_key, **given)).kickoff_id)
         assert sent.inputs == expected
         assert sent.meta == {"order": 7, "idempotency_key": this_key, "run_attempt": 1}
@@ -243,7 +243,7 @@ async def test_a_completed_run_is_returned_without_a_request(crew_server: CrewSe
     asked = 0
     # They are equal whatever their order and form.
     for as_json, inputs in ((False, {"city": "Lisbon", "days": 3}), (True, {"days": 3, "city": "Lisbon"})):
-        run = await server.crew(inputs_as_json=as_json, allow_extra_inputs=True).atrigger(inputs, idempotency_key=key)
+        run = await server.crew(flow=as_json, allow_extra_inputs=True).atrigger(inputs, idempotency_key=key)
         await run.await_for_completion()
         found.append((run.kickoff_id, (await run.afetch_result()).output))
         asked = asked or server.requests.total()

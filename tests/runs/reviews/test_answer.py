@@ -19,7 +19,7 @@ import prefect_crew as pc
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records.model import RunRecord, utcnow
-from prefect_crew.records.notes import kept_output
+from prefect_crew.records.notes import kept_note
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.run import LiveRun
@@ -177,7 +177,7 @@ async def test_a_function_sees_the_webhooks_output(receiver: str, judged: CrewSe
     await reviewed(judged.crew(), judging(asked, approves_at=2, feedback="again"), key)
     assert [one.output for one in asked] == ["Draft 1 on tea.", "Draft 2 on tea."]
     (record,) = await RECORDS.attempts(key)
-    assert [await kept_output(record, answers) for answers in (0, 1)] == [None, None], "nothing stays"
+    assert [(await kept_note(record, answers)).output for answers in (0, 1)] == [None, None], "nothing stays"
 
 
 async def test_the_webhooks_output_is_forgotten(receiver: str, judged: CrewServer, key: str) -> None:
@@ -186,13 +186,13 @@ async def test_the_webhooks_output_is_forgotten(receiver: str, judged: CrewServe
     async def seen_by_the_wait() -> RunRecord | None:
         given = await RECORDS.attempts(key)
         is_seen = bool(given) and given[0].human_since is not None
-        return given[0] if is_seen and await kept_output(given[0], 0) else None
+        return given[0] if is_seen and (await kept_note(given[0], 0)).output else None
 
     record = await until(seen_by_the_wait, "the wait sees the question")
     async with judged.crew().client() as client:
         await client.resume(str(record.kickoff_id), "draft", "", True)
     await waiting
-    assert await kept_output(record, 0) is None
+    assert (await kept_note(record, 0)).output is None
 
 
 @pytest.mark.parametrize("secret", [(), ("topic",)], ids=["not secret", "secret"])
