@@ -465,17 +465,21 @@ class CrewLostError(_RunError):
     last_state: str | None = None
 
     def _text(self) -> str:
-        last_sight = f"it was last seen {self.last_state}" if self.last_state else "this call got no status of the run"
         again = "force_new=True (--force-new) starts another"
-        if self.last_state == CrewState.COMPLETED:
-            last_sight = "it has completed, but the server has forgotten the result, which its record does not hold"
-        elif self.idempotency_key:
+        if self.idempotency_key and self.last_state != CrewState.COMPLETED:
             key = shlex.quote(self.idempotency_key)
             again += f", and so does the key after prefect-crew runs resolve {key} --lost"
+        if self.last_state == CrewState.COMPLETED:
+            sight = "it has completed, but the server has forgotten the result, which its record does not hold"
+        else:
+            sight = f"it was last seen {self.last_state}" if self.last_state else "this call got no status of the run"
+            sight += (
+                ". A hosted crew that waits for a person looks the same: with webhooks to a receiver its question "
+                "arrives, and the same call then finds it"
+            )
         return (
-            f"{self._run} is not known to the server: {last_sight}. Check the URL, then the crew's page. A hosted crew "
-            "that waits for a person looks the same: with webhooks to a receiver its question arrives, and the same "
-            f"call then finds it. The run is not started again automatically: {again}."
+            f"{self._run} is not known to the server: {sight}. Check the URL, then the crew's page. The run is "
+            f"not started again automatically: {again}."
         )
 
 

@@ -113,24 +113,23 @@ def test_the_first_secret_signs_and_each_is_accepted(kind: WebhookKind):
         assert not may_read_recent("o" * 40, f"Bearer {recent_bearer(signer)}")
     old_bearer = f"Bearer {bearer_of(hook, SECRET)}"
     mixed = read_token(kind, token_of(hook, new), both, now=NOW, authorization=old_bearer)
-    assert mixed == (None if kind in ("human_input", "stream") else hook)
+    assert mixed == (None if kind == "stream" else hook)
 
 
-@pytest.mark.parametrize("kind", ["human_input", "stream"])
 @pytest.mark.parametrize("header", [None, "", "{}", "Basic {}", "Bearer {}x", "Bearer {}é", "Bearer"])
-def test_bearer_kinds_need_their_token(kind: WebhookKind, header: str | None):
-    hook = Hook(kind, "key", LATER)
+def test_a_stream_needs_its_token(header: str | None):
+    hook = Hook("stream", "key", LATER)
     right, token = bearer_of(hook, SECRET), token_of(hook, SECRET)
     given = header and header.format(right)
-    assert read_token(kind, token, SECRET, now=NOW, authorization=given) is None
-    assert read_token(kind, token, SECRET, now=NOW, authorization=f"bearer {right}") == hook
+    assert read_token("stream", token, SECRET, now=NOW, authorization=given) is None
+    assert read_token("stream", token, SECRET, now=NOW, authorization=f"bearer {right}") == hook
 
 
 def test_bearer_tokens_stand_in_no_url():
     hooks = [hook_urls("https://h.example", SECRET, Hook("crew", key, LATER)) for key in "ab"]
-    bearers = {headers_of(one, kind)["Authorization"] for one in hooks for kind in ("human_input", "stream")}
+    bearers = {headers_of(one, "stream")["Authorization"] for one in hooks}
     urls = {url_of(one, kind) for one in hooks for kind in KINDS}
-    assert len(bearers) == 4
+    assert len(bearers) == 2
     assert len(urls) == 2 * len(KINDS)
     assert not any(secret.removeprefix("Bearer ") in url for secret in (*bearers, SECRET) for url in urls)
     assert "hooks/" not in repr(hooks)
@@ -182,7 +181,10 @@ def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPat
     assert webhooks_for(monkeypatch, None, SECRET) is None
     hooks = webhooks_for(monkeypatch, "https://h.example/crews", SECRET)
     body = hooks.to_json()
-    assert set(body) == {"taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl", "humanInputWebhook", "webhooks"}
+    assert set(body) == {
+        *("taskWebhookUrl", "stepWebhookUrl", "crewWebhookUrl"),
+        *("humanInputWebhook", "humanInputWebhookUrl", "webhooks"),
+    }
     # No plain webhook tells of a failure, or of the end of a Flow.
     events = ["crew_kickoff_completed", "crew_kickoff_failed", "flow_finished", "method_execution_failed"]
     assert body["webhooks"]["events"] == events
