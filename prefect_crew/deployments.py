@@ -119,7 +119,10 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         options["parameters"] = {**parameters, **form.parameters}
         options["entrypoint_type"] = EntrypointType.MODULE_PATH  # Prefect's methods always give one
         options["tags"] = [TAG, *(tag for tag in options.get("tags") or () if tag != TAG)]
-        return await super(InputsFlow, self._copy(_form=form)).ato_deployment(name or self.label, **options)
+        deployment = await super(InputsFlow, self._copy(_form=form)).ato_deployment(name or self.label, **options)
+        for schedule in deployment.schedules or ():  # Prefect stores these inputs too: a secret one names its block
+            await form.with_defaults((schedule.parameters or {}).get("inputs") or {})
+        return deployment
 
     def to_deployment(self, name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return a deployment as `ato_deployment` does; if the caller can await, the coroutine, as Prefect does."""

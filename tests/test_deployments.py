@@ -143,6 +143,10 @@ def defaults(**parameters: Any) -> dict[str, Any]:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown input": (defaults(inputs={"colour": "red"}), "does not know the inputs colour; it takes topic, "),
     "wrong type": (defaults(inputs={"days": "many"}), "must be JSON of the type integer"),
+    "unknown input of a schedule": (
+        {"schedules": [Cron("0 6 * * *", parameters={"inputs": {"colour": "red"}})]},
+        "does not know the inputs colour; it takes topic, ",
+    ),
     "a text in place of inputs": (defaults(inputs="tea"), "takes its inputs by name"),
 }
 
@@ -152,6 +156,14 @@ def test_a_default_that_does_not_fit_is_refused(crew: CrewServer, case: str):
     options, problem = REFUSED[case]
     with pytest.raises(ConfigurationError, match=problem):
         crew_flow("form").to_deployment("refused", **options)
+
+
+def test_a_secret_of_a_schedule_is_the_name_of_a_block(crew: CrewServer, prefect_api: PrefectServer):
+    crew.crew(secret_inputs=["topic"]).save("form", overwrite=True)
+    secret = Cron("0 6 * * *", parameters={"inputs": {"topic": "hunter22-secret"}})
+    with pytest.raises(ConfigurationError, match="Secret block") as caught:
+        crew_flow("form").to_deployment("refused", schedules=[secret])
+    assert "hunter22" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
