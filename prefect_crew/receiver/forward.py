@@ -181,6 +181,8 @@ class Forwarder:
             self._keep((item.kickoff_id, None, 0), item)  # a Flow waits for one answer at a time: the latest counts
             return
         hook = item.hook
+        if len(item.output or "") > MAX_OUTPUT:
+            item = replace(item, output=None)
         name = hook.idempotency_key, hook.attempt, hook.round
         is_question = hook.kind == "human_input"
         # A hosted crew goes on under another id after each answer, and may show its question nowhere else.
@@ -281,8 +283,7 @@ class Forwarder:
 
     async def _store_output(self, name: NoteName, event: WebhookEvent) -> None:
         task_id = event.facts.get("task_id") if event.hook.kind == "human_input" else None
-        output = event.output if len(event.output or "") <= MAX_OUTPUT else None
-        note = Note(event.kickoff_id, task_id, output)
+        note = Note(event.kickoff_id, task_id, event.output)
         digest = hash(note)
         # A server may send it again and again, also after it was answered and forgotten.
         if self._stored.get(name) == digest:

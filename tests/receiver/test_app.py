@@ -34,15 +34,16 @@ async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.
 
 async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient, kept: Kept, urls: Any):
     good, stale = urls(), urls(days=-1)
-    crew, human = url_of(good, "crew"), url_of(good, "human_input")
+    crew = url_of(good, "crew")
     posts = [
         *(crew[:-1] + ("A" if crew[-1] != "A" else "B"), crew + "/", url_of(stale, "crew"), url_of(good, "stream")),
-        *(crew.replace("/crew/", "/task/"), crew.replace("/crew/", "/nonsense/"), human),  # without its bearer token
+        *(crew.replace("/crew/", "/task/"), crew.replace("/crew/", "/nonsense/")),
         *("/hooks/crew/" + "A" * 5000, "/hooks/crew/%00%ff", "/hooks/crew", "/"),
     ]
     answers = [await client.post(url, json=BODIES["crew-first"]) for url in posts]
     answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
-    answers.append(await client.post(human, json={}, headers={"Authorization": "Bearer wrong"}))
+    stream = url_of(good, "stream")
+    answers.append(await client.post(stream, json={}, headers={"Authorization": "Bearer wrong"}))
     answers.append(await client.post("/hooks/crew/AAAA", content=unread()))
     answers.append(await client.get("/recent"))
     for value in ("", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"):

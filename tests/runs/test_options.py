@@ -1,7 +1,6 @@
 """The options of a run: checked once, as one value."""
 
 from typing import Any
-from uuid import UUID
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -25,7 +24,7 @@ def test_options_are_kept_and_frozen():
         "name": "plan", "idempotency_key": "k", "force_new": True, "wait": WaitPolicy(timeout=5), "output_type": Trip,
         "review": review, "webhooks": Webhooks(crew="https://hooks.test/mine"), "meta": {"a": 1},
     }  # fmt: skip
-    options = RunOptions.of(**given, restore_from=UUID(STATE), budgets=[Budget(max_kickoffs=2)])
+    options = RunOptions.of(**given, restore_from=STATE, budgets=[Budget(max_kickoffs=2)])
     assert options.arguments(*given) == given
     assert options.restore_from == STATE
     assert options.budgets == (Budget(max_kickoffs=2),)
@@ -48,8 +47,7 @@ def test_no_repr_shows_what_may_hold_a_secret():
         ("budgets", [3], "budgets is a value of type list; it has to be Budgets"),
         ("budgets", Budget(max_kickoffs=1), "budgets is a value of type Budget; it has to be Budgets"),
         ("wait", {"timeout": 5}, "wait is a value of type dict; it has to be a WaitPolicy"),
-        ("restore_from", "state-1", "restore_from is 'state-1'; it has to be the UUID"),
-        ("restore_from", 7, "restore_from is a value of type int; it has to be the UUID"),
+        ("restore_from", 7, "restore_from is a value of type int; it has to be the kickoff id"),
         ("meta", "text", "meta is a value of type str; it has to be a mapping"),
         ("webhooks", "https://x", "webhooks is a value of type str; it has to be Web"),
         ("output_type", dict, "output_type is the class dict; it has to be a pydantic"),

@@ -197,12 +197,13 @@ class People:
             question = question.model_copy(update={"state": "open"})
         if question.output_digest is None and question.id is None:
             question = await self._with_kept_output(question)
-            is_hooked = self.run.record is not None and self.run.record.has_webhooks
-            if (question.output is None and is_hooked) or CrewSettings().review_secret is not None:
-                # The webhook with the output, or the question of a Flow, may be on its way.
-                self._held_until = self._held_until or time.monotonic() + OUTPUT_WITHIN
-                if time.monotonic() < self._held_until:
-                    return None
+        is_hooked = self.run.record is not None and self.run.record.has_webhooks
+        is_late = question.output is None and is_hooked
+        if question.id is None and (is_late or CrewSettings().review_secret is not None):
+            # The webhook with the output, or the question of a Flow, may be on its way.
+            self._held_until = self._held_until or time.monotonic() + OUTPUT_WITHIN
+            if time.monotonic() < self._held_until:
+                return None
         self._open, self._held_until = question, None
         return question
 
