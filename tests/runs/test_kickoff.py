@@ -70,7 +70,8 @@ async def test_the_log_says_what_a_call_does(crew_server: Any, key: str, caplog:
             {"days": 3},
             ["city"],
             ["days"],
-            "Missing inputs: city. A Flow needs none of its inputs: save it with --flow, or DeployedCrew(flow=True). Unknown inputs: days.",
+            "Missing inputs: city. A Flow needs none of its inputs: save it with --flow, or DeployedCrew(flow=True). "
+            "Unknown inputs: days.",
         ),
         (
             {"city": "Lisbon", "tones": 1, "size": 3},
