@@ -87,12 +87,8 @@ class Crew:
         Raises:
             ConfigurationError: A session of a crew that is no Flow, or with an `id` among the inputs.
         """
-        if session is not None and not self.flow:
-            raise ConfigurationError(
-                f"Crew {self.label} is not saved as a Flow, and only a Flow keeps a state for session {session!r}. "
-                "Nothing was started. Leave session out; or save the crew as a Flow, with --flow, or "
-                "DeployedCrew(flow=True)."
-            )
+        if session is not None:
+            self.check_has_sessions()
         if session is not None and STATE_ID in inputs.values:
             raise ConfigurationError(
                 f"The input {STATE_ID!r} names the state of a Flow, and so does session {session!r}. Nothing was "
@@ -104,6 +100,14 @@ class Crew:
             return inputs  # the same object, with its cached properties
         own_inputs = inputs.keep_secret(self.secret_inputs)
         return replace(own_inputs, as_json=self.flow, restore_from=restore_from, session=session)
+
+    def check_has_sessions(self) -> None:
+        """Raise ConfigurationError if this is no Flow: only a Flow keeps a state."""
+        if not self.flow:
+            raise ConfigurationError(
+                f"Crew {self.label} is not saved as a Flow, and only a Flow keeps the state of a session. Nothing was "
+                "started. Leave session out; or save the crew as a Flow, with --flow, or DeployedCrew(flow=True)."
+            )
 
     def under(self, budgets: Iterable[Budget], *, name: str, batch: str | None = None) -> Crew:
         """Return a copy whose runs also count in these budgets; a budget without a name gets `name`."""

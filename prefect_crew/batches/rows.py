@@ -145,6 +145,8 @@ class RowPlan:
                     f"The {name} column {column!r} is a secret input, but {_SHOWN[name]}. Use another column, or leave "
                     f"{name} out."
                 )
+        if options.session is not None:
+            crew.check_has_sessions()
         if unknown := self._unknown(self._mapping):
             raise ConfigurationError(
                 f"The inputs mapping {unknown}. Nothing was started. To send inputs that the crew does not name, set "

@@ -246,9 +246,12 @@ class Pipeline:
                 self.problems.append(f"step {step.name!r} gives the unknown inputs {guessed}")
 
     def _check_sessions(self) -> None:
-        """Note a problem for each session that may hold a secret."""
+        """Note a problem for each session that may hold a secret, or of a crew that is no Flow."""
         risky = {*RESERVED, *self.needs, *self.secret_inputs} if self.is_secret else set[str]()
         for step in self.steps:
+            crew = self.crews.get(step.name)
+            if step.session is not None and crew is not None and not crew.flow:
+                self.problems.append(f"step {step.name!r} has a session, but crew {crew.label} is not saved as a Flow")
             if used := risky & self.uses[step.name].get(None, set()):
                 where = f"step {step.name!r}, session"
                 self.problems.append(f"{where}: {min(used)!r} may hold a secret input, and sessions are shown")

@@ -245,7 +245,7 @@ def test_a_number_of_pandas_stays_itself_where_another_row_has_none():
     for ids in ([1, 2], [1, 2, None]):
         frame = pandas.DataFrame({"id": ids, "topic": "tea"})
         assert [job.key for job in plan(frame, key="id").jobs()] == ["1", "2"]
-        sessions = [job.inputs.session for job in plan(frame, session="id").jobs()]
+        sessions = [job.inputs.session for job in plan(frame, session="id", crew=replace(CREW, flow=True)).jobs()]
         assert sessions == ["1", "2", None][: len(ids)]
         jobs = plan(frame.convert_dtypes(), inputs={"topic": "id"}).jobs()
         assert [job.inputs.encoded["topic"] for job in jobs] == ["1", "2"]
