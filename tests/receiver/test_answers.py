@@ -96,6 +96,17 @@ async def test_a_link_shows_the_question_and_answers_it(chat: Chat):
         assert answer.outcome == "sent"
 
 
+async def test_links_answer_a_crew_as_on_amp(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    """A hosted crew's question comes by its webhook alone, and its run goes on under new ids."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", os.environ["PREFECT_INTEGRATIONS_CREW_ANSWER_URL"])
+    async with asking(response_format="live") as (server, flow_run, _):
+        assert (await send(await chat.link(), decision="reject", feedback="Shorter.")).status == 200
+        assert (await send(await chat.link(2), decision="approve")).status == 200
+        assert await flow_run == "printed"
+    assert server.requests["resume"] == 2
+    assert server.kickoffs == 1
+
+
 async def test_a_rejection_has_a_link_of_its_own_next(chat: Chat):
     async with asking() as (_, flow_run, key):
         first = await chat.link()

@@ -28,7 +28,7 @@ from support.review_page import answer_on_page
 from support.scripts import script
 from support.seen import Seen
 from support.waiting import wait_until
-from support.webhooks import served
+from support.webhooks import SECRET, receiver_of, served
 
 DRAFT = "# On {{ topic }}\n\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}"
 SCRIPT = script(
@@ -296,3 +296,23 @@ def test_a_person_answers_on_the_page(
         answer_on_page(*where, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
     assert "Warmer, please." in run.result().output
     assert server.requests["resume"] == 2
+
+
+def test_a_form_answers_a_crew_as_on_amp(
+    crew_server: CrewServerFactory,
+    asking: Callable[..., FlowRun],
+    monkeypatch: pytest.MonkeyPatch,
+    prefect_api: PrefectServer,
+    tmp_path: Path,
+):
+    """A hosted crew's question comes by its webhook alone, and its run goes on under new ids."""
+    server = crew_server(SCRIPT, response_format="live")
+    with receiver_of(prefect_api.env(), tmp_path) as (_, port):
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
+        run = asking(server.crew())
+        assert run.form().fill_in(decision="reject", feedback="Shorter.") == "ACCEPT"
+        assert run.form().fill_in() == "ACCEPT"
+        run.result()
+    assert server.requests["resume"] == 2
+    assert server.kickoffs == 1
