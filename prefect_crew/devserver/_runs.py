@@ -86,7 +86,7 @@ class Program(Protocol):
 
 Listener = Callable[["Run", str, Any], None]
 """Called with the run, what happened, and a value: started None, task_started name, task_ended TaskResult, step Step,
-waiting Question, called (model, TokenUsage), completed None, failed None, stopped None."""
+waiting Question, completed None, failed None, stopped None."""
 Spawn = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 

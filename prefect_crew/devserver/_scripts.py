@@ -91,9 +91,6 @@ class CrewScript(_Part):
     output: str | None = Field(default=None, description="The result, a template; left out, the last task's output.")
     data: Any = Field(default=None, description="The structured result; left out, the last task's data.")
     usage: TokenUsage | None = Field(default=None, description="Tokens that a run reports.")
-    calls: dict[str, TokenUsage] = Field(
-        default_factory=dict[str, TokenUsage], description="Tokens by model, which the stream of events reports."
-    )
 
     @model_validator(mode="after")
     def _check(self) -> CrewScript:
@@ -157,8 +154,6 @@ class ScriptedProgram:
         scope: dict[str, Any] = {**inputs, "inputs": inputs, "tasks": results, "previous": "", "kickoff_id": run.id}
         scope["state"] = state
         run.plan([task.name for task in script.tasks])
-        for call in script.calls.items():
-            run.listener(run, "called", call)
         for task in script.tasks:
             try:
                 result = results[task.name] = await self._reviewed(run, task, scope)

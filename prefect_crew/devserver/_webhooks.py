@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 
 from prefect_crew.client._transport import tls_context
-from prefect_crew.client.models import TaskResult, TokenUsage
+from prefect_crew.client.models import TaskResult
 from prefect_crew.client.webhooks import BasicAuth, BearerAuth
 from prefect_crew.devserver._faults import Faults
 from prefect_crew.devserver._response_formats import Documented, task_report, usage_counts
@@ -64,7 +64,6 @@ _EVENT_TYPES = {
     "task_started": ("task_started", "agent_execution_started"),
     "step": ("agent_logs_execution",),
     "task_ended": ("agent_execution_completed", "task_completed"),
-    "called": ("llm_call_completed",),
     "waiting": ("human_feedback_requested",),
     "completed": ("crew_kickoff_completed", "flow_finished"),
     "failed": ("crew_kickoff_failed", "method_execution_failed"),
@@ -84,9 +83,6 @@ def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
             return {"result": run.output or ""}
         case (("crew_kickoff_failed" | "method_execution_failed"), _):
             return {"error": run.error or ""}
-        case "llm_call_completed", (str(model), TokenUsage() as usage):
-            texts = {"messages": [{"role": "user", "content": str(dict(run.inputs))}], "response": "…"}
-            return {"model": model, "call_type": "llm_call", "usage": usage_counts(usage), **texts}
         case _, TaskResult():
             return {"task_name": value.name, "agent_role": value.agent, "output": value.output or ""}
         case _, Step():
