@@ -143,7 +143,7 @@ async def poll(
     A failed status call says nothing about the run, but the seconds from one failed call to the next count towards
     `error_timeout`. A 429 does not count, and `poll` obeys its `Retry-After`. `poll` checks the time limits after a
     successful status call, so that a run that has ended does not time out. While calls fail, or are answered with 429,
-    each limit is `error_timeout` longer.
+    each limit is `error_timeout` longer. While the server no longer knows the run, only `lost_after` counts.
 
     Args:
         look: Makes one status call.
@@ -255,6 +255,8 @@ class _Poll:
             if self.now() - since >= limit:
                 if not is_first:
                     raise CrewLostError(**self.names, last_state=self.last)
+                return False
+            if self.was_alive:  # it may wait for a person: meanwhile no other time limit counts
                 return False
         else:
             self.unknown_since, self.was_alive = None, True

@@ -29,7 +29,10 @@ from prefect_crew.records.model import RunRecord
 from support.postgres import Postgres
 from support.records import new_record
 
-CREW = crew_of(DeployedCrew(url="https://crew.example", token="token"))  # type: ignore[arg-type]
+CREW, FLOW = (
+    crew_of(DeployedCrew(url="https://crew.example", token="token", flow=flow))  # type: ignore[arg-type]
+    for flow in (False, True)
+)
 
 
 def topics(count: int, bad: Collection[int] = (), **more: Any) -> list[dict[str, Any]]:
@@ -67,10 +70,10 @@ class Batches:
             return [str(one.data) for one in await client.read_artifacts(artifact_filter=key)]
 
 
-def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew = CREW, **options: Any) -> RowPlan:
-    """Return how rows become runs; `options` are those of a batch."""
+def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew | None = None, **options: Any) -> RowPlan:
+    """Return how rows become runs; `options` are those of a batch. With a session, the crew is a Flow."""
     dataset = data if isinstance(data, Dataset) else open_dataset(data)
-    return RowPlan(dataset, BatchOptions(**options), crew, expected)
+    return RowPlan(dataset, BatchOptions(**options), crew or (FLOW if "session" in options else CREW), expected)
 
 
 def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> RunRecord:
