@@ -70,7 +70,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("run {closed} -i a=1 -i a=2", 2, "-i a is given twice"),
         ("run {url}", 2, "Missing inputs: who"),
         ("run {url} -i who=Ada -i colour=red", 2, "Unknown inputs: colour."),
-        ("run {url} -i who=Ada --restore-from 42", 2, "restore_from is '42'"),
         ("run {url} -i who=Ada --timeout 0", 2, "timeout"),
         ("run {url} -i who=Ada --key {{tomorrow}}", 2, "scheduled_start"),
         ("run {url} -i who=Ada --session=", 2, "session is ''; it has to be a name of 1 to 200 characters"),

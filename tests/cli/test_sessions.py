@@ -28,21 +28,28 @@ def journal(prefect_api: PrefectServer, crews: CrewServer) -> str:
     return f"{crews.url}/journal"
 
 
-def test_a_session_is_run_and_its_turns_are_listed(here: Command, journal: str, session: str) -> None:
+@pytest.fixture
+def saved(here: Command, journal: str) -> str:
+    name = f"journal-{uuid.uuid4().hex[:8]}"
+    assert here("crews", "save", name, "--url", journal, "--flow").code == 0
+    return name
+
+
+def test_a_session_is_run_and_its_turns_are_listed(here: Command, journal: str, saved: str, session: str) -> None:
     for note in ("tea", "bad", "rain"):
-        done = here("run", journal, "-i", f"note={note}", "--session", session)
+        done = here("run", saved, "-i", f"note={note}", "--session", session)
         assert (done.code == 0) == (note != "bad")
     assert done.out == "2 rain after 1 tea\n"
     titles, *rows = [line.split("\t") for line in here("runs", "ls", "--session", f" {session} ").out.splitlines()]
     assert titles == ["State", "Run", "Crew", "Since", "Turn"]
     assert [(row[0], row[-1]) for row in rows] == [("completed", "1"), ("failed", "2"), ("completed", "3")]
-    assert {row[2] for row in rows} == {journal.partition("://")[2]}
+    assert {row[2] for row in rows} == {saved}
     turns = here("runs", "ls", "--session", session, "-o", "json").json
     assert [(turn["session"], turn["turn"]) for turn in turns] == [(session, number) for number in (1, 2, 3)]
     assert here("runs", "ls", "--session", f"not {session}").out.startswith("No such run is on record.")
 
 
-def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str, session: str) -> None:
+def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str, saved: str, session: str) -> None:
     async def write() -> str:
         facts: dict[str, Any] = {"crew_url": journal, "session": session, "good_for": LONG_AGO}
         record = await put(new_record(**facts))
@@ -58,7 +65,7 @@ def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str
     command = f"prefect-crew runs resolve {key} --kickoff-id ID, or --never-started"
     (turn,) = here("runs", "ls", "--session", session, "-o", "json").json
     assert command in turn["todo"]
-    refused = here("run", journal, "-i", "note=tea", "--session", session).error(4)
+    refused = here("run", saved, "-i", "note=tea", "--session", session).error(4)
     assert command in " ".join(refused.split())
     assert here("runs", "resolve", shlex.split(key)[0], "--never-started", "--yes").code == 0
-    assert here("run", journal, "-i", "note=tea", "--session", session).out == "1 tea\n"
+    assert here("run", saved, "-i", "note=tea", "--session", session).out == "1 tea\n"

@@ -176,7 +176,7 @@ def test_a_session_of_a_flow_that_persists(crew: Serve, prefect_api: object, ins
     server, _ = crew("Counting")
     results = [run_crew(server.crew(), session="a") for _ in range(3)]
     assert [result.data["count"] for result in results] == [1, 2, 3]
-    assert [result.data["id"] for result in results] == [run.inputs["id"] for run in server.runs]
+    assert [result.data["id"] for result in results] == [run.id for run in server.runs]
     assert run_crew(server.crew(), session="b").data["count"] == 1
 
 

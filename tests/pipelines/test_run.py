@@ -298,12 +298,10 @@ async def test_a_step_keeps_its_inputs_whatever_began_before(crew_server: CrewSe
 
 
 async def test_a_step_may_start_from_a_state(echo: CrewServer):
-    state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
+    state = "the id of an earlier run"
     first = pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state)
     await pc.arun_pipeline([first, pc.CrewStep("b", echo.crew(), {"text": "y"})], idempotency_key=key())
     assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
-    with pytest.raises(pc.ConfigurationError, match="step 'a': restore_from is '42'"):
-        await pc.arun_pipeline([pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from="42")])
 
 
 async def test_steps_may_be_turns_of_a_session(crew_server: CrewServerFactory):
