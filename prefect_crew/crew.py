@@ -321,8 +321,8 @@ class WaitPolicy(BaseModel):
         ge=0,
         description=(
             "Seconds for which a run that the server no longer knows is polled before the wait gives up. A hosted crew "
-            "that waits for a person looks the same, until a webhook brings its question: so no other time limit counts "
-            "meanwhile."
+            "that waits for a person looks the same, until a webhook brings its question: so meanwhile no other time "
+            "limit counts."
         ),
     )
     on_timeout: Literal["leave", "stop"] = Field(

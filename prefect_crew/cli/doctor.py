@@ -106,43 +106,37 @@ def doctor(crew: CrewName | None = None, /, *, output: Output = None, access: Cr
 
 async def check_crew(client: CrewClient, findings: Findings) -> None:
     """Look at a crew: its URL, TLS, token and `/inputs`. `client` is open."""
-    url, is_healthy = urlsplit(client.url), True
+    url = urlsplit(client.url)
     subject = "TLS" if url.scheme == "https" else "server"
     if url.scheme == "https" or url.hostname in ("127.0.0.1", "::1", "localhost"):
         findings.add("ok", "URL", client.url)
     else:
         unsafe = f"{client.url} sends the token over the network without encryption."
         findings.add("warning", "URL", unsafe, "Use https, unless nobody else uses this network.")
+    inputs, problem = [], None
     try:
-        is_healthy = await client.health()
-    except AuthenticationError:
-        pass  # it answers; the token is looked at next
-    except CrewError as error:
+        inputs = await client.inputs()
+    except CrewConnectionError as error:
         fix = (
             "Check the URL, whether it begins with http or https, that the crew is online on its page, and that no "
             "firewall or proxy is in between. For a CA of your own set SSL_CERT_FILE."
         )
-        no_answer = f"No answer: {error.reason}." if isinstance(error, CrewConnectionError) else str(error)
-        findings.add("problem", subject, no_answer, fix)
+        findings.add("problem", subject, f"No answer: {error.reason}.", fix)
         return
+    except CrewError as error:
+        problem = error
     findings.add("ok", subject, "the certificate is accepted" if subject == "TLS" else "it answers")
-    try:
-        inputs = await client.inputs()
-    except AuthenticationError as error:
+    if isinstance(problem, AuthenticationError):
         fix = (
             "Copy the token again from the Status tab of the crew's page; every crew has its own, and a User Bearer "
             "Token may do less than a Bearer Token. Then: prefect-crew crews save NAME --overwrite."
         )
-        findings.add("problem", "token", f"It is refused with {error.status_code}.", fix)
-    except NotFoundError:
-        if is_healthy:
-            fix = "Check that the URL is the crew's own, without a path."
-            findings.add("warning", "inputs", "GET /inputs returns 404, so no kickoff's inputs are checked.", fix)
-        else:
-            fix = "Copy the URL again from the Status tab of the crew's page."
-            findings.add("problem", "crew", "Every request returns 404, so there seems to be no crew at this URL.", fix)
-    except CrewError as error:
-        findings.add("problem", "inputs", str(error), "Until this works, no kickoff's inputs are checked.")
+        findings.add("problem", "token", f"It is refused with {problem.status_code}.", fix)
+    elif isinstance(problem, NotFoundError):
+        fix = "Copy the URL again from the Status tab of the crew's page, without a path."
+        findings.add("problem", "crew", "GET /inputs returns 404, so there seems to be no crew at this URL.", fix)
+    elif problem is not None:
+        findings.add("problem", "inputs", str(problem), "Until this works, no kickoff's inputs are checked.")
     else:
         findings.add("ok", "token", "it is accepted")
         names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in inputs)

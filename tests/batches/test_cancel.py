@@ -110,7 +110,8 @@ async def test_a_stopped_row_runs_again(
     monkeypatch.setattr(CrewClient, "stop", answered)
     await cancelled(batch, server, ROWS[:20], name=name, on_cancel="leave" if by_command else "stop")
     if by_command:
-        await cancel(name, crew=CrewOfRun(crew=server.url, token=server.token))
+        monkeypatch.setenv("CREW_TOKEN", server.token)
+        await cancel(name, crew=CrewOfRun(crew=server.url))
     assert {str(run.state) for run in server.runs} == {"stopped"}
     held.release()
     report = await batch(server.crew(), ROWS[:20], name=name, breaker=5)

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from prefect_crew import Budget, DeployedCrew, WaitPolicy
 from prefect_crew.devserver import CrewServer
 from support.commands import TOKEN, Command
+from support.servers import Crews
 
 BUDGET = Budget(max_cost=0.5, per="day")
 
@@ -61,8 +62,9 @@ def test_an_overwritten_crew_keeps_what_is_not_given(here: Command, crews: CrewS
     assert block.wait.factor == 2
 
 
-def test_a_token_is_renewed_alone(here: Command, crews: CrewServer, stored: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(crews, "token", "renewed-token")
+def test_a_token_is_renewed_alone(here: Command, crews: Crews, stored: str, monkeypatch: pytest.MonkeyPatch):
+    for server in (crews, *crews.crews.values()):
+        monkeypatch.setattr(server, "token", "renewed-token")
     assert "prefect-crew crews save NAME --overwrite" in here("run", stored, "-i", "who=Ada").error(1)
     monkeypatch.setenv("CREW_TOKEN", "renewed-token")
     assert here("crews", "save", stored, "--overwrite").code == 0

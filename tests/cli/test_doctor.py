@@ -65,12 +65,12 @@ async def test_what_is_found_of_a_crew():
         assert fix in problem.fix
 
 
-@pytest.mark.parametrize(("fault", "level"), [("inputs:404", "warning"), ("inputs:500", "problem")])
-async def test_inputs_that_cannot_be_asked_for(fault: str, level: str):
+@pytest.mark.parametrize(("fault", "subject"), [("inputs:404", "crew"), ("inputs:500", "inputs")])
+async def test_inputs_that_cannot_be_asked_for(fault: str, subject: str):
     with CrewServer("echo", faults=[fault]) as server:
         *others, last = await look_at_crew(server.url, server.token)
-    assert last.subject == "inputs"
-    assert last.level == level
+    assert last.subject == subject
+    assert last.level == "problem"
     assert last.fix
     assert {finding.level for finding in others} == {"ok"}
 

@@ -103,7 +103,11 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("deploy {crew} -i colour=red", 2, "does not know the inputs colour; it takes who."),
         ("deploy {crew} --cron now -i who=Ada", 2, "cron"),
         ("deploy {crew} --interval 1e15 -i who=Ada", 2, "The schedule cannot be made"),
-        ("deploy {crew} --cron @daily --timezone Mars/Base -i who=Ada", 2, "cannot be made: Invalid timezone"),
+        (
+            "deploy {crew} --cron @daily --timezone Mars/Base -i who=Ada",
+            2,
+            "made: timezone: Invalid timezone",
+        ),
         ("deploy --pipeline {pipeline} -i colour=red", 2, "it takes who, times, tone."),
         ("deploy --pipeline {pipeline} -i times=two", 2, "The default of the input times must be JSON of the"),
         ("deploy --pipeline {no_step}", 2, "'whom' is no step, and no input that has a value"),
