@@ -339,8 +339,9 @@ async def read_status(run: LiveRun) -> CrewStatus:
     asks for the run's newest id, and a run with an open question that a webhook brought waits for a person. The status
     has the run's first id. Where the Prefect API does not answer, it says what the crew's server said.
     """
-    status = await _status_of(run)
-    if status.state is CrewState.UNKNOWN or (was_asked(run.record) and status.state not in _GOES_ON):
+    status, record = await _status_of(run), run.record
+    was_asked = record is not None and (record.human_since or record.human_seconds or record.human_task)
+    if status.state is CrewState.UNKNOWN or (was_asked and status.state not in _GOES_ON):
         before, task_id = run.current_id, None
         try:
             task_id = await follow(run)
@@ -354,11 +355,6 @@ async def read_status(run: LiveRun) -> CrewStatus:
 
 
 _GOES_ON = (CrewState.PENDING, CrewState.RUNNING)
-
-
-def was_asked(record: RunRecord | None) -> bool:
-    """Return whether a record says that its run has waited for a person, or does."""
-    return record is not None and bool(record.human_since or record.human_seconds or record.human_task)
 
 
 async def _status_of(run: LiveRun) -> CrewStatus:

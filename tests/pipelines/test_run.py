@@ -298,7 +298,7 @@ async def test_a_step_keeps_its_inputs_whatever_began_before(crew_server: CrewSe
 
 
 async def test_a_step_may_start_from_a_state(echo: CrewServer):
-    state = "the id of an earlier run"
+    state = str(uuid.uuid4())
     first = pc.CrewStep("a", echo.crew(), {"text": "x"}, restore_from=state)
     await pc.arun_pipeline([first, pc.CrewStep("b", echo.crew(), {"text": "y"})], idempotency_key=key())
     assert {run.inputs["text"]: run.restore_from for run in echo.runs} == {"x": state, "y": None}
