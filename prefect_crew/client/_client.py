@@ -206,7 +206,7 @@ class CrewClient:
         del feedback  # error reporters show the local variables of all frames
         answer, call = await self._send_resume(kickoff_id, Unshown(body), webhooks)
         if answer.status == 422 and (refused := _parsing.other_spelling(answer.text)):
-            self._refused_fields |= refused
+            self._refused_fields = refused
             answer, call = await self._send_resume(kickoff_id, Unshown(body), webhooks)
         del body
         return await self._parsed(call, answer, "the answer to a resume", _parsing.parse_resume)

@@ -508,9 +508,11 @@ def parse_resume(value: Any) -> ResumeAnswer | None:
     """Return the server's answer to an accepted resume (2xx): `{status, message}`, an id, or an empty body."""
     source = as_object(value)
     status, message = as_text(source.get("status")), as_text(source.get("message"))
-    if not isinstance(value, dict | None) or (status is None and error_text(source.get("error"))):
+    kickoff_id = pick(as_id, source, *RUN_KEYS)
+    is_error = status is None and bool(error_text(source.get("error")))
+    if not isinstance(value, dict | None) or is_error or not (kickoff_id or "").isprintable():
         return None
-    return ResumeAnswer(kickoff_id=pick(as_id, source, *RUN_KEYS), status=status, message=message, raw=value)
+    return ResumeAnswer(kickoff_id=kickoff_id, status=status, message=message, raw=value)
 
 
 _CURRENT_STATE = re.compile(r"current state:?\s*['\"]?([A-Za-z][A-Za-z _-]*)", re.IGNORECASE)

@@ -60,8 +60,8 @@ GATHER = 0.02  # seconds for which more is waited for once there is something: r
 MOST_HELD = 300  # answers that are held back at the same time
 
 RunName = tuple[str, int | None]  # an idempotency key and an attempt at it
-NoteName = tuple[str, int | None, int]
-"""The name of a question: the run's key, attempt and number of answers before; for a Flow, the kickoff id alone."""
+NoteName = tuple[str, str | None, int]
+"""The name of a question: the run's key, claim and number of answers before; for a Flow, the kickoff id alone."""
 
 
 class RecentWebhooks:
@@ -183,7 +183,7 @@ class Forwarder:
         hook = item.hook
         if len(item.output or "") > MAX_OUTPUT:
             item = replace(item, output=None)
-        name = hook.idempotency_key, hook.attempt, hook.round
+        name = hook.idempotency_key, hook.claim, hook.round
         is_question = hook.kind == "human_input"
         # A hosted crew goes on under another id after each answer, and may show its question nowhere else.
         if hook.attempt is not None and item.kickoff_id and (is_question or (hook.round and not self._has_note(name))):
@@ -288,7 +288,7 @@ class Forwarder:
         # A server may send it again and again, also after it was answered and forgotten.
         if self._stored.get(name) == digest:
             return
-        await keep_note(event.hook.idempotency_key, event.hook.attempt or 1, event.hook.round, note)
+        await keep_note(*name, note)
         if len(self._stored) >= REMEMBERED:
             del self._stored[next(iter(self._stored))]
         self._stored[name] = digest

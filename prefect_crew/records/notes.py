@@ -4,8 +4,8 @@ The text to judge may be long and is not for everyone, and the callback URL of a
 Everybody with access to the server can read a Variable, and it holds 5,000 characters. A block is encrypted; a crew's
 token is in a block as well. Each block is read by its exact name:
 
-- `crew-question-KEY-ATTEMPT-ANSWERS` is what the webhooks after so many answers brought: the run's id by then, and of a
-  human-input webhook the task that waits and the output to judge.
+- `crew-question-KEY-CLAIM-ANSWERS` is what the webhooks after so many answers brought: the run's id by then, and of a
+  human-input webhook the task that waits and the output to judge. Another run of the same key has another claim.
 - `crew-question-RUN` is the question of a Flow. A Flow waits for one answer at a time, so a later question replaces it.
 
 Every function raises one of PREFECT_ERRORS if the Prefect API cannot be reached or refuses.
@@ -22,7 +22,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
 from prefect_crew.client.models import ReviewRequest
-from prefect_crew.records.model import RunRecord, digest
+from prefect_crew.records.model import RunRecord, claim_of, digest
 
 MAX_OUTPUT = 200_000
 """The most characters of a text to judge. A longer text is not stored: nobody can judge a part of it."""
@@ -45,17 +45,17 @@ class _Block(NamedTuple):
     value: Any
 
 
-def _output_name(idempotency_key: str, attempt: int, answers: int) -> str:
-    return f"crew-question-{digest(idempotency_key)}-{attempt}-{answers % NUMBERS}"
+def _output_name(idempotency_key: str, claim: str | None, answers: int) -> str:
+    return f"crew-question-{digest(idempotency_key)}-{claim}-{answers % NUMBERS}"
 
 
 def _question_name(kickoff_id: str) -> str:
     return f"crew-question-{digest(kickoff_id)}"
 
 
-async def _save(name: str, value: Any) -> None:
+async def _save(name: str, value: Any, *, overwrite: bool = True) -> None:
     block: Any = Secret(value=value)
-    await block.save(name, overwrite=True, _sync=False)
+    await block.save(name, overwrite=overwrite, _sync=False)
 
 
 async def _read(names: Sequence[str]) -> dict[str, _Block]:
@@ -84,14 +84,19 @@ async def _delete(*blocks: _Block) -> None:
                 continue
 
 
-async def keep_note(idempotency_key: str, attempt: int, answers: int, note: Note) -> None:
-    """Store what the webhooks after this number of answers brought."""
-    await _save(_output_name(idempotency_key, attempt, answers), note._asdict())
+async def keep_note(idempotency_key: str, claim: str | None, answers: int, note: Note) -> None:
+    """Store what the webhooks after this number of answers brought. One of another kind replaces no question."""
+    is_question = note.task_id is not None
+    try:
+        await _save(_output_name(idempotency_key, claim, answers), note._asdict(), overwrite=is_question)
+    except ValueError:  # the block exists
+        if is_question:
+            raise
 
 
 async def kept_note(record: RunRecord, answers: int) -> Note:
     """Return what the webhooks after this number of answers brought."""
-    name = _output_name(record.idempotency_key, record.attempt, answers)
+    name = _output_name(record.idempotency_key, claim_of(record.owner), answers)
     block = (await _read([name])).get(name)
     return Note(None) if block is None else Note(**block.value)
 
@@ -131,6 +136,6 @@ async def forget_notes(record: RunRecord, answers: int) -> None:
     names = [] if record.kickoff_id is None else [_question_name(record.kickoff_id)]
     if record.has_webhooks:
         numbers = range(min(answers + 2, NUMBERS))  # one more, in case the last answer was taken back
-        names += [_output_name(record.idempotency_key, record.attempt, number) for number in numbers]
+        names += [_output_name(record.idempotency_key, claim_of(record.owner), number) for number in numbers]
     if names:
         await _delete(*(await _read(names)).values())

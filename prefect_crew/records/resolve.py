@@ -23,6 +23,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.records.budgets import release
 from prefect_crew.records.decision import latest_start
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, claim_of
+from prefect_crew.records.notes import kept_note
 from prefect_crew.states import CrewState
 
 RESOLVED_BY_PERSON = "resolved: it never started"
@@ -76,7 +77,7 @@ async def resolve_started(
             f"Run {kickoff_id} is of the idempotency key {status.idempotency_key!r}, by its own meta. Nothing was "
             "changed. Look for another run on the crew's page, or give --never-started if there is none."
         )
-    if state is CrewState.UNKNOWN:
+    if state is CrewState.UNKNOWN and not await _waits(record, kickoff_id):
         raise ConfigurationError(
             f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed. Check the id on "
             "the crew's page; give --never-started if there is no such run."
@@ -228,6 +229,12 @@ def attempt_of(attempts: Sequence[RunRecord], attempt: int | None) -> RunRecord 
     return next((candidate for candidate in attempts if candidate.attempt == attempt), None)
 
 
+async def _waits(record: RunRecord, kickoff_id: str) -> bool:
+    """Return whether a webhook said that the run waits for a person: a hosted crew's status then does not know it."""
+    note = await kept_note(record, 0)
+    return note.task_id is not None and note.kickoff_id == kickoff_id
+
+
 async def resolve_from_webhook(
     idempotency_key: str,
     kickoff_id: str,
@@ -262,7 +269,7 @@ async def resolve_from_webhook(
     try:
         async with CrewSession(crew) as session:
             status = await session.call(lambda client: client.status(kickoff_id))
-        if status.state is CrewState.UNKNOWN:
+        if status.state is CrewState.UNKNOWN and not await _waits(record, kickoff_id):
             return Resolution.NOT_KNOWN
         await resolve_started(record, kickoff_id, records)
     except ConfigurationError:

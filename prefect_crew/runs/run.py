@@ -376,6 +376,8 @@ async def follow(run: LiveRun) -> str | None:
         await run.records.save_review(record, len(answers), answers[-1].model_copy(update=update))
         known_ids.append(str(note.kickoff_id))
     goes_on_as(run, known_ids[-1])
+    if record.has_webhooks and note.kickoff_id is None and answers and answers[-1].outcome != "sent":
+        note = await kept_note(record, len(answers) - 1)  # nobody knows whether the answer arrived: so it still waits
     if note.task_id is not None:
         return note.task_id
     question = (await kept_questions(run.current_id)).get(run.current_id)

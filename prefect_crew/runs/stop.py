@@ -36,6 +36,7 @@ from prefect_crew.exceptions import CrewError, FlowRunCancelledError
 from prefect_crew.prices import cost_of
 from prefect_crew.records.decision import Caller
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
+from prefect_crew.records.notes import kept_note
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import PAGE, Variable, pages_by_change, read_exact
 from prefect_crew.runs.run import LiveRun, close_run, read_record
@@ -235,7 +236,7 @@ async def stop_run(run: LiveRun, *, idempotency_key: str | None = None, is_repea
         if not is_repeated and run.record is not None and stop_was_asked(run.record):
             return StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED)
         with withholding(run.redact_text):
-            newest = kickoff_id if run.record is None else await newest_id(run.record, run.records)
+            newest = run.current_id if run.record is None else await newest_id(run.record, run.records)
             answer = await session.call(lambda client: client.stop(newest))
             if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
                 try:
@@ -346,12 +347,16 @@ async def stop_once(session: CrewSession, record: RunRecord, records: RecordStor
 
 async def newest_id(record: RunRecord, records: RecordStore) -> str:
     """Return the id under which a run goes on; its first one if the record's store does not answer within seconds."""
+    newest = str(record.kickoff_id)
     try:
-        answers = await asyncio.wait_for(records.reviews(record), LOOK_WITHIN)
+        async with asyncio.timeout(LOOK_WITHIN):
+            answers = await records.reviews(record)
+            newest = next((answer.continued_as for answer in reversed(answers) if answer.continued_as), newest)
+            if answers and record.has_webhooks:
+                newest = (await kept_note(record, len(answers))).kickoff_id or newest
     except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
         run_logger().debug("The answers to run %s could not be read: %r", record.kickoff_id, error)
-        answers = []
-    return next((answer.continued_as for answer in reversed(answers) if answer.continued_as), str(record.kickoff_id))
+    return newest
 
 
 @asynccontextmanager

@@ -347,7 +347,7 @@ class _Waiter(Watcher):
             self._has_stopped = True
             if record is not None:
                 return await stop_once(self.run.session, record, self.run.records)
-            return (await self.run.session.call(lambda client: client.stop(run.kickoff_id))).accepted
+            return (await self.run.session.call(lambda client: client.stop(run.current_id))).accepted
         except (CrewError, *PREFECT_ERRORS) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False

@@ -116,4 +116,4 @@ def test_a_caller_that_dies_leaves_its_session_to_others(
         assert server.kickoffs_by_key == {idempotency_key: 1, other: 1}
         turns = sorted(str(one.output).split(maxsplit=1)[0] for one in (first, second))
         assert turns == ["1", "2"]
-        assert server.runs[1].restore_from == server.runs[0].inputs["id"]
+        assert server.runs[1].restore_from == server.runs[0].id

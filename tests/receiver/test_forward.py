@@ -22,7 +22,7 @@ from prefect_crew.receiver import forward as module
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.receiver.forward import Forwarder
-from prefect_crew.records.model import RecordPhase, utcnow
+from prefect_crew.records.model import RecordPhase, claim_of, utcnow
 from prefect_crew.records.notes import kept_note, kept_questions
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import resume_run
@@ -37,10 +37,13 @@ from support.webhooks import BODIES, SECRET, events_of, served, until
 pytestmark = pytest.mark.usefixtures("prefect_api")
 
 
-def event_about(key: str, which: str = "crew-first", **changes: Any) -> WebhookEvent:
+CLAIM = claim_of("owner")
+
+
+def event_about(key: str, which: str = "crew-first", *, claim: str | None = None, **changes: Any) -> WebhookEvent:
     """Return a webhook about the first attempt at a key; `changes` are fields of its body."""
     kind: Any = which.partition("-")[0]
-    hook = Hook(kind, key, utcnow() + timedelta(days=1), 1)
+    hook = Hook(kind, key, utcnow() + timedelta(days=1), 1, claim=claim)
     return read_events(hook, json.dumps({**BODIES[which], **changes}).encode())[0]
 
 
@@ -194,11 +197,11 @@ async def test_a_question_is_reported_once_its_latest_text_is_stored(
 
     monkeypatch.setattr(module, "keep_note", keep_slowly)
     for text in ("first", "second", "third", "third"):
-        forwarder.put(event_about(key, "human_input-first", task_output=text))
+        forwarder.put(event_about(key, "human_input-first", task_output=text, claim=CLAIM))
         await asyncio.sleep(0.01)
     await until(lambda: len(forwarder.recent._kept) == 2, "both are reported")
-    assert (await kept_note(new_record(key), 0)).output == "third"
-    forwarder.put(event_about(key, "human_input-first", task_output="third"))
+    assert (await kept_note(new_record(key, owner="owner"), 0)).output == "third"
+    forwarder.put(event_about(key, "human_input-first", task_output="third", claim=CLAIM))
     await until(lambda: len(forwarder.recent._kept) == 3, "it is seen to")
     assert attempts == [("first", 0), ("third", 1), ("third", 1)]
 
@@ -207,7 +210,7 @@ async def test_a_question_while_prefect_is_away_is_kept(key: str, prefect_api: P
     async with behind_a_proxy(prefect_api) as (proxy, forwarder):
         proxy.cut()
         forwarder.put(question_of(key))
-        forwarder.put(event_about(key, "human_input-first", task_output="a draft"))
+        forwarder.put(event_about(key, "human_input-first", task_output="a draft", claim=CLAIM))
         await asyncio.sleep(1)
         assert forwarder.report()["waiting"] == 2
         assert woken_by(forwarder) == []
@@ -215,7 +218,7 @@ async def test_a_question_while_prefect_is_away_is_kept(key: str, prefect_api: P
         await until(lambda: forwarder.report()["waiting"] == 0, "both are stored")
         assert woken_by(forwarder) == ["human_input"]
     assert (await kept_questions(key))[key].task_id == "t"
-    assert (await kept_note(new_record(key), 0)).output == "a draft"
+    assert (await kept_note(new_record(key, owner="owner"), 0)).output == "a draft"
 
 
 async def test_a_forbidden_text_holds_up_nothing(key: str, forwarder: Forwarder, monkeypatch: Any, caplog: Any):
@@ -223,7 +226,7 @@ async def test_a_forbidden_text_holds_up_nothing(key: str, forwarder: Forwarder,
     error = httpx.HTTPStatusError("", request=httpx.Request("POST", "http://x"), response=httpx.Response(403))
     for keep in ("keep_note", "keep_question"):
         monkeypatch.setattr(module, keep, AsyncMock(side_effect=error))
-    forwarder.put(event_about(key, "human_input-first"))
+    forwarder.put(event_about(key, "human_input-first", claim=CLAIM))
     forwarder.put(question_of(key))
     forwarder.put(event_about(key))
     await events_of(key, at_least=2)

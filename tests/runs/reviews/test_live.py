@@ -14,7 +14,11 @@ import prefect_crew as pc
 from prefect_crew import cli
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.records.model import claim_of
+from prefect_crew.records.notes import Note, keep_note, kept_note
+from prefect_crew.records.store import PrefectRecords
 from prefect_crew.testing import CrewServerFactory
+from support.records import new_record
 from support.scripts import script
 from support.waiting import until
 from support.webhooks import SECRET, served
@@ -36,9 +40,11 @@ async def receiver(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
 
 
 def run_of(server: CrewServer, key: str, wait: pc.WaitPolicy = WAIT, **options: Any) -> "asyncio.Task[pc.CrewResult]":
+    crew = options.pop("crew", None) or server.crew(wait=wait)
+
     @flow(persist_result=False)
     async def asking() -> pc.CrewResult:
-        return await pc.arun_crew(server.crew(wait=wait), {}, idempotency_key=key, **options)
+        return await pc.arun_crew(crew, {}, idempotency_key=key, **options)
 
     return asyncio.create_task(asking())  # type: ignore[arg-type]
 
@@ -127,6 +133,54 @@ async def test_an_answer_whose_reply_is_lost_is_never_sent_again(
     assert result.output == "Draft. No."
     assert server.requests["resume"] == 2
     assert server.kickoffs == 1
+
+
+async def test_an_answer_that_may_not_have_arrived_makes_no_run_a_lost_one(
+    crew_server: CrewServerFactory, receiver: None, capsys: pytest.CaptureFixture[str]
+):
+    server, key = crew_server(ASKS, response_format="live", faults=["resume:drop-before-accept@1"]), new_key()
+    for wait in (WAIT, IMPATIENT):
+        with pytest.raises(pc.AnswerUncertainError, match="--kickoff-id"):
+            await asyncio.wait_for(run_of(server, key, wait, review=lambda _: pc.Review(approve=True)), 60)
+    (run,) = server.runs
+    assert await command(server, "runs", "resolve", key, "--lost", "--yes") == 2
+    assert await command(server, "runs", "resolve", key, "--kickoff-id", run.id) == 2
+    assert "nobody knows whether the last answer arrived" in " ".join(capsys.readouterr().err.split())
+    assert server.requests["resume"] == server.kickoffs == 1
+
+
+@pytest.mark.parametrize("known_by", ["webhook", "person"])
+async def test_an_uncertain_kickoff_whose_run_waits_for_a_person_is_resolved(
+    crew_server: CrewServerFactory, receiver: None, known_by: str
+):
+    server = crew_server(ASKS, response_format="live", faults=["kickoff:drop-after-accept@1"])
+    crew, key = server.crew(wait=WAIT), new_key()
+    await crew.save(key, _sync=False)  # where a receiver finds it
+    with pytest.raises(pc.KickoffUncertainError):
+        await run_of(server, key, crew=crew)
+    (run,) = server.runs
+    (record,) = await PrefectRecords().attempts(key)
+    while (await kept_note(record, 0)).kickoff_id is None:
+        await asyncio.sleep(0.1)
+    if known_by == "webhook":
+        async with asyncio.timeout(40):
+            while (await PrefectRecords().attempts(key))[0].kickoff_id is None:
+                await asyncio.sleep(0.2)
+    else:
+        assert await command(server, "runs", "resolve", key, "--kickoff-id", run.id) == 0
+    result = await asyncio.wait_for(run_of(server, key, crew=crew, review=lambda _: pc.Review(approve=True)), 60)
+    assert result.output == "Draft. "
+    assert server.kickoffs == 1
+
+
+async def test_a_webhook_of_another_kind_replaces_no_question(prefect_api: object):
+    record = new_record()
+    question, claim = Note("run", "draft", "A draft."), claim_of(record.owner)
+    await keep_note(record.idempotency_key, claim, 1, Note("run"))
+    await keep_note(record.idempotency_key, claim, 1, question)
+    await keep_note(record.idempotency_key, claim, 1, Note("run"))
+    await keep_note(record.idempotency_key, claim_of("another call"), 1, Note("another run"))
+    assert await kept_note(record, 1) == question
 
 
 async def test_a_stop_names_the_run_that_goes_on(crew_server: CrewServerFactory, receiver: None):
