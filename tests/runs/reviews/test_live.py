@@ -154,7 +154,8 @@ async def test_an_uncertain_kickoff_whose_run_waits_for_a_person_is_resolved(
     crew_server: CrewServerFactory, receiver: None, known_by: str
 ):
     server = crew_server(ASKS, response_format="live", faults=["kickoff:drop-after-accept@1"])
-    crew, key = server.crew(wait=WAIT), new_key()
+    crew: Any = server.crew(wait=WAIT)
+    key = new_key()
     await crew.save(key, _sync=False)  # where a receiver finds it
     with pytest.raises(pc.KickoffUncertainError):
         await run_of(server, key, crew=crew)
