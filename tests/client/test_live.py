@@ -112,6 +112,20 @@ async def test_a_second_refusal_is_final(router: respx.MockRouter, client: CrewC
     assert route.call_count == 2
 
 
+async def test_an_id_that_harms_logs_is_no_answer(router: respx.MockRouter, client: CrewClient):
+    router.post("/resume").respond(json={"kickoff_id": "k2\n\x1b[2J"})
+    with pytest.raises(pc.ResponseFormatError):
+        await client.resume("k1", "t1", "ok", True)
+
+
+async def test_another_refusal_does_not_add_to_the_first(router: respx.MockRouter, client: CrewClient):
+    answers = [refusal("isApprove"), refusal("is_approve")]
+    router.post("/resume").mock(side_effect=[answers[0], httpx.Response(200), answers[1], httpx.Response(200)])
+    for _ in answers:
+        await client.resume("k1", "t1", "ok", True)
+    assert [body.keys() & (DOCUMENTED | LIVE).keys() for body in bodies(router)][-1] in (DOCUMENTED.keys(), LIVE.keys())
+
+
 async def test_missing_inputs_are_named(router: respx.MockRouter, client: CrewClient):
     router.post("/kickoff").respond(422, json={"detail": "Missing inputs: audience, topic"})
     with pytest.raises(pc.InvalidInputsError) as caught:
