@@ -225,8 +225,9 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
     attempts = await _attempts(run, records)
     lines, status, newest = [await look_at(attempt, records) for attempt in attempts], None, None
     latest = latest_start(attempts) or attempts[-1]
-    if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
+    if latest.kickoff_id is not None:
         newest = await newest_id(latest, records)
+    if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
         async with _status_call(latest, records, crew) as look:
             try:
                 status = await look(latest.kickoff_id) if look else None
@@ -234,9 +235,10 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
                 _output.note(str(error))
     if output:
         documents = [_as_json(line) for line in lines]
+        documents[attempts.index(latest)] |= {"goes_on_as": newest}
         if status is not None:
             document = status.model_dump(mode="json", exclude={"raw": True, "tasks": {"__all__": {"raw"}}})
-            documents[attempts.index(latest)] |= {"status": document, "goes_on_as": newest}
+            documents[attempts.index(latest)] |= {"status": document}
         _output.put_json(documents)
         return
     for line in lines:

@@ -92,6 +92,8 @@ async def test_the_run_that_an_answer_names_is_waited_for_after_a_crash(
     result = await asyncio.wait_for(run_of(server, key, review=judge), 60)
     assert result.output == "Draft. Shorter."
     assert server.kickoffs == 1
+    assert await command(server, "runs", "inspect", key) == 0
+    assert f"Goes on as: {run.id}" in capsys.readouterr().out, "also after its end"
 
 
 async def test_a_run_that_fails_after_an_answer_is_an_error_at_once(crew_server: CrewServerFactory, receiver: None):
