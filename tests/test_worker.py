@@ -371,7 +371,10 @@ async def test_a_renamed_worker_is_online_under_its_new_name(pool: CrewPool):
 
 async def test_a_key_that_may_not_change_the_pool_is_enough(proxy: Proxy):
     async with get_client() as prefect:
-        pool = await prefect.create_work_pool(WorkPoolCreate(name=f"bare {uuid4()}", type="crew"))
+        template = CrewWorker.get_default_base_job_template()  # as `prefect work-pool create` gives it
+        pool = await prefect.create_work_pool(
+            WorkPoolCreate(name=f"bare {uuid4()}", type="crew", base_job_template=template)
+        )
     proxy.refuse = f"PATCH /api/work_pools/{quote(pool.name)}"
     async with CrewWorker(pool.name, name="keyed") as worker:
         await worker.sync_with_backend()
