@@ -138,8 +138,13 @@ def short_name(record: RunRecord) -> str:
 
 
 @asynccontextmanager
-async def _status_call(record: RunRecord, records: RecordStore, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
-    """Yield the method that asks a run's crew for a status. If the crew is not known, write a note and yield None."""
+async def _status_call(
+    record: RunRecord, records: RecordStore, crew: CrewOfRun, *, with_webhooks: bool = True
+) -> AsyncGenerator[Look | None]:
+    """Yield the method that asks a run's crew for a status. If the crew is not known, write a note and yield None.
+
+    `with_webhooks`: a run of which a webhook says that it waits for a person does so, though its server knows it not.
+    """
     loaded_crew = await crew.find(record)
     if loaded_crew is None:
         _output.note(f"The crew's server was not asked. {crew.missing(record)}")
@@ -150,7 +155,7 @@ async def _status_call(record: RunRecord, records: RecordStore, crew: CrewOfRun)
             yield (
                 lambda kickoff_id: (
                     read_status(run)
-                    if kickoff_id == record.kickoff_id
+                    if with_webhooks and kickoff_id == record.kickoff_id
                     else session.call(lambda client: client.status(kickoff_id))
                 )
             )
@@ -227,12 +232,12 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
     latest = latest_start(attempts) or attempts[-1]
     if latest.kickoff_id is not None:
         newest = await newest_id(latest, records)
-    if latest.phase is RecordPhase.STARTED and latest.kickoff_id is not None:
-        async with _status_call(latest, records, crew) as look:
-            try:
-                status = await look(latest.kickoff_id) if look else None
-            except CrewError as error:
-                _output.note(str(error))
+        if latest.phase is RecordPhase.STARTED:
+            async with _status_call(latest, records, crew) as look:
+                try:
+                    status = await look(latest.kickoff_id) if look else None
+                except CrewError as error:
+                    _output.note(str(error))
     if output:
         documents = [_as_json(line) for line in lines]
         documents[attempts.index(latest)] |= {"goes_on_as": newest}
@@ -370,7 +375,7 @@ def resolve(
                 if batch:  # a ledger does not know the runs outside of its batches
                     await check_unused(kickoff_id, record, PrefectRecords())
                 resolve_run = resolve_started if answered is None else resolve_answer
-                async with _status_call(record, records, crew) as look:
+                async with _status_call(record, records, crew, with_webhooks=False) as look:
                     state = await resolve_run(record, kickoff_id, records, look=look)
                 now = f", {state} now" if state else ""
                 is_now = "is" if answered is None else f"was {record.kickoff_id} and goes on as"

@@ -63,7 +63,7 @@ from support.webhooks import SECRET, served
 pytestmark = [pytest.mark.timeout(600)]
 
 FAST = {"initial": 0.05, "max_interval": 0.05, "timeout": 3.0, "human_timeout": 0.5, "error_timeout": 0.5, "grace": 0}
-FAST["lost_after"] = 0.5
+FAST["lost_after"] = 0.5  # by default a lost run is polled for five minutes
 
 
 class Number(BaseModel):

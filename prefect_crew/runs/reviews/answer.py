@@ -407,8 +407,7 @@ async def resolve_answer(
     `look`.
 
     Raises:
-        ConfigurationError: The crew's server does not know the id, it is another run's, or the run still waits under
-            it. Nothing is changed.
+        ConfigurationError: The crew's server does not know the id, or it is another run's. Nothing is changed.
     """
     await check_unused(encoded_id(kickoff_id) and kickoff_id, record, records)
     state = None if look is None else (await look(kickoff_id)).state
@@ -417,12 +416,6 @@ async def resolve_answer(
             f"The server of crew {record.crew} does not know run {kickoff_id}. Nothing was changed."
         )
     answers = await records.reviews(record)
-    before = next((answer.continued_as for answer in reversed(answers[:-1]) if answer.continued_as), record.kickoff_id)
-    if state is CrewState.WAITING and kickoff_id == before:
-        raise ConfigurationError(
-            f"Run {kickoff_id} of crew {record.crew} waits for a person, so nobody knows whether the last answer "
-            "arrived. Nothing was changed. Give the id under which the run goes on, once the crew's page shows one."
-        )
     new_id = None if kickoff_id == record.kickoff_id else kickoff_id
     sent = answers[-1].model_copy(update={"outcome": "sent", "continued_as": new_id, "moved_on": True})
     await records.save_review(record, len(answers), sent)
