@@ -46,8 +46,8 @@ from prefect_crew.settings import CrewSettings, documentation_url
 if TYPE_CHECKING:
     from prefect_crew.client._client import CrewClient
     from prefect_crew.client.webhooks import Webhooks
-    from prefect_crew.records.model import RunRecord
     from prefect_crew.runs.run import LiveRun
+    from prefect_crew.store.decision import Attempt
 
 
 # Prefect imports this module at each start. The modules that run a crew take half a second, so methods import them.
@@ -95,10 +95,8 @@ class DeployedCrew(JobBlock[CrewResult]):
     max_attempts: int = Field(
         default=3, ge=1, description="The most runs for one idempotency key, including failed runs."
     )
-    concurrency_limit: str | None = Field(
-        default=None,
-        description="The name of a Prefect global concurrency limit on runs in flight, shared by all flows.",
-        examples=["my-crew"],
+    concurrency_limit: int | None = Field(
+        default=None, ge=1, description="The most runs of this crew's URL that may be in flight, however they start."
     )
     price: Annotated[float, Field(ge=0)] | Price | None = Field(
         default=None, description="Price of a run, in your currency: a number, or a price of its tokens."
@@ -224,8 +222,8 @@ class DeployedCrew(JobBlock[CrewResult]):
 
         `run_crew` explains the options, and the errors before and at the kickoff.
         """
-        from prefect_crew.runs.kickoff import open_run
-        from prefect_crew.runs.options import RunOptions, RunRequest
+        from prefect_crew.runs.request import RunOptions, RunRequest
+        from prefect_crew.runs.start import open_run
 
         own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
         options = RunOptions.of(
@@ -312,7 +310,7 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewFailedError, CrewStoppedError, CrewLostError, CrewTimeoutError: See `wait_for_crew`.
         """
-        from prefect_crew.runs.options import RunOptions
+        from prefect_crew.runs.request import RunOptions
         from prefect_crew.runs.wait import wait_for_run
 
         options = RunOptions.of(idempotency_key=self.idempotency_key, wait=wait)
@@ -328,11 +326,11 @@ class CrewRun(JobRun[CrewResult]):
         Raises:
             CrewError: The run has not completed; the message has its state.
         """
-        from prefect_crew.runs.run import read_record, read_result
+        from prefect_crew.runs.run import read_attempt, read_result
 
         if self._result is None:
             run = self._run
-            await read_record(run, self.idempotency_key)
+            await read_attempt(run)
             async with run.session:
                 self._result = await read_result(run)
         return self._result
@@ -345,7 +343,7 @@ class CrewRun(JobRun[CrewResult]):
         """Ask the crew's server to stop the run."""
         from prefect_crew.runs.stop import stop_run
 
-        return await stop_run(self._run, idempotency_key=self.idempotency_key)
+        return await stop_run(self._run)
 
     stop = sync_version(astop)
 
@@ -410,15 +408,15 @@ async def load_crew(crew: DeployedCrew | Crew | str) -> Crew:
         ) from None
 
 
-async def find_crew(record: RunRecord) -> Crew | None:
-    """Return the stored crew of a record, None if there is no block with its name or the block has another URL."""
-    if not _BLOCK_NAME.fullmatch(record.crew):
+async def find_crew(attempt: Attempt) -> Crew | None:
+    """Return the stored crew of an attempt, None if there is no block with its name or the block has another URL."""
+    if not _BLOCK_NAME.fullmatch(attempt.crew):
         return None
     try:
-        crew = await _load_block(DeployedCrew, record.crew)
+        crew = await _load_block(DeployedCrew, attempt.crew)
     except ValueError:
         return None
-    return crew if crew.url == record.crew_url else None
+    return crew if crew.url == attempt.crew_url else None
 
 
 async def _load_block(kind: type[DeployedCrew], name: str) -> Crew:

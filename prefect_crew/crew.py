@@ -64,7 +64,7 @@ class Crew:
     allow_extra_inputs: bool
     wait: WaitPolicy
     max_attempts: int
-    concurrency_limit: str | None
+    concurrency_limit: int | None
     show: Literal["full", "summary", "none"]
     secret_inputs: tuple[str, ...]
     price: Price | None

@@ -28,18 +28,16 @@ from prefect_crew.exceptions import (
     CrewFailedError,
     CrewStoppedError,
     NoResultError,
-    RunNotFoundError,
 )
-from prefect_crew.records.decision import latest_start
-from prefect_crew.records.keys import scheduled_key
-from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.results import stored_result
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.keys import scheduled_key
+from prefect_crew.runs.request import RunOptions
+from prefect_crew.runs.resolve import find_attempts, latest
 from prefect_crew.runs.reviews.questions import ReviewChoice
-from prefect_crew.runs.run import LiveRun, next_step, parse_data, read_result
+from prefect_crew.runs.run import LiveRun, StoredResult, parse_data, read_result
 from prefect_crew.runs.stop import STOP_WITHIN, stop_if_asked
-from prefect_crew.states import CrewState
+from prefect_crew.store import attempts
+from prefect_crew.store.decision import AttemptState
 from prefect_crew.tasks import tasks_of, under_budgets
 
 if TYPE_CHECKING:
@@ -201,10 +199,10 @@ async def run_tasks(
             return await wait_task.acall(run, kickoff_id, **names)
         except ENDINGS:
             # The wait, which stops a cancelled crew, has not begun.
-            if run.is_fresh and run.record is not None and run.record.phase is RecordPhase.STARTED:
+            if run.is_fresh and run.attempt is not None and run.attempt.state is AttemptState.STARTED:
                 work = OwnTask()
                 with work.uncut():  # a crew worker cancels again and again
-                    await work.run(stop_if_asked(run.session, run.record, run.records), within=STOP_WITHIN)
+                    await work.run(stop_if_asked(run), within=STOP_WITHIN)
             raise
 
 
@@ -285,36 +283,30 @@ async def aget_result(
         CrewError: There is no such run, or it has not ended.
     """
     options = RunOptions.of(idempotency_key=idempotency_key, output_type=output_type)
-    records = PrefectRecords()
-    attempts = await records.attempts(idempotency_key)
-    if not attempts and (attempt := await records.of_kickoff(idempotency_key)) is not None:
-        attempts = [attempt]
-    if not attempts:
-        raise RunNotFoundError(name=idempotency_key)
-    completed = [attempt for attempt in attempts if attempt.state is CrewState.COMPLETED]
-    record = completed[-1] if completed else latest_start(attempts) or attempts[-1]
-    idempotency_key = record.idempotency_key
-    names: dict[str, Any] = {"crew": record.crew, "idempotency_key": idempotency_key}
-    if record.kickoff_id is None:
+    found = await find_attempts(idempotency_key)
+    completed = [attempt for attempt in found if attempt.state is AttemptState.COMPLETED]
+    attempt = completed[-1] if completed else latest(found)
+    if attempt.first_id is None:
         raise NoResultError(
-            f"Run {idempotency_key!r} has no result: its kickoff is {record.phase}. {record.reason or ''}".strip()
+            f"Run {attempt.key!r} has no result: its kickoff is {attempt.state}. {attempt.error or ''}".strip()
         )
-    if record.state in (CrewState.FAILED, CrewState.STOPPED):
-        block = await find_crew(record) if crew is None else await load_crew(crew)
-        advice = None if block is None else next_step(LiveRun(block, record.kickoff_id, record))
-        if record.state is CrewState.STOPPED:
-            raise CrewStoppedError(kickoff_id=record.kickoff_id, advice=advice, **names)
-        raise CrewFailedError(kickoff_id=record.kickoff_id, error=record.error or "", advice=advice, **names)
-    if (stored := await stored_result(record)) is not None:
+    body = await in_store(attempts.result_of, attempt.id)
+    if body is not None:
         # The stored result is masked already.
-        return parse_data(record.completed(stored.result(record.kickoff_id)), options.output_type)
-    block = await find_crew(record) if crew is None else await load_crew(crew)
-    if block is None or block.url != record.crew_url:
+        return parse_data(StoredResult.model_validate(body).result(attempt), options.output_type)
+    block = await find_crew(attempt) if crew is None else await load_crew(crew)
+    if block is None or block.url != attempt.crew_url:
+        if attempt.state is AttemptState.FAILED:
+            raise CrewFailedError(
+                kickoff_id=attempt.first_id, crew=attempt.crew, idempotency_key=attempt.key, error=attempt.error or ""
+            )
+        if attempt.state is AttemptState.STOPPED:
+            raise CrewStoppedError(kickoff_id=attempt.first_id, crew=attempt.crew, idempotency_key=attempt.key)
         raise ConfigurationError(
-            f"The record of run {idempotency_key!r} does not hold its result, and crew {record.crew} is not stored "
-            f"with the URL {record.crew_url}. Give the crew: crew=… (--crew)."
+            f"The crew database does not hold the result of run {attempt.key!r}, and crew {attempt.crew} is not stored "
+            f"with the URL {attempt.crew_url}. Give the crew: crew=… (--crew)."
         )
-    run = LiveRun(block, record.kickoff_id, record)
+    run = LiveRun(block, attempt.first_id, attempt)
     async with run.session:
         # No variable holds the result: error reporters show the local variables of all frames.
         return parse_data(await read_result(run), options.output_type, run=run)

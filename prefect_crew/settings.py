@@ -23,6 +23,11 @@ class CrewSettings(PrefectBaseSettings):
 
     url: str | None = Field(default=None, description="The URL of the crew that `DeployedCrew.from_env()` returns.")
     token: SecretStr | None = Field(default=None, description="The bearer token of that crew.")
+    database_url: SecretStr | None = Field(
+        default=None,
+        description="The crew database: postgresql://user:password@host/name for several machines, or "
+        "sqlite:///path/crew.db. Default: crew.db beside Prefect's own SQLite file, for one machine.",
+    )
     webhook_url: str | None = Field(
         default=None,
         description="The webhook receiver's public base URL. If it is set, every kickoff asks for webhooks.",

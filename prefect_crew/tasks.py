@@ -27,13 +27,12 @@ from prefect_crew.client.models import CrewInput, CrewResult, Data, ResumeAnswer
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, PrefectAwayError
-from prefect_crew.records.keys import calling_task, identify
-from prefect_crew.records.model import RecordPhase, digest
-from prefect_crew.runs.kickoff import kick_off, open_run
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.keys import calling_task, digest, identify
+from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.start import kick_off, open_run
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.runs.wait import wait_for_run
 
@@ -129,9 +128,9 @@ def _origin(run: LiveRun) -> str:
     This is in the name and no tag, because for each tag of a task run Prefect asks its server for a concurrency slot,
     and the task run fails if the server cannot be reached. A run is mostly found after such trouble.
     """
-    if run.record is None or run.owned:
+    if run.attempt is None or run.owned:
         return ""
-    return " (from record)" if run.record.phase is RecordPhase.ENDED else " (reattached)"
+    return " (reattached)" if run.attempt.ended_at is None else " (from record)"
 
 
 def _task(verb: str, **options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], CrewTask]:
@@ -320,4 +319,5 @@ async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_ke
     Raises:
         CrewError: The request failed.
     """
-    return await stop_run(LiveRun(await load_crew(crew), kickoff_id), idempotency_key=idempotency_key)
+    del idempotency_key  # kept for callers: the id is enough
+    return await stop_run(LiveRun(await load_crew(crew), kickoff_id))

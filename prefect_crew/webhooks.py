@@ -1,4 +1,4 @@
-"""The webhook URLs of a run: their choice for a kickoff, their signature, and its verification. Sealed tokens.
+"""The webhook URLs of a run: their choice for a kickoff, their signature, and its verification.
 
     {receiver}/hooks/{kind}/{payload}.{signature}
 
@@ -22,25 +22,24 @@ from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
+from prefect_crew._internal.clock import utcnow
 from prefect_crew.client._transport import checked_url
 from prefect_crew.client.webhooks import RUN_ENDS, BearerAuth, HumanInputWebhook, Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.model import RunRecord, claim_of, utcnow
 from prefect_crew.settings import CrewSettings
+from prefect_crew.store.decision import Attempt
 
 if TYPE_CHECKING:
     from prefect_crew.crew import Crew, WaitPolicy
 
 WebhookKind = Literal["task", "step", "crew", "human_input", "stream"]
 
-VERSION = 2
+VERSION = 3
 """The version of the payload. A receiver takes no other version."""
 SHORTEST_SECRET = 32
 """Characters. An attacker who has one URL can try secrets against it on a machine of their own."""
-MAX_TOKEN = 6144
-"""Characters of a token. An idempotency key of 500 characters takes up to 2,700 of them, 4,000 if none is printable."""
-LONGEST_NAME = 80
-"""Characters of a crew's or a step's name that a token holds: up to 430 of its own."""
+MAX_TOKEN = 500
+"""Characters of a token: most have 200."""
 BEARER_KINDS: tuple[WebhookKind, ...] = ("stream",)
 """The kinds for which crews send a bearer token, and so have to. Hosted crews send none for human input."""
 ASKED = "crew.webhook.human_input"
@@ -60,28 +59,22 @@ UNLIMITED = 30 * 86_400.0
 
 @dataclass(frozen=True)
 class Hook:
-    """The purpose of a URL: one kind of webhook of one run, until `expires` (aware; whole seconds).
+    """The purpose of a URL: one kind of webhook of one attempt, until `expires` (aware; whole seconds).
 
-    `attempt` counts the attempts at the idempotency key. `claim` (from `claim_of`) distinguishes runs with the same key
-    in two ledgers. `names`: whether events may contain the names of tasks and agents. `round` is the number of answers
-    that the run had when we signed the URL. The receiver copies `crew`, `step` and `flow_run_id` into events.
+    `attempt` is its id in the crew database. `round` is the number of answers that the run had when we signed the URL.
+    `names`: whether events may contain the names of tasks and agents.
     """
 
     kind: WebhookKind
-    idempotency_key: str
+    attempt: str
     expires: datetime
-    attempt: int | None = None
-    names: bool = True
     round: int = 0
-    claim: str | None = None
-    crew: str | None = None
-    step: str | None = None
-    flow_run_id: str | None = None
+    names: bool = True
 
 
 def webhooks_for(
     crew: Crew,
-    run: RunRecord | str,
+    attempt: Attempt,
     *,
     round: int = 0,  # noqa: A002 - the word of the domain
     settings: CrewSettings | None = None,
@@ -89,10 +82,10 @@ def webhooks_for(
 ) -> Webhooks | None:
     """Return the webhooks of one run by the settings, None if these switch no webhooks on.
 
-    They are for its kickoff, and for each `/resume` again, the first of which answers question 1. `run` is the run's
-    record, or its idempotency key if there is no record yet. `wait` is the run's policy, if it has one of its own: the
-    URLs live as long as a wait by it. With an address of Prefect Cloud's own webhooks, all kinds go there and no secret
-    is needed. Raises ConfigurationError if the address or the secret cannot be used.
+    They are for its kickoff, and for each `/resume` again, the first of which answers question 1. `wait` is the run's
+    policy, if it has one of its own: the URLs live as long as a wait by it. With an address of Prefect Cloud's own
+    webhooks, all kinds go there and no secret is needed. Raises ConfigurationError if the address or the secret cannot
+    be used.
     """
     settings = settings or CrewSettings()
     url, secret = settings.webhook_url, settings.webhook_secret
@@ -105,21 +98,10 @@ def webhooks_for(
             "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL is set without PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET. Set the "
             "receiver's secret, or unset the URL. Then polling alone finds out that runs have ended."
         )
-    record, key = (None, run) if isinstance(run, str) else (run, run.idempotency_key)
-    hook = Hook(
-        "crew",
-        key,
-        hooks_expire(wait or crew.wait, utcnow()),
-        None if record is None else record.attempt,
-        # A name may repeat an input, and the receiver does not know the secret ones.
-        names=crew.show != "none" and not crew.secret_inputs,
-        round=round,
-        claim=None if record is None else claim_of(record.owner),
-        crew=crew.label[:LONGEST_NAME],
-        step=None if record is None or record.step is None else record.step[:LONGEST_NAME],
-        flow_run_id=None if record is None else record.flow_run_id,
-    )
-    return hook_urls(url, secret, hook)
+    # A name may repeat an input, and the receiver does not know the secret ones.
+    names = crew.show != "none" and not crew.secret_inputs
+    expires = hooks_expire(wait or crew.wait, utcnow())
+    return hook_urls(url, secret, Hook("crew", attempt.id, expires, round, names))
 
 
 def is_prefect_cloud(url: str) -> bool:
@@ -159,17 +141,6 @@ def hook_urls(base_url: str, secret: SecretStr | str, run: Hook, stream_events: 
     return Webhooks.model_validate({**plain, "human_input": signed("human_input"), "stream": stream})
 
 
-def latest_webhooks_of(settings: CrewSettings) -> tuple[str, str] | None:
-    """Return the URL at which a process that waits for runs asks for the latest webhooks, and the token for it.
-
-    Return None if webhooks are off, or go to Prefect Cloud's own receiver, which has no such URL.
-    """
-    if not settings.webhook_url or settings.webhook_secret is None or is_prefect_cloud(settings.webhook_url):
-        return None
-    base = checked_url(settings.webhook_url, allow_http=True, what="The receiver's URL")
-    return f"{base}/recent", recent_bearer(settings.webhook_secret)
-
-
 # Signatures
 
 
@@ -182,16 +153,6 @@ def token_of(hook: Hook, secret: SecretStr | str) -> str:
 def bearer_of(hook: Hook, secret: SecretStr | str) -> str:
     """Return the bearer token that a stream webhook has to bring with its URL."""
     return _signature(_secrets(secret)[0], "bearer", _payload(hook))
-
-
-def recent_bearer(secret: SecretStr | str) -> str:
-    """Return the bearer token with which a process that waits for runs asks the receiver for the latest webhooks."""
-    return _signature(_secrets(secret)[0], "recent", "")
-
-
-def may_read_recent(secret: SecretStr | str, authorization: str | None) -> bool:
-    """Return whether a request's Authorization header has that token of a secret; compared in constant time."""
-    return any(_brings(authorization, recent_bearer(key)) for key in _secrets(secret))
 
 
 def read_token(
@@ -232,7 +193,7 @@ def checked_secret(secret: SecretStr | str) -> str:
 
 def _payload(hook: Hook) -> str:
     fields = {name: value for name, value in asdict(hook).items() if value is not None}
-    fields = {"version": VERSION, **fields, "expires": int(hook.expires.timestamp()), "round": hook.round % 256}
+    fields = {"version": VERSION, **fields, "expires": int(hook.expires.timestamp())}
     return _base64(_bytes(json.dumps(fields, ensure_ascii=False, separators=(",", ":"))))
 
 
@@ -267,39 +228,3 @@ def _bytes(text: str) -> bytes:
 
 def _base64(value: bytes) -> str:
     return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
-
-
-# Sealed values, in the links with which people answer
-
-
-def seal(purpose: str, values: Sequence[Any], secret: SecretStr | str) -> str:
-    """Return a token with JSON values, signed for one purpose, which is one word.
-
-    It consists of small letters, digits and one dot in the middle, so that no chat program takes a part of it for
-    formatting or for the end of the URL.
-    """
-    payload = _base32(_bytes(json.dumps(values, separators=(",", ":"))))
-    return f"{payload}.{_base32(_mac(_secrets(secret)[0], purpose, payload))}"
-
-
-def unseal(purpose: str, token: str, secret: SecretStr | str) -> tuple[list[Any], SecretStr] | None:
-    """Return the values of a token and the secret that signed it, None if it is forged or was made for another purpose.
-
-    This compares the signature, in constant time, before it reads anything from the token.
-    """
-    if len(token) > MAX_TOKEN:
-        return None
-    payload, _, signature = token.partition(".")
-    for key in _secrets(secret):
-        if _equal(signature, _base32(_mac(key, purpose, payload))):
-            return json.loads(base64.b32decode(payload.upper() + "=" * (-len(payload) % 8))), SecretStr(key)
-    return None
-
-
-def fingerprint(secret: SecretStr | str, digest: str) -> str:
-    """Return a keyed digest of a digest. Nobody without the secret can check a guess of the value behind it."""
-    return _base32(_mac(_secrets(secret)[0], "fingerprint", digest))[:26]
-
-
-def _base32(value: bytes) -> str:
-    return base64.b32encode(value).rstrip(b"=").decode().lower()

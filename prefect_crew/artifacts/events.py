@@ -13,7 +13,7 @@ from uuid import NAMESPACE_URL, uuid5
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
 
-from prefect_crew.records.model import RunRecord
+from prefect_crew.store.decision import Attempt
 
 
 def resources_of(
@@ -43,21 +43,19 @@ LINK = "prefect-crew.answer-link"
 
 
 def emit(
-    event: str, record: RunRecord, *, once: bool = False, labels: Mapping[str, str] | None = None, **payload: Any
+    event: str, attempt: Attempt, *, once: bool = False, labels: Mapping[str, str] | None = None, **payload: Any
 ) -> None:
     """Emit `crew.{event}` about a run.
 
     Args:
         event: The last part of its name.
-        record: The run.
+        attempt: The attempt of the run.
         labels: More labels of the resource.
         once: Derive the event's id from the run and the event, so that the server keeps only one if two waits emit it.
         payload: Plain values, already masked.
     """
-    run, name = f"{record.idempotency_key}/{record.attempt}", record.kickoff_id or record.idempotency_key
-    resource, related = resources_of(
-        record.idempotency_key, record.kickoff_id or run, name, record.crew, record.step, record.flow_run_id
-    )
+    run, name = attempt.first_id or f"{attempt.key}/{attempt.number}", attempt.first_id or attempt.key
+    resource, related = resources_of(attempt.key, run, name, attempt.crew, attempt.step, attempt.flow_run_id)
     if FlowRunContext.get() is not None:
         # Inside a flow run Prefect adds the flow run itself.
         related = [entry for entry in related if entry["prefect.resource.role"] != "flow-run"]
@@ -66,10 +64,10 @@ def emit(
         resource={**resource, **(labels or {})},
         related=related,
         payload={
-            "idempotency_key": record.idempotency_key,
-            "kickoff_id": record.kickoff_id,
-            "attempt": record.attempt,
+            "idempotency_key": attempt.key,
+            "kickoff_id": attempt.first_id,
+            "attempt": attempt.number,
             **payload,
         },
-        id=uuid5(NAMESPACE_URL, f"prefect-crew/{run}/{record.owner}/{event}") if once else None,
+        id=uuid5(NAMESPACE_URL, f"prefect-crew/{attempt.id}/{event}") if once else None,
     )

@@ -1,8 +1,7 @@
 """The Markdown artifact of a run, under a key per crew. It is updated while the run goes on.
 
-An artifact is only a view: it may be missing or deleted without harm to its run, since only the record counts. It
-belongs to the flow run that started the run, and names the run's claim, so a worker that cancels the flow run finds the
-run.
+An artifact is only a view: it may be missing or deleted without harm to its run, since only the crew database counts.
+It belongs to the flow run that started the run.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import PrefectHTTPStatusError
 
-from prefect_crew._internal.prefect_api import Urgency, is_busy, read_all, request_soon, run_logger
+from prefect_crew._internal.prefect_api import Urgency, is_busy, request_soon, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
@@ -48,8 +47,6 @@ SHOW_WITHIN = 30.0
 """Seconds for a whole update, with its time in the queue: an unreachable Prefect API must not delay a result."""
 NEWEST = 200
 """The number of newest artifacts under a key among which an artifact of another process is looked for."""
-CLAIM = "claim"
-"""The key in an artifact's metadata for the name of its run's claim."""
 TASKS_CAP = 200
 """The most tasks of a run in an artifact."""
 BAR = 12
@@ -71,24 +68,12 @@ def artifact_key(label: str, *, prefix: str = "crew") -> str:
     return f"{prefix}-" + (re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-") or "run")
 
 
-async def claims_shown(client: PrefectClient, flow_run_ids: Sequence[UUID]) -> list[str]:
-    """Return the names of claims in the metadata of flow runs' artifacts.
-
-    Raises:
-        httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
-    """
-    of_flow_runs = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[*flow_run_ids]))
-    artifacts = await read_all(client.read_artifacts, artifact_filter=of_flow_runs)
-    claims = (artifact.metadata_.get(CLAIM) for artifact in artifacts if artifact.metadata_)
-    return [*dict.fromkeys(claim for claim in claims if claim)]
-
-
 class MarkdownArtifact:
     """One artifact: created once and then updated. Its description distinguishes it from others under its key.
 
     `id` is its id, None if unknown here. `is_new`: whether it surely does not exist yet. `earlier` is its text if
     another process has created it. `flow_run_id` is the flow run that it belongs to; default: the flow run around its
-    first update. `metadata` is for programs.
+    first update.
     """
 
     def __init__(
@@ -98,14 +83,13 @@ class MarkdownArtifact:
         *,
         flow_run_id: str | None = None,
         is_new: bool = False,
-        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.key = key
         self.description = description
         self.id: UUID | None = None
         self.earlier = ""
         self.is_new = is_new
-        self._flow_run_id, self._metadata = flow_run_id, metadata
+        self._flow_run_id = flow_run_id
         self._in_trouble = False
 
     async def keep(self, data: str | Callable[[], str]) -> str | None:
@@ -171,7 +155,6 @@ class MarkdownArtifact:
             key=self.key,
             type="markdown",
             description=self.description,
-            metadata_=None if self._metadata is None else dict(self._metadata),
             flow_run_id=owner,
             task_run_id=task.task_run.id if task and owner == around else None,
         )

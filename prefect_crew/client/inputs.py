@@ -125,6 +125,15 @@ class Inputs:
             text += f"\nsession:{self.session}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """A short digest of each input that is not secret, by its name: a conflict names the inputs that differ."""
+        return {
+            name: hashlib.sha256(as_text(value).encode()).hexdigest()[:8]
+            for name, value in self.encoded.items()
+            if name not in self._secret_inputs
+        }
+
     def shown(self, redact: Redactor) -> dict[str, Any]:
         """Return the encoded inputs with every secret masked, also where another input repeats it."""
         return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in self.encoded.items()}

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from prefect_crew.client.models import CrewStatus
@@ -22,8 +21,8 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ResponseFormatError,
 )
-from prefect_crew.records.model import RunRecord
 from prefect_crew.states import CrewState
+from prefect_crew.store.decision import Attempt
 
 LOOK = 60.0
 """Seconds of one failed status call that count towards `error_timeout`, at most."""
@@ -59,18 +58,11 @@ class Phases:
     human_extra: float = 0.0
 
     @classmethod
-    def of(cls, record: RunRecord | None) -> Phases:
-        """Return the phases of a record, so that they survive a restart. Without a record, the run begins now."""
-        if record is None or record.kicked_off_at is None:
+    def of(cls, attempt: Attempt | None) -> Phases:
+        """Return the phases of an attempt, so that they survive a restart. Without one, the run begins now."""
+        if attempt is None or attempt.started_at is None:
             return cls(time.time())
-        since = record.human_since
-        return cls(record.kicked_off_at.timestamp(), record.human_seconds, None if since is None else since.timestamp())
-
-    def note_in(self, record: RunRecord) -> None:
-        """Set people's time in a record, for a restart."""
-        since = self.human_since
-        record.human_seconds = self.human_seconds
-        record.human_since = None if since is None else datetime.fromtimestamp(since, UTC)
+        return cls(attempt.started_at, attempt.human_seconds, attempt.human_since)
 
     def see(self, state: CrewState, now: float) -> bool:
         """Note the state of a status at `now`. Return True if a wait for a person began or ended."""

@@ -1,27 +1,28 @@
-"""One run as this process knows it: its record, the texts that it may show, the advice after a failure, its result."""
+"""One run as this process knows it: its attempt, the texts that it may show, the advice after a failure, its result."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
+from prefect_crew._internal.clock import moment
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import prose
 from prefect_crew.artifacts.events import emit
-from prefect_crew.artifacts.run import CLAIM, MarkdownArtifact, RunView, artifact_key
+from prefect_crew.artifacts.run import MarkdownArtifact, RunView, artifact_key
 from prefect_crew.artifacts.telemetry import end_run
-from prefect_crew.client.models import CrewResult, CrewStatus, Review
+from prefect_crew.client.models import CrewResult, CrewStatus, Review, TaskResult, TokenUsage
 from prefect_crew.client.redaction import Redactor, withholding
-from prefect_crew.crew import Crew, CrewSession
+from prefect_crew.crew import Crew, CrewSession, known_version
 from prefect_crew.exceptions import (
     ConfigurationError,
     CrewError,
@@ -30,18 +31,17 @@ from prefect_crew.exceptions import (
     CrewStoppedError,
     NoResultError,
     OutputTypeError,
+    StoreError,
 )
 from prefect_crew.prices import cost_of
-from prefect_crew.records.budgets import change, corrections
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, StoredResult, utcnow
-from prefect_crew.records.notes import Note, kept_note, kept_questions
-from prefect_crew.records.results import stored_result
-from prefect_crew.records.store import PrefectRecords, record_name
-from prefect_crew.runs.limits import release
+from prefect_crew.runs.database import in_store
 from prefect_crew.states import CrewState
+from prefect_crew.store import attempts, questions
+from prefect_crew.store.decision import Attempt, AttemptState
+from prefect_crew.store.questions import Question
 
 if TYPE_CHECKING:
-    from prefect_crew.runs.options import RunOptions, RunRequest
+    from prefect_crew.runs.request import RunOptions, RunRequest
 
 
 WITHHELD = "withheld: it may contain secret inputs, whose values are not known here"
@@ -49,13 +49,46 @@ WITHHELD_WORD = "(withheld)"
 _ID = re.compile(r"[\w.-]{1,80}", re.ASCII)  # an id or one word: nobody writes an input into it
 _TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
 _TASK_TEXTS = ("name", "agent", "output", "data", "description")
+NOT_SHOWN = "not shown"
+"""The error, in the event, of a run whose crew has `show="none"`."""
+LARGEST_RESULT = 5_000_000
+"""Bytes of JSON. A larger result is read from the crew's server."""
 
 
 _KEPT = 1000
 """The number of newest runs that a process remembers, in their state right after the kickoff."""
 _kicked_off: OrderedDict[str, LiveRun] = OrderedDict()
-# By kickoff id. Not an argument: a user's own flow passes only the id from the kickoff to the wait, and a record has
-# neither secret inputs nor `meta` nor webhooks.
+# By kickoff id. Not an argument: a user's own flow passes only the id from the kickoff to the wait, and the crew database
+# has neither secret inputs nor `meta` nor webhooks.
+
+
+class StoredResult(BaseModel):
+    """The part of a result that the crew database keeps."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
+
+    output: str
+    data: Any = None
+    tasks: list[TaskResult] = Field(default_factory=list[TaskResult])
+    execution_time: float | None = None
+    usage: TokenUsage | None = None
+
+    @classmethod
+    def of(cls, result: CrewResult) -> StoredResult:
+        """Copy a result without the raw bodies of the server's answers."""
+        tasks = [task.model_copy(update={"raw": None}) for task in result.tasks]
+        return cls.model_validate({**dict(result), "tasks": tasks})
+
+    def result(self, attempt: Attempt) -> CrewResult:
+        """Return the result of an attempt. Its `raw` is None: the crew database does not keep the raw body."""
+        return with_facts(CrewResult(kickoff_id=str(attempt.first_id), **dict(self)), attempt)
+
+
+def with_facts(result: CrewResult, attempt: Attempt) -> CrewResult:
+    """Return a result with the key, the tokens and the cost of its attempt."""
+    usage = None if attempt.usage is None else TokenUsage.model_validate(attempt.usage)
+    facts = {"idempotency_key": attempt.key, "usage": usage or result.usage, "cost": attempt.cost}
+    return result.model_copy(update=facts)
 
 
 class LiveRun:
@@ -65,11 +98,10 @@ class LiveRun:
 
     Args:
         crew: The run's crew. An open session stays open; else the run gets a session of its own to enter.
-        kickoff_id: The run's id, "" before the kickoff.
-        record: The run's record. None before the record is read, or if no record has the kickoff id.
+        kickoff_id: The run's first id, "" before the kickoff.
+        attempt: The run's attempt. None before it is read, or if no attempt has the kickoff id.
         request: The request of its kickoff. None before the kickoff, or if only the id is known.
-        records: The store of the run's record.
-        owned: Whether this process has started the run, so that nobody else closes it.
+        owned: Whether this process has started the run.
         is_found: Whether another call has started the run. That call's secret inputs may differ from the request's.
         options: The options of `run_crew`, for its two tasks.
     """
@@ -78,44 +110,40 @@ class LiveRun:
         self,
         crew: Crew | CrewSession,
         kickoff_id: str = "",
-        record: RunRecord | None = None,
+        attempt: Attempt | None = None,
         request: RunRequest | None = None,
         *,
-        records: RecordStore | None = None,
         owned: bool = False,
         is_found: bool = False,
         options: RunOptions | None = None,
     ) -> None:
         self.session = crew if isinstance(crew, CrewSession) else CrewSession(crew)
         self.kickoff_id = kickoff_id
-        self.record = record
+        self.attempt = attempt
         self.request = request
-        self.records: RecordStore = PrefectRecords() if records is None else records
         self.owned = owned
         self.is_found = is_found
         self.options = options
         self.is_fresh = False
-        """Whether the kickoff has just set the record, so that the wait need not read it."""
+        """Whether the kickoff has just set the attempt, so that the wait need not read it."""
         self.is_unread = False
-        """Whether reading its record failed. Then nobody here knows which of its inputs are secret."""
+        """Whether reading its attempt failed. Then nobody here knows which of its inputs are secret."""
         self.advice: str | None = None
         """The advice after a failure, if it is not the usual one."""
         self.task_seen: str | None = None
         """The crew's task in the last status that named one."""
         self._redactor: tuple[Crew, Redactor] | None = None
-        self._continued_as: str | None = None
 
     @classmethod
     def of(cls, crew: Crew, kickoff_id: str) -> LiveRun:
-        """Return the run of a kickoff id, with request and record if this process has kicked it off."""
+        """Return the run of a kickoff id, with request and attempt if this process has kicked it off."""
         run = _kicked_off.get(kickoff_id)
         return cls(crew, kickoff_id) if run is None or run.crew.url != crew.url else run.anew(crew)
 
     def anew(self, crew: Crew) -> LiveRun:
         """Return the same run with a session of its own, for another call, which may be on another event loop."""
-        record = None if self.record is None else self.record.model_copy(deep=True)
-        run = LiveRun(crew, self.kickoff_id, record, self.request, is_found=self.is_found)
-        run.advice, run._continued_as = self.advice, self._continued_as
+        run = LiveRun(crew, self.kickoff_id, self.attempt, self.request, is_found=self.is_found)
+        run.advice = self.advice
         return run
 
     def remember(self) -> None:
@@ -143,16 +171,17 @@ class LiveRun:
     @property
     def current_id(self) -> str:
         """The id under which the run goes on: a hosted crew gives another one with each answer of a person."""
-        return self._continued_as or self.kickoff_id
+        return (self.attempt and self.attempt.kickoff_id) or self.kickoff_id
 
-    @current_id.setter
-    def current_id(self, kickoff_id: str) -> None:
-        self._continued_as = kickoff_id
+    @property
+    def has_webhooks(self) -> bool:
+        """Whether the kickoff asked for webhooks to this package's receiver."""
+        return self.attempt is not None and self.attempt.has_webhooks
 
     @property
     def idempotency_key(self) -> str | None:
-        """Its idempotency key, None without a record."""
-        return None if self.record is None else self.record.idempotency_key
+        """Its idempotency key, None without an attempt on record."""
+        return None if self.attempt is None else self.attempt.key
 
     @property
     def names(self) -> dict[str, Any]:
@@ -170,20 +199,19 @@ class LiveRun:
     @cached_property
     def artifact(self) -> MarkdownArtifact:
         """Its artifact, which may not exist on the server yet."""
-        record, label = self.record, self.crew.label
-        claim = None if record is None else record_name(record.idempotency_key, record.attempt)
+        label = self.crew.label
         return MarkdownArtifact(
             artifact_key(label),
             f"Run {prose(self.kickoff_id)} of crew {prose(label)}",
-            flow_run_id=None if record is None else record.flow_run_id,
+            flow_run_id=None if self.attempt is None else self.attempt.flow_run_id,
             is_new=self.owned,
-            metadata=None if claim is None else {CLAIM: claim, "kickoff_id": self.kickoff_id},
         )
 
     @property
-    def attempt(self) -> str | None:
-        """The text "attempt N of at most M"; None without a record."""
-        return None if self.record is None else f"attempt {self.record.attempt} of at most {self.crew.max_attempts}"
+    def attempt_number(self) -> str | None:
+        """The text "attempt N of at most M"; None without an attempt on record."""
+        number = None if self.attempt is None else self.attempt.number
+        return None if number is None else f"attempt {number} of at most {self.crew.max_attempts}"
 
     def notify(self, status: CrewStatus | None) -> None:
         """Note the current task of a status, and call the crew's `on_status`; with None for the run itself."""
@@ -211,8 +239,8 @@ class LiveRun:
         """
         if self.request is not None and self.request.inputs.is_hidden:
             return True
-        recorded = [] if self.record is None else self.record.secret_inputs
-        is_later_turn = self.record is not None and (self.record.turn or 0) > 1
+        recorded = None if self.attempt is None else self.attempt.secret_names
+        is_later_turn = self.attempt is not None and (self.attempt.turn or 0) > 1
         if self.request is None or is_later_turn:
             return bool(self.is_unread or self.crew.secret_inputs or recorded)
         return self.is_found and bool(self.is_unread or recorded)
@@ -256,7 +284,7 @@ class LiveRun:
         reviews: Sequence[Review] = (),
     ) -> RunView:
         """Return the content of the artifact; `status` is None right after the kickoff."""
-        record = self.record
+        attempt, key = self.attempt, self.idempotency_key
         failed = None if status is None or self.is_blind else status.current_task or self.task_seen
         has_failed = status is not None and status.state in (CrewState.FAILED, CrewState.STOPPED)
         return RunView(
@@ -265,71 +293,53 @@ class LiveRun:
             current_id=self.current_id,
             idempotency_key=self.idempotency_key,
             state=CrewState.PENDING if status is None else status.state,
-            started_at=None if record is None else record.kicked_off_at,
-            ended_at=None if record is None else record.ended_at,
+            started_at=None if attempt is None or attempt.started_at is None else moment(attempt.started_at),
+            ended_at=None if attempt is None or attempt.ended_at is None else moment(attempt.ended_at),
             inputs=None if self.request is None else self.request.inputs.shown(self.redact),
             status=None if status is None else self.redact_status(status),
             show=self.show,
-            cost=None if record is None else record.cost,
+            cost=None if attempt is None else attempt.cost,
             page_url=self.crew.page_url,
-            flow_run_id=None if record is None else record.flow_run_id,
-            read_result=None if record is None else f"prefect-crew result {self.as_argument(record.idempotency_key)}",
+            flow_run_id=None if attempt is None else attempt.flow_run_id,
+            read_result=None if key is None else f"prefect-crew result {self.as_argument(key)}",
             notes=notes,
             to_do=to_do,
             reviews=reviews,
             failed_task=None if failed is None else self.redact(failed),
             # Only a failed run shows its attempt and an advice.
-            attempt=self.attempt if has_failed else None,
+            attempt=self.attempt_number if has_failed else None,
             advice=next_step(self) if has_failed else "",
         )
 
 
-async def read_record(run: LiveRun, idempotency_key: str | None = None) -> None:
-    """Read the record of a run by its key, else by its id. If the Prefect API does not answer, keep its record.
+async def read_attempt(run: LiveRun, idempotency_key: str | None = None) -> None:
+    """Read the attempt of a run by the key and the id. If the crew database cannot be used, keep the one that is known.
 
     Raises:
         ConfigurationError: The run is of another crew.
     """
-    kickoff_id, crew, record = run.kickoff_id, run.crew, None
+    kickoff_id, crew, found = run.kickoff_id, run.crew, run.attempt
     run.is_unread = False
     try:
-        if idempotency_key is None:
-            record = await run.records.of_kickoff(kickoff_id)
+        if run.attempt is not None:
+            found = await in_store(attempts.get, run.attempt.id)
         else:
-            attempts = await run.records.attempts(idempotency_key)
-            record = next((attempt for attempt in attempts if attempt.kickoff_id == kickoff_id), None)
-            # The key may be a template that another process has filled.
-            record = record or await run.records.of_kickoff(kickoff_id)
-    except PREFECT_ERRORS as error:
-        record, run.is_unread = run.record, run.record is None
+            holders = await in_store(attempts.of_kickoff_id, kickoff_id)
+            own = [attempt for attempt in holders if attempt.crew_url == crew.url]
+            found = next(iter(own or holders), None)
+    except (StoreError, *PREFECT_ERRORS) as error:
+        run.is_unread = run.attempt is None
         run_logger().warning(
-            "The record of run %s could not be read (%s). This call goes on without it.",
-            kickoff_id,
-            error,
+            "The record of run %s could not be read (%s). This call goes on without it.", kickoff_id, error
         )
-    if record is not None and record.crew_url != crew.url:
+    if found is not None and found.crew_url != crew.url:
         raise ConfigurationError(
-            f"Run {kickoff_id} is of crew {record.crew} at {record.crew_url}, not of crew {crew.label} at {crew.url}. "
-            f"Nothing was sent. Give the crew {record.crew} with this kickoff id."
+            f"Run {kickoff_id} is of crew {found.crew} at {found.crew_url}, not of crew {crew.label} at {crew.url}. "
+            f"Nothing was sent. Give the crew {found.crew} with this kickoff id."
         )
-    run.record, run.owned = record, False
-
-
-def answers_record(run: LiveRun) -> RunRecord:
-    """Return the record that answers are stored under: the run's record, or a stand-in for a run that has no record.
-
-    The stand-in itself is never stored.
-    """
-    return run.record or RunRecord(
-        idempotency_key=f"kickoff id {run.kickoff_id}",
-        attempt=1,
-        crew=run.crew.label,
-        crew_url=run.crew.url,
-        inputs_digest="",
-        owner="",
-        claimed_at=utcnow(),
-        kickoff_id=run.kickoff_id,
-    )
+    if found is not None and found.first_id is not None:
+        run.kickoff_id = found.first_id
+    run.attempt, run.owned = found, False
 
 
 async def read_status(run: LiveRun) -> CrewStatus:
@@ -337,20 +347,20 @@ async def read_status(run: LiveRun) -> CrewStatus:
 
     A hosted crew answers NOT FOUND while it waits for a person, and goes on under another id after the answer. So this
     asks for the run's newest id, and a run with an open question that a webhook brought waits for a person. The status
-    has the run's first id. Where the Prefect API does not answer, it says what the crew's server said.
+    has the run's first id. Where the crew database does not answer, it says what the crew's server said.
     """
-    status, record = await _status_of(run), run.record
-    was_asked = record is not None and (record.human_since or record.human_seconds or record.human_task)
-    if status.state is CrewState.UNKNOWN or (was_asked and status.state not in _GOES_ON):
-        before, task_id = run.current_id, None
+    status, attempt = await _status_of(run), run.attempt
+    was_asked = attempt is not None and (attempt.human_since or attempt.human_seconds)
+    if attempt is not None and (status.state is CrewState.UNKNOWN or (was_asked and status.state not in _GOES_ON)):
+        before, question = run.current_id, None
         try:
-            task_id = await follow(run)
-        except (*PREFECT_ERRORS, CrewError) as error:
+            question = await follow(run)
+        except (StoreError, *PREFECT_ERRORS) as error:
             run_logger().debug("The questions of run %s could not be read: %r", run.kickoff_id, error)
         if run.current_id != before:
             status = await _status_of(run)
-        if status.state is CrewState.UNKNOWN and task_id is not None:
-            status = status.model_copy(update={"state": CrewState.WAITING, "human_task_id": task_id})
+        if status.state is CrewState.UNKNOWN and question is not None and question.sent_at is None:
+            status = status.model_copy(update={"state": CrewState.WAITING, "human_task_id": question.task})
     return status.model_copy(update={"kickoff_id": run.kickoff_id})
 
 
@@ -361,98 +371,97 @@ async def _status_of(run: LiveRun) -> CrewStatus:
     return await run.session.call(lambda client: client.status(run.current_id))
 
 
-async def follow(run: LiveRun) -> str | None:
-    """Set the id under which a run goes on. Return the task of an open question that a webhook brought, or None.
+async def follow(run: LiveRun) -> Question | None:
+    """Read the attempt of a run again, with the id under which it goes on. Return its last question, or None.
 
-    The answer to `/resume` has the id. If that answer was lost, a webhook of the next round has it: its signed URL
-    names the round.
+    Raises:
+        StoreError, PREFECT_ERRORS: The crew database cannot be used.
     """
-    record = answers_record(run)
-    answers = await run.records.reviews(record)
-    note = await kept_note(record, len(answers)) if record.has_webhooks else Note(None)
-    known_ids = [run.kickoff_id, *(answer.continued_as for answer in answers if answer.continued_as)]
-    if answers and answers[-1].continued_as is None and note.kickoff_id not in (None, known_ids[-1]):
-        update = {"continued_as": note.kickoff_id, "outcome": "sent", "moved_on": True}
-        await run.records.save_review(record, len(answers), answers[-1].model_copy(update=update))
-        known_ids.append(str(note.kickoff_id))
-    goes_on_as(run, known_ids[-1])
-    if record.has_webhooks and note.kickoff_id is None and answers and answers[-1].outcome != "sent":
-        note = await kept_note(record, len(answers) - 1)  # nobody knows whether the answer arrived: so it still waits
-    if note.task_id is not None:
-        return note.task_id
-    question = (await kept_questions(run.current_id)).get(run.current_id)
-    is_open = question is not None and all(answer.question_id != question.id for answer in answers)
-    return question.task_id if question is not None and is_open else None
+    if run.attempt is None:
+        return None
+    goes_on_as(run, await in_store(attempts.get, run.attempt.id) or run.attempt)
+    asked = await in_store(questions.questions_of, run.attempt.id)
+    return asked[-1] if asked else None
 
 
-def goes_on_as(run: LiveRun, kickoff_id: str) -> None:
-    """Set the id under which a run goes on, and log a new one."""
-    if kickoff_id != run.current_id:
-        run_logger().info("Crew run %s goes on as run %s.", run.kickoff_id, kickoff_id)
-        run.current_id = kickoff_id
+def goes_on_as(run: LiveRun, attempt: Attempt) -> None:
+    """Set the attempt as it is now, and log the id under which the run goes on, if it is another one."""
+    before, run.attempt = run.current_id, attempt
+    if run.current_id != before:
+        run_logger().info("Crew run %s goes on as run %s.", run.kickoff_id, run.current_id)
 
 
 # Ends
 
 
-def end_of(
-    crew: Crew, status: CrewStatus, human: float, error: str | None, result: StoredResult | None
-) -> dict[str, Any]:
-    """Return the end of a run, for `close_run`, with the seconds that people took.
+async def write_end(run: LiveRun, status: CrewStatus) -> bool:
+    """Write the end of a run by the status of its last id. Whoever writes it also writes the span and the event.
 
-    `error` and `result` are masked already.
+    The crew database keeps no error of a run with secret inputs, and a result only if masking changes nothing in it:
+    later calls read the status again. Return whether this call wrote the end; if not, somebody else did, or the run goes
+    on under another id. `run.attempt` is as it is now.
+
+    Raises:
+        StoreError, PREFECT_ERRORS: The crew database cannot be used.
     """
-    used = {"usage": status.usage, "cost": cost_of(crew.price, status.usage)}
-    return {"state": status.state, "human_seconds": human, "error": error, "result": result, **used}
-
-
-async def close_run(
-    record: RunRecord,
-    records: RecordStore,
-    end: Mapping[str, Any],
-    report: Mapping[str, Any] | None = None,
-) -> bool:
-    """Store a run's end. The call that creates it also changes the counters of budgets, writes the span and the event,
-    and gives the run's slot back.
-
-    If a run used more than its estimate, the difference is added first, and taken off again if somebody else has closed
-    the run. If it used less, the difference is taken off last. A process that dies in between leaves counters too high.
-
-    Args:
-        record: The run's record.
-        records: The store of the record. This function raises the errors of the store.
-        end: The result of `end_of`.
-        report: The payload of the event beyond the state; None for no event.
-
-    Returns:
-        Whether this call has closed the run. If not, the record has the end that somebody else stored.
-    """
-    end = {"reason": record.reason, **end}  # the reason says that a batch stopped its row
-    changes = corrections(record.model_copy(update=end)) if record.estimates else {}
-    more = {name: slots for name, slots in changes.items() if slots > 0}
-    less = {name: slots for name, slots in changes.items() if slots < 0}
-    counted = await change(record, more) if more else {}
-    if not await records.end(record, **end):
-        await change(record, {name: -slots for name, slots in counted.items()})
+    assert run.attempt is not None  # noqa: S101  the callers looked
+    error = NOT_SHOWN if status.error and run.show == "none" else run.redact_text(status.error or "")[:500] or None
+    usage, body = status.usage, None
+    if status.state is CrewState.COMPLETED and run.show == "full":
+        stored = StoredResult.of(status.result())
+        body = stored.model_dump(mode="json")
+        if len(stored.model_dump_json().encode()) > LARGEST_RESULT or run.redact.hides(body):
+            body = None
+    since = moment(run.attempt.started_at or run.attempt.begun_at)
+    ended = await in_store(
+        attempts.ended,
+        run.attempt,
+        run.current_id,
+        _ENDINGS[status.state],
+        error=error if run.show == "full" and not run.attempt.secret_names else None,
+        usage=None if usage is None else usage.model_dump(exclude_none=True),
+        tokens=usage and usage.total_tokens,
+        cost=cost_of(run.crew.price, usage),
+        # A look since then is newer than that of the begin.
+        crew_version=known_version(run.crew.url, since=since) if run.owned else None,
+        result=body,
+    )
+    if ended is None:
+        run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
         return False
-    if less:
-        await change(record, less)
-    end_run(record)
-    if report is not None:
-        emit(str(record.state), record, once=True, state=str(record.state), **report)
-    if record.slot is not None:
-        await release(UUID(record.slot), record.crew)
+    run.attempt = ended
+    end_run(ended)
+    emit(
+        str(status.state), ended, once=True, state=str(status.state), error=error, execution_time=status.execution_time
+    )
     return True
+
+
+async def look_once(run: LiveRun) -> None:
+    """Read the status of a run in an open session once, and write the end if it has ended."""
+    with suppress(CrewError):
+        status = await read_status(run)
+        if status.state.ended:
+            await write_end(run, status)
+
+
+_ENDINGS: Any = {
+    CrewState.COMPLETED: AttemptState.COMPLETED,
+    CrewState.FAILED: AttemptState.FAILED,
+    CrewState.STOPPED: AttemptState.STOPPED,
+}
+CREW_STATES = {ending: state for state, ending in _ENDINGS.items()} | {AttemptState.LOST: CrewState.UNKNOWN}
+"""The state of the run of an attempt that has ended."""
 
 
 def next_step(run: LiveRun) -> str:
     """Return the advice for a person after the failure of a run."""
-    if run.advice is not None or run.record is None:
+    if run.advice is not None or run.attempt is None:
         return run.advice or "Correct the crew, then start another run."
     more = "A retry of its caller, or a call with the same key, starts the crew again."
-    if run.record.attempt >= run.crew.max_attempts:
+    if run.attempt.number >= run.crew.max_attempts:
         more = _more_attempts(run.crew.label)
-    return f"This was {run.attempt} under its key. {more}"
+    return f"This was {run.attempt_number} under its key. {more}"
 
 
 def no_attempt_left(crew: Crew) -> str:
@@ -474,9 +483,8 @@ def _more_attempts(crew: str) -> str:
 def result_of(run: LiveRun, status: CrewStatus) -> CrewResult:
     """Return the result of a completed run. Raise an error for each other state."""
     if status.state is CrewState.COMPLETED:
-        record = run.record
-        if record is not None and record.phase is RecordPhase.ENDED:
-            return record.completed(status.result())
+        if run.attempt is not None and run.attempt.ended_at is not None:
+            return with_facts(status.result(), run.attempt)
         facts = {"cost": cost_of(run.crew.price, status.usage), "idempotency_key": run.idempotency_key}
         return status.result().model_copy(update=facts)
     raise failure(run, status.state, run.redact_text(status.error or ""))
@@ -498,20 +506,29 @@ def failure(run: LiveRun, state: CrewState | None, error: str | None) -> CrewErr
 
 
 async def read_result(run: LiveRun) -> CrewResult:
-    """Return the result of a completed run: from its record, else from the status call.
+    """Return the result of a completed run: from the crew database, else from the status call.
 
     Raises:
         CrewFailedError, CrewStoppedError: The run failed or was stopped.
         CrewLostError: The server has forgotten the run, or the result.
         CrewError: The run has not ended, or the status call failed.
     """
-    record, last = run.record, None if run.record is None else "started"
-    if record is not None and record.phase is RecordPhase.ENDED:
-        last = str(record.state)
-        if record.state is not CrewState.COMPLETED:
-            raise failure(run, record.state, record.error)
-        if (stored := await stored_result(record)) is not None:
-            return record.completed(stored.result(run.kickoff_id))
+    attempt, last = run.attempt, None if run.attempt is None else "started"
+    if attempt is not None and attempt.state in CREW_STATES:
+        last = str(attempt.state)
+        if attempt.state is not AttemptState.COMPLETED:
+            error = attempt.error
+            if error is None and attempt.state is AttemptState.FAILED:  # it is not kept, as it may hold a secret
+                with suppress(CrewError), withholding(run.redact_text):
+                    error = run.redact_text((await read_status(run)).error or "")
+            raise failure(run, CREW_STATES[attempt.state], error)
+        try:
+            body = await in_store(attempts.result_of, attempt.id)
+        except (StoreError, *PREFECT_ERRORS) as error:
+            run_logger().warning("The result of run %s could not be read here: %s", run.kickoff_id, error)
+            body = None
+        if body is not None:
+            return StoredResult.model_validate(body).result(attempt)
     with withholding(run.redact_text):
         status = await read_status(run)
     if status.state is CrewState.UNKNOWN:

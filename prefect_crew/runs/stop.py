@@ -11,10 +11,9 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncGenerator, Awaitable, Collection
-from contextlib import aclosing, asynccontextmanager, suppress
-from datetime import datetime, timedelta
-from typing import TypeVar
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -26,21 +25,19 @@ from prefect.exceptions import ObjectNotFound
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import contexts_around, flow_run_id, held_flow_run, read_all, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.artifacts.run import claims_shown, render_run
-from prefect_crew.client import CrewClient
-from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
+from prefect_crew.artifacts.run import render_run
 from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.exceptions import CrewError, FlowRunCancelledError
-from prefect_crew.prices import cost_of
-from prefect_crew.records.decision import Caller
-from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord
-from prefect_crew.records.notes import kept_note
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.records.variables import PAGE, Variable, pages_by_change, read_exact
-from prefect_crew.runs.run import LiveRun, close_run, read_record
+from prefect_crew.exceptions import CrewError, FlowRunCancelledError, StoreError
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.owners import owner_has_ended
+from prefect_crew.runs.run import LiveRun, read_attempt, write_end
 from prefect_crew.states import CrewState
+from prefect_crew.store import attempts
+from prefect_crew.store.decision import Attempt, AttemptState
+
+if TYPE_CHECKING:
+    from prefect_crew.runs.keys import RunIdentity
 
 T = TypeVar("T")
 LOOK_EVERY = 10.0
@@ -49,12 +46,10 @@ LOOK_WITHIN = 5.0
 """Seconds that such a request may take, or a request around a stop: the caller waits for the crew, not for Prefect."""
 STOP_WITHIN = 20.0
 """Seconds for all steps after a cancellation: Prefect kills a cancelled process after about 30 s."""
-LATEST = 2000
-"""The most Variables that `_latest_claims` reads to find runs without an artifact."""
-CLOCKS_APART = timedelta(minutes=5)
-"""The most by which the clock of the process that began a flow run may differ from the Prefect server's clock."""
-_STOP_ASKED = "stop was asked for"
-_TAKEN = [f"{_STOP_ASKED}: {outcome}" for outcome in (StopOutcome.STOPPED, StopOutcome.REQUESTED)]
+MOST_OPEN = 10_000
+"""Runs of one flow run that are looked for."""
+PERSON = "a person"
+"""The `stop_asked_by` of a stop that somebody asked for: a cancellation, a command, a task."""
 _being_stopped = set[str]()
 """The kickoff ids of the runs for which this process sends `/stop` now. Several waits may be for one run."""
 
@@ -107,7 +102,7 @@ def _attempt(run_id: str) -> tuple[str, int]:
     return run_id, flow_run.run_count if flow_run is not None and str(flow_run.id) == run_id else 0
 
 
-def is_known_cancelled(caller: Caller) -> bool:
+def is_known_cancelled(caller: RunIdentity) -> bool:
     """Return whether this process already knows that a caller's flow run was cancelled or has ended. It makes no
     request."""
     held = held_flow_run.get()
@@ -177,14 +172,12 @@ def nothing_started(run_id: str | None) -> FlowRunCancelledError:
 # The runs of a flow run
 
 
-async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunRecord]:
-    """Return the runs that a flow run or its subflows started, or may have started, and whose records have no end.
-
-    The artifacts of runs name their claims. A run has no artifact if its process was killed or its wait cancelled
-    before. Then its claim is among the Variables that changed last.
+async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[Attempt]:
+    """Return the attempts of a flow run and its subflows that started a run, or may have, and have no end. Without the
+    rows of batches: the flow run of a batch stops those itself.
 
     Raises:
-        httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
+        StoreError, PREFECT_ERRORS: The crew database or the Prefect API cannot be used.
     """
     ids, at = [flow_run.id], 0
     while at < len(ids):  # the subflows, level by level
@@ -192,112 +185,83 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[RunReco
         at = len(ids)
         children = await read_all(client.read_flow_runs, flow_run_filter=FlowRunFilter(parent_flow_run_id=parents))
         ids += [child.id for child in children if child.deployment_id is None]  # others run by themselves
-    names, owners = await claims_shown(client, ids), {str(id_) for id_ in ids}
-    since = flow_run.start_time or flow_run.created
-    claims = [] if since is None else await _latest_claims(since, owners)
-    for start in range(0, len(names), PAGE):
-        claims += await read_exact(names[start : start + PAGE])
-    records, _ = await PrefectRecords().readable([*{claim.id: claim for claim in claims}.values()])
-    return [record for record in records if record.flow_run_id in owners and _is_open(record)]
-
-
-def _is_open(record: RunRecord) -> bool:
-    # A claim with a permit: its owner was killed while it sent the kickoff, or sends it now.
-    is_sent = record.phase is RecordPhase.CLAIMED and record.entries > 0
-    return is_sent or record.phase in (RecordPhase.STARTED, RecordPhase.UNCERTAIN)
-
-
-async def _latest_claims(since: datetime, owners: Collection[str]) -> list[Variable]:
-    """Return the claims of some flow runs among the Variables that were changed since a moment, `LATEST` at most."""
-    claims, read = list[Variable](), 0
-    async with aclosing(pages_by_change(since - CLOCKS_APART)) as pages:
-        async for page in pages:
-            if read >= LATEST:
-                break
-            claims += [variable for variable in page if variable.fields.get("flow_run_id") in owners]
-            read += len(page)
-    return claims
+    names = [str(id_) for id_ in ids]
+    open_attempts = await in_store(attempts.list_attempts, is_in_flight=True, flow_run_ids=names, limit=MOST_OPEN)
+    return [a for a in open_attempts if a.batch is None and a.state is not AttemptState.BACKING_OFF]
 
 
 # Stop the crew
 
 
-async def stop_run(run: LiveRun, *, idempotency_key: str | None = None, is_repeated: bool = True) -> StopAnswer:
+async def stop_run(run: LiveRun, *, is_repeated: bool = True) -> StopAnswer:
     """Ask the crew's server to stop a run, and store the outcome.
 
-    Without `is_repeated`, this sends nothing if the record notes that somebody has asked.
+    Without `is_repeated`, this sends nothing if somebody has asked before.
 
     Raises:
         CrewError: The request failed. An ended run, an unknown run and a missing `/stop` are answers, not errors.
     """
     kickoff_id = run.kickoff_id
     async with run.session as session, _alone(kickoff_id):
-        await read_record(run, idempotency_key)
-        if not is_repeated and run.record is not None and stop_was_asked(run.record):
+        await read_attempt(run)
+        if not (await _ask(run, PERSON) or is_repeated):
             return StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED)
         with withholding(run.redact_text):
-            newest = run.current_id if run.record is None else await newest_id(run.record, run.records)
-            answer = await session.call(lambda client: client.stop(newest))
-            if run.record is not None and run.record.phase is RecordPhase.STARTED and answer.accepted:
-                try:
-                    await close_stopped(session.client, run.crew, run.record, answer, run.records)
-                except PREFECT_ERRORS as error:
-                    run_logger().warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
-                if run.record.ended_at is not None:
-                    stopped = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
-                    await run.artifact.keep(lambda: render_run(run.view(stopped), run.artifact.earlier))
+            answer = await session.call(lambda client: client.stop(run.current_id))
+            if await _close_stopped(run, answer):
+                stopped = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
+                await run.artifact.keep(lambda: render_run(run.view(stopped), run.artifact.earlier))
     return answer
 
 
-async def stop_if_asked(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
+async def stop_if_asked(run: LiveRun) -> bool:
     """After a cancellation: stop the crew if the flow run was cancelled. Return True if its server accepted that.
 
-    Raises only a further cancellation.
+    The run has an attempt and an open session. Raises only a further cancellation.
     """
+    log, attempt = run_logger(), run.attempt
+    if attempt is None:
+        return False
 
     async def stop() -> bool:
         if await cancelled_on_server(flow_run_id()):
-            return not await is_of_another(record, records) and await stop_once(session, record, records)
+            return not await is_of_another(attempt) and await stop_once(run, PERSON)
         log.warning(
             "Crew run %s is left running at %s: its flow run was not cancelled. A call with idempotency key %r waits "
             "for it, and so does a retry of this flow run. To stop the crew, run: %s",
-            record.kickoff_id,
-            record.crew_url,
-            record.idempotency_key,
-            cancel_command(record),
+            *(attempt.first_id, attempt.crew_url, attempt.key, cancel_command(attempt)),
         )
         return False
 
-    log = run_logger()
     try:
         # Not `asyncio.timeout`: in a cancelled task, Python before 3.11.3 raises CancelledError for its timeout.
         return await asyncio.wait_for(stop(), STOP_WITHIN)
     except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
         kind = type(error).__name__
         text = "Crew run %s could not be stopped (%s: %s): it continues at %s."
-        log.warning(text, record.kickoff_id, kind, error, record.crew_url)
+        log.warning(text, attempt.first_id, kind, error, attempt.crew_url)
         return False
 
 
-def cancel_command(record: RunRecord) -> str:
+def cancel_command(attempt: Attempt) -> str:
     """Return the command that stops a run."""
-    return f"prefect-crew runs cancel {shlex.quote(str(record.kickoff_id))}{crew_option(record)}"
+    return f"prefect-crew runs cancel {shlex.quote(attempt.first_id or attempt.key)}{crew_option(attempt)}"
 
 
-def crew_option(record: RunRecord) -> str:
-    """Return the option that names the crew of a record by its URL; empty if the crew is stored."""
-    is_address = record.crew == record.crew_url.partition("://")[2].rstrip("/")
-    return f" --crew {shlex.quote(record.crew_url)}" if is_address else ""
+def crew_option(attempt: Attempt) -> str:
+    """Return the option that names the crew of an attempt by its URL; empty if the crew is stored."""
+    is_address = attempt.crew == attempt.crew_url.partition("://")[2].rstrip("/")
+    return f" --crew {shlex.quote(attempt.crew_url)}" if is_address else ""
 
 
-async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
+async def is_of_another(attempt: Attempt) -> bool:
     """Return whether another flow run started a run and has not ended. If so, log that the run goes on.
 
     Raises:
         httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
     """
-    owner = record.flow_run_id
-    if owner is None or owner == flow_run_id() or await records.owner_ended(record):
+    owner = attempt.flow_run_id
+    if owner is None or owner == flow_run_id() or await owner_has_ended(attempt):
         return False
     # The state of a subflow does not show that its parent was cancelled, or that its process has ended.
     if await cancelled_on_server(owner):
@@ -305,58 +269,49 @@ async def is_of_another(record: RunRecord, records: RecordStore) -> bool:
     run_logger().warning(
         "Crew run %s is left running at %s: flow run %s started it and has not ended. To stop the crew, cancel that "
         "flow run, or: %s",
-        record.kickoff_id,
-        record.crew_url,
-        owner,
-        cancel_command(record),
+        *(attempt.first_id, attempt.crew_url, owner, cancel_command(attempt)),
     )
     return True
 
 
-async def stop_once(session: CrewSession, record: RunRecord, records: RecordStore) -> bool:
-    """Send `/stop` for a run, once, store the outcome, and return whether the crew's server accepted it.
-
-    The record notes the stop first: the answer may be lost, and other waits for the run, and a worker, read the record.
+async def stop_once(run: LiveRun, by: str = PERSON) -> bool:
+    """Send `/stop` for a run in an open session, once for all callers, and store the outcome. Return whether the crew's
+    server accepted it. `by`: PERSON, or TIMEOUT.
     """
-    kickoff_id, log = str(record.kickoff_id), run_logger()
+    log, kickoff_id = run_logger(), run.kickoff_id
     async with _alone(kickoff_id):
-        before = record.reason
-        if (stored := await _note_stop(record, records)) is not None:
+        if not await _ask(run, by):
             log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
-            return stored.state is CrewState.STOPPED or stored.reason in _TAKEN
-        newest = await newest_id(record, records)
-        try:
-            answer = await session.call(lambda client: client.stop(newest))
-        except CrewError as error:
-            if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
-                await _save_reason(before, record, records)
-            raise
+            return run.attempt is not None and run.attempt.state in (AttemptState.STOPPED, AttemptState.STARTED)
+        answer = await run.session.call(lambda client: client.stop(run.current_id))
         if answer.accepted:
             text = "Crew run %s was asked to stop. The answer of the crew's server: %s."
             log.info(text, kickoff_id, answer.outcome)
         elif answer.outcome is StopOutcome.UNSUPPORTED:
             text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
-            log.warning(text, kickoff_id, record.crew_url, record.idempotency_key)
+            log.warning(text, kickoff_id, run.crew.url, run.idempotency_key)
         else:
             words = f" The crew's server says: {answer.message}" if answer.message else ""
             log.warning("Crew run %s was not stopped: %s.%s", kickoff_id, answer.outcome, words)
-            await _save_reason(before, record, records)
-        await close_stopped(session.client, session.crew, record, answer, records)
+        await _close_stopped(run, answer)
         return answer.accepted
 
 
-async def newest_id(record: RunRecord, records: RecordStore) -> str:
-    """Return the id under which a run goes on; its first one if the record's store does not answer within seconds."""
-    newest = str(record.kickoff_id)
+async def _ask(run: LiveRun, by: str) -> bool:
+    """Take the right to send `/stop`. Return False if somebody has it already, or the run has ended.
+
+    A crew database that does not answer within seconds must not prevent a stop.
+    """
+    if run.attempt is None:
+        return True
     try:
         async with asyncio.timeout(LOOK_WITHIN):
-            answers = await records.reviews(record)
-            newest = next((answer.continued_as for answer in reversed(answers) if answer.continued_as), newest)
-            if answers and record.has_webhooks:
-                newest = (await kept_note(record, len(answers))).kickoff_id or newest
-    except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
-        run_logger().debug("The answers to run %s could not be read: %r", record.kickoff_id, error)
-    return newest
+            is_first = await in_store(attempts.ask_to_stop, run.attempt, by)
+            run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
+    except (StoreError, *PREFECT_ERRORS, TimeoutError) as error:
+        run_logger().debug("It could not be noted that run %s is asked to stop: %s", run.kickoff_id, error)
+        return True
+    return is_first
 
 
 @asynccontextmanager
@@ -371,67 +326,21 @@ async def _alone(kickoff_id: str) -> AsyncGenerator[None]:
         _being_stopped.discard(kickoff_id)
 
 
-async def _note_stop(record: RunRecord, records: RecordStore) -> RunRecord | None:
-    """Note a `/stop` in the record. Return the stored record if it has such a note already, or the run has ended.
-
-    Return None too if the Prefect API does not answer, which must not prevent a stop.
-    """
-
-    async def note() -> RunRecord | None:
-        attempts = await records.attempts(record.idempotency_key)
-        stored = next((attempt for attempt in attempts if attempt.kickoff_id == record.kickoff_id), None)
-        if stored is not None and (stored.phase is RecordPhase.ENDED or stop_was_asked(stored)):
-            return stored
-        record.reason = _STOP_ASKED
-        await records.save(record)
-        return None
-
-    try:
-        return await asyncio.wait_for(note(), LOOK_WITHIN)
-    except (*PREFECT_ERRORS, TimeoutError) as error:
-        run_logger().debug("It could not be noted that run %s is asked to stop: %s", record.kickoff_id, error)
-        return None
-
-
-async def _save_reason(reason: str | None, record: RunRecord, records: RecordStore) -> None:
-    record.reason = reason
-    with suppress(*PREFECT_ERRORS, TimeoutError):
-        await asyncio.wait_for(records.save(record), LOOK_WITHIN)
-
-
-def stop_was_asked(record: RunRecord) -> bool:
-    """Return whether the record of a run in flight notes that somebody sent `/stop`."""
-    return record.reason is not None and record.reason.startswith(_STOP_ASKED)
-
-
-async def close_stopped(
-    client: CrewClient, crew: Crew, record: RunRecord, answer: StopAnswer, records: RecordStore
-) -> None:
-    """Store the outcome of a `/stop`: the end if the server says that the run is stopped, else a note.
-
-    The call that stores the end also emits the event, with the run's use: perhaps nobody else waits for the run.
-    """
-    if answer.outcome is StopOutcome.NOT_STOPPABLE:
-        return  # the run has ended: the next poll sees how, and stores that
-    attempts = await records.attempts(record.idempotency_key)
-    stored = next((attempt for attempt in attempts if attempt.kickoff_id == record.kickoff_id), record)
-    if stored.phase is RecordPhase.ENDED:
-        return  # somebody else has stored the end, which is newer
-    if answer.outcome is not StopOutcome.STOPPED:
-        # If a batch stops its row, the record keeps that reason: the row's wait may store its end at any moment.
-        if record.reason is None or stop_was_asked(record):
-            record.reason = f"{_STOP_ASKED}: {answer.outcome}"
-            await records.save(record)
-        return
-    status = CrewStatus(kickoff_id=answer.kickoff_id, state=CrewState.STOPPED)
+async def _close_stopped(run: LiveRun, answer: StopAnswer) -> bool:
+    """Write the end of a run that its server has stopped, with its use. Return whether this call wrote it."""
+    if (
+        answer.outcome is not StopOutcome.STOPPED
+        or run.attempt is None
+        or run.attempt.state is not AttemptState.STARTED
+    ):
+        return False  # the next poll sees how it ended
+    status = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
     with suppress(CrewError, TimeoutError):  # without an answer, the use of the run stays unknown
-        status = await asyncio.wait_for(client.status(status.kickoff_id), LOOK_WITHIN)
+        status = await asyncio.wait_for(run.session.client.status(run.current_id), LOOK_WITHIN)
     if status.state is CrewState.COMPLETED:
-        return  # it ended before the stop: the next poll stores its result
-    used = {"usage": status.usage, "cost": cost_of(crew.price, status.usage)}
-    end = {"state": CrewState.STOPPED, "reason": record.reason, **used}
-    # A wait for the run may have stored the end in between.
-    if await close_run(stored, records, end, {}):
-        for name, value in stored.outcome().items():
-            setattr(record, name, value)
-        await records.unlist(stored)
+        return False  # it ended before the stop: the next poll stores its result
+    try:
+        return await write_end(run, status.model_copy(update={"state": CrewState.STOPPED, "error": None}))
+    except (StoreError, *PREFECT_ERRORS) as error:
+        run_logger().warning("It could not be recorded that run %s was stopped: %s", run.kickoff_id, error)
+        return False

@@ -1,4 +1,4 @@
-"""Wait for one run under Prefect: `poll` with a record, an artifact, a log and events around it."""
+"""Wait for one run under Prefect: `poll` with an attempt, an artifact, a log and events around it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import asyncio
 import shlex
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 from prefect_crew._internal.asyncio_tasks import ENDINGS, OwnTask, cancel_and_wait
+from prefect_crew._internal.clock import utcnow
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import progress
@@ -17,40 +19,30 @@ from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import end_run
 from prefect_crew.client.models import CrewResult, CrewStatus
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, WaitPolicy, known_version
+from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     CrewStoppedError,
     CrewTimeoutError,
     FlowRunCancelledError,
+    StoreError,
 )
-from prefect_crew.records.model import RecordPhase, RunRecord, StoredResult, utcnow
-from prefect_crew.records.resolve import Resolution, resolve_from_webhook
 from prefect_crew.runs import stop
-from prefect_crew.runs.limits import slot_of
-from prefect_crew.runs.listener import Waker, waker_for
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.news import Subscription, news_of
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
+from prefect_crew.runs.request import RunOptions
+from prefect_crew.runs.resolve import resolve_by_evidence
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import (
-    LiveRun,
-    close_run,
-    end_of,
-    parse_data,
-    read_record,
-    read_result,
-    read_status,
-    result_of,
-)
+from prefect_crew.runs.run import LiveRun, parse_data, read_attempt, read_result, read_status, result_of, write_end
 from prefect_crew.runs.stop import is_cancelled, is_of_another, stop_if_asked, stop_once
 from prefect_crew.states import CrewState
+from prefect_crew.store import attempts
+from prefect_crew.store.decision import TIMEOUT, AttemptState
+from prefect_crew.webhooks import UNLIMITED
 
-NOTED_WITHIN = 5.0
-"""Seconds for which a wait, at its end, lets a note about people's time be saved."""
-NOT_SHOWN = "not shown"
-"""The error, in the record and the event, of a run whose crew has `show="none"`."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
@@ -64,7 +56,7 @@ NO_WEBHOOKS = (
 async def wait_for_run(run: LiveRun, options: RunOptions | None = None) -> CrewResult[Any]:
     """Wait until a run has ended and return its result. Raises the errors of `wait_for_crew`.
 
-    The first wait after the kickoff has the record already; a later wait reads it.
+    The first wait after the kickoff has the attempt already; a later wait reads it.
     """
     work = OwnTask()
     return await work.run(_wait_for_run(run, options or RunOptions(), work))
@@ -73,10 +65,9 @@ async def wait_for_run(run: LiveRun, options: RunOptions | None = None) -> CrewR
 async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> CrewResult[Any]:
     async with run.session:
         if not run.is_fresh:
-            # The key in the options may be a template; the record has the rendered key.
-            await read_record(run, run.idempotency_key or options.idempotency_key)
-        is_started = run.record is not None and run.record.phase is RecordPhase.STARTED
-        if options.review is not None and is_started and not (run.record and run.record.has_webhooks):
+            await read_attempt(run)
+        is_started = run.attempt is not None and run.attempt.state is AttemptState.STARTED
+        if options.review is not None and is_started and not run.has_webhooks:
             run_logger().info("Crew run %s: %s", run.kickoff_id, NO_WEBHOOKS)
         waiting = _result(_Waiter(run, options.wait or run.crew.wait, options.review, work))
         # No variable holds the result: error reporters show the local variables of all frames.
@@ -87,39 +78,16 @@ async def _result(waiter: _Waiter) -> CrewResult:
     """Wait for the run and return its result."""
     run = waiter.run
     with withholding(run.redact_text):
-        if run.record is not None and run.record.phase is RecordPhase.ENDED:
-            run.is_fresh = False
-            if waiter.own is not None:
-                waiter.meet_people()
-            try:
-                return await read_result(run)
-            finally:
-                if waiter.people is not None:
-                    await waiter.people.aclose(ended=True)
-        slots = await slot_of(run.crew, run.record) if run.crew.concurrency_limit else None
-        if slots is None:
+        if run.attempt is None or run.attempt.ended_at is None:
             return await waiter.wait()
-        async with slots.kept():
-            try:
-                return await waiter.wait()
-            finally:
-                has_ended = waiter.last is not None and waiter.last.state.ended
-                # The caller that stores the end releases a lease that the record names.
-                if has_ended and (run.record is None or run.record.slot != str(slots.lease)):
-                    await slots.release()
-
-
-def end_and_report(run: LiveRun, status: CrewStatus, human: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the end of a run and the payload of its event, for `close_run`, masked; `human` as in `end_of`."""
-    result = None
-    if status.state is CrewState.COMPLETED and run.show == "full":
-        result = StoredResult.of(status.result())
-        if run.redact.hides(result.model_dump(mode="json")):
-            result = None
-    shown = NOT_SHOWN if status.error and run.show == "none" else run.redact_text(status.error or "")
-    error = shown[:500] or None
-    end = end_of(run.crew, status, human, error, result)
-    return end, {"error": error, "execution_time": status.execution_time}
+        run.is_fresh = False
+        if waiter.own is not None:
+            waiter.meet_people()
+        try:
+            return await read_result(run)
+        finally:
+            if waiter.people is not None:
+                await waiter.people.aclose(ended=True)
 
 
 class _CancelledOnServerError(Exception):
@@ -134,11 +102,10 @@ class _Waiter(Watcher):
         self.review: ReviewChoice | None = review
         self.log = run_logger()
         self.own = flow_run_id()
-        self.phases = Phases.of(run.record)
+        self.phases = Phases.of(run.attempt)
         self.last: CrewStatus | None = None
-        self.waker: Waker | None = None
+        self.news: Subscription | None = None
         self.people: People | None = None
-        self._noting: asyncio.Task[None] | None = None
         self._in_trouble = self._has_stopped = False
         self._is_stale = False
         self._showing: asyncio.Task[None] | None = None
@@ -153,19 +120,19 @@ class _Waiter(Watcher):
         """
         if asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since:
             self.people = self.people or People(
-                self.run, self.policy, self.review, stop=self._stop_late, waker=self.waker
+                self.run, self.policy, self.review, stop=self._stop_late, news=self.news
             )
 
     async def wait(self) -> CrewResult:
         """Wait until the run has ended, and return its result."""
-        run, record, ended = self.run, self.run.record, False
+        run, ended = self.run, False
         async with AsyncExitStack() as stack:
-            if record is not None and record.has_webhooks:
-                self.waker = await stack.enter_async_context(waker_for(record.idempotency_key, run.crew.url))
+            if run.attempt is not None and (run.has_webhooks or self.phases.human_since):
+                self.news = await stack.enter_async_context(news_of(run.attempt.id))
+            if not run.is_fresh:
+                await self._hold_slot()
             self.meet_people()
             if run.artifact.is_new:
-                # Concurrently with the wait. If the process dies and somebody cancels the flow run, the worker finds
-                # the run by its artifact.
                 self._show_beside()
             run.is_fresh = False  # from here on, this wait stops the crew of a cancelled flow run
             try:
@@ -176,10 +143,11 @@ class _Waiter(Watcher):
                     phases=self.phases,
                     watcher=self,
                     first_look=not run.owned,
-                    was_alive=record is not None and not run.owned,
+                    was_alive=run.attempt is not None and not run.owned,
                 )
                 ended = True
-                status = status if self.waker is None else await self.waker.with_usage(status, run.current_id)
+                if status.usage is None and self.news is not None:
+                    status = status.model_copy(update={"usage": self.news.usage})
             except ENDINGS:
                 await self._end_showing()  # the request may still be queued
                 await self._stop_if_asked()
@@ -191,14 +159,14 @@ class _Waiter(Watcher):
                 work.raise_if_cancelled()
                 raise error from None
             except CrewTimeoutError as error:
-                if record is not None:
-                    emit("timed_out", record, phase=error.phase, limit=error.limit)
+                if run.attempt is not None:
+                    emit("timed_out", run.attempt, phase=error.phase, limit=error.limit)
                 await self._show_unless_closed(str(error))
                 raise
             except CrewLostError as error:
-                if record is not None:
-                    emit("lost", record, once=True)
-                    end_run(record.model_copy(update={"state": CrewState.UNKNOWN, "ended_at": utcnow()}))
+                if run.attempt is not None:
+                    emit("lost", run.attempt, once=True)
+                    end_run(replace(run.attempt, state=AttemptState.LOST, ended_at=utcnow().timestamp()))
                 lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
                 await self._show(lost, note=str(error))
                 raise
@@ -209,7 +177,6 @@ class _Waiter(Watcher):
                 await self._show_unless_closed(str(error) if run.show == "full" else bare)
                 raise
             finally:
-                await self._end_noting(NOTED_WITHIN)
                 if self.people is not None:
                     await self.people.aclose(ended=ended)
                 if not ended:
@@ -223,7 +190,11 @@ class _Waiter(Watcher):
     async def on_status(self, status: CrewStatus) -> None:
         run, before, self.last = self.run, self.last, status
         run.notify(status)
-        if run.record is None and status.idempotency_key is not None and (before is None or not before.idempotency_key):
+        if (
+            run.attempt is None
+            and status.idempotency_key is not None
+            and (before is None or not before.idempotency_key)
+        ):
             await self._resolve(status.idempotency_key)
         is_new_state = before is None or before.state is not status.state
         is_new_task = status.current_task is not None and (before is None or before.current_task != status.current_task)
@@ -256,43 +227,33 @@ class _Waiter(Watcher):
 
     async def _resolve(self, key: str) -> None:
         """Resolve the uncertain kickoff of the key that a status names: then this is the run of that key."""
-
-        async def crew_of(record: RunRecord) -> Crew | None:
-            return self.run.crew if record.crew_url == self.run.crew.url else None
-
         run = self.run
         try:
-            outcome = await resolve_from_webhook(key, run.kickoff_id, run.records, said_key=key, load=crew_of)
-            if outcome is Resolution.RESOLVED:
-                await read_record(run, key)
-                self.log.info("Idempotency key %s is resolved: its kickoff started run %s.", key, run.kickoff_id)
+            run.attempt = await resolve_by_evidence(key, run.crew.url, run.kickoff_id)
         except (*PREFECT_ERRORS, CrewError) as error:
             self.log.debug("It could not be looked whether key %s is uncertain: %r", key, error)
+        if run.attempt is not None:
+            self.log.info("Idempotency key %s is resolved: its kickoff started run %s.", key, run.kickoff_id)
 
     async def on_human_wait(self, phases: Phases) -> None:
-        record = self.run.record
-        if record is None:
+        if self.run.attempt is None:
             return
-        phases.note_in(record)
         if phases.human_since is None:
-            emit("resumed", record)
-        # Concurrently with the polls: if the Prefect API does not answer, a save is repeated for minutes.
-        await self._end_noting(0.0)
-        self._noting = asyncio.create_task(self._note(record))
+            emit("resumed", self.run.attempt)
+        await self._hold_slot(is_human=phases.human_since is not None)
 
-    async def _note(self, record: RunRecord) -> None:
+    async def _hold_slot(self, *, is_human: bool | None = None) -> None:
+        """Say that this call waits for the run, and whether the run waits for a person: so long it holds its slot."""
+        limit = self.policy.human_timeout if is_human else self.policy.timeout
+        if self.run.attempt is None:
+            return
         try:
-            if self.run.owned or await self._closed() is None:
-                await self.run.records.save(record)
-        except PREFECT_ERRORS as error:
-            self.log.warning("The time of run %s with people could not be recorded: %s", self.run.kickoff_id, error)
-
-    async def _end_noting(self, within: float) -> None:
-        """Let the note about people's time be saved for `within` seconds, then cancel it: the record changes next."""
-        noting, self._noting = self._noting, None
-        if noting is not None:
-            await asyncio.wait({noting}, timeout=within)
-            await cancel_and_wait(noting)
+            attempt = await in_store(
+                attempts.waited_for, self.run.attempt, UNLIMITED if limit is None else limit, is_human=is_human
+            )
+            self.run.attempt = attempt or self.run.attempt
+        except (StoreError, *PREFECT_ERRORS) as error:
+            self.log.warning("The wait for run %s could not be recorded: %s", self.run.kickoff_id, error)
 
     async def on_unknown(self, seconds: float) -> None:
         self.log.warning(
@@ -314,7 +275,7 @@ class _Waiter(Watcher):
     async def pause(self, seconds: float) -> bool:
         """Pause between two status calls, and check during a long pause whether the flow run was cancelled. Return True
         if there is news."""
-        pause = super().pause if self.waker is None else self.waker.pause
+        pause = super().pause if self.news is None else self.news.pause
         pausing = pause(seconds) if self.people is None else self.people.pause(pause, seconds)
         if seconds <= stop.LOOK_EVERY or self.own is None:
             return await pausing
@@ -339,67 +300,54 @@ class _Waiter(Watcher):
 
     async def _stop_late(self) -> bool:
         """Stop a run after its time limit. Return False if another flow run started it, or the stop failed."""
-        run, record = self.run, self.run.record
-        await self._end_noting(NOTED_WITHIN)
+        run = self.run
         try:
-            if record is not None and await is_of_another(record, self.run.records):
+            if run.attempt is not None and await is_of_another(run.attempt):
                 return False
             self._has_stopped = True
-            if record is not None:
-                return await stop_once(self.run.session, record, self.run.records)
-            return (await self.run.session.call(lambda client: client.stop(run.current_id))).accepted
+            return await stop_once(run, TIMEOUT)
         except (CrewError, *PREFECT_ERRORS) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False
 
     async def _stop_if_asked(self) -> bool:
         """Stop the crew if a person cancelled the flow run, and show that. Return True if its server accepted it."""
-        if self.run.is_unread:
-            await read_record(self.run)
-        record = self.run.record
-        if record is None or self._has_stopped:  # /stop is sent once
+        run = self.run
+        if run.is_unread:
+            await read_attempt(run)
+        if run.attempt is None or self._has_stopped:  # /stop is sent once
             return False
-        await self._end_noting(NOTED_WITHIN)
-        is_taken = await stop_if_asked(self.run.session, record, self.run.records)
-        if is_taken and record.phase is RecordPhase.ENDED:
-            await self._show(CrewStatus(kickoff_id=self.run.kickoff_id, state=CrewState.STOPPED))
+        is_taken = await stop_if_asked(run)
+        if is_taken and run.attempt.ended_at is not None:
+            await self._show(CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED))
         return is_taken
 
     async def _close(self, status: CrewStatus) -> None:
         """Store the end, and show it if this wait closes the run or has started it."""
-        run, is_closed = self.run, False
-        if run.is_unread:  # the Prefect API did not answer when the wait began
-            await read_record(run)
-        record = run.record
-        if record is not None and record.phase is not RecordPhase.ENDED:
-            if run.owned and record.kicked_off_at is not None:  # a look since then is newer than that of the claim
-                version = known_version(run.crew.url, since=record.kicked_off_at)
-                record.crew_version = version or record.crew_version
-            end, report = end_and_report(run, status, self.phases.human_seconds)
+        run, owned = self.run, self.run.owned
+        if run.is_unread:  # the crew database did not answer when the wait began
+            await read_attempt(run)
+        if run.attempt is not None and run.attempt.ended_at is None:
             try:
-                with self.work.uncut():  # after the end, the counters, the span and the event must be written too
-                    is_closed = await close_run(record, run.records, end, report)
+                with self.work.uncut():  # after the end, the span and the event must be written too
+                    is_closed = await write_end(run, status)
             except (*PREFECT_ERRORS, CrewError) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
-                emit(str(status.state), record, once=True, state=str(status.state), **report)
             else:
-                if not (is_closed or run.owned):
+                if not (is_closed or owned):
                     return
             self.work.raise_if_cancelled()
         await self._show(status)
-        if record is not None and is_closed:  # after the artifact, which people look at first
-            await run.records.unlist(record)
 
-    async def _closed(self) -> RunRecord | None:
-        """Read the record again. Return it if somebody else has closed it, else None."""
-        if self.run.record is None:
-            return None
+    async def _has_ended_elsewhere(self) -> bool:
+        """Return whether somebody else has written the end of the run."""
+        if self.run.attempt is None:
+            return False
         try:
-            attempts = await self.run.records.attempts(self.run.record.idempotency_key)
-        except PREFECT_ERRORS:
-            return None
-        ended = (attempt for attempt in attempts if attempt.phase is RecordPhase.ENDED)
-        return next((attempt for attempt in ended if attempt.kickoff_id == self.run.kickoff_id), None)
+            attempt = await in_store(attempts.get, self.run.attempt.id)
+        except (StoreError, *PREFECT_ERRORS):
+            return False
+        return attempt is not None and attempt.ended_at is not None
 
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew, unless another flow run, which has not ended, started the run. Return the error to raise.
@@ -416,7 +364,7 @@ class _Waiter(Watcher):
 
     async def _show_unless_closed(self, note: str) -> None:
         """Show in the artifact that this wait has given up, unless another wait has stored the end."""
-        if self.run.owned or await self._closed() is None:
+        if self.run.owned or not await self._has_ended_elsewhere():
             await self._show(note=note)
 
     def _show_beside(self) -> None:

@@ -428,6 +428,12 @@ def resolve(
 
 
 @transaction("read")
+def time_now(transaction: Transaction) -> float:
+    """Return the time by the clock of the database."""
+    return transaction.now()
+
+
+@transaction("read")
 def get(transaction: Transaction, attempt_id: str) -> Attempt | None:
     """Return an attempt by its id."""
     return _get(transaction, attempt_id)

@@ -1,4 +1,4 @@
-"""The process that runs the flow run of a claim, and whether that process has ended."""
+"""The process that runs the flow run of an attempt or a batch, and whether that process has ended."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import socket
 import sys
 import uuid
 from collections.abc import Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
-from pydantic import BaseModel
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.clock import moment
+from prefect_crew._internal.prefect_api import flow_run_id as own_flow_run_id
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.records.model import RunRecord, utcnow
+from prefect_crew.store.decision import Attempt
 
 CLOCKS_APART = timedelta(minutes=5)
 """The most by which two clocks may differ: the clock of the process that suspended a flow run, and the clock of the
@@ -41,23 +41,6 @@ def this_process() -> str | None:
         return f"{host}/{boot}/{Path('/proc/self/ns/pid').readlink()} {os.getpid()}"
     except OSError:  # as on Windows, where `os.kill(pid, 0)` would end the process
         return None
-
-
-class Owner(BaseModel):
-    """The attempt of a flow run that works on a batch, its process, and when it began."""
-
-    flow_run_id: str | None
-    flow_run_count: int
-    process: str | None
-    claimed_at: datetime
-
-
-def this_owner() -> Owner:
-    """Return this call's own attempt and process."""
-    context = FlowRunContext.get()
-    flow_run = None if context is None else context.flow_run
-    flow_run_count = 0 if flow_run is None else flow_run.run_count
-    return Owner(flow_run_id=flow_run_id(), flow_run_count=flow_run_count, process=this_process(), claimed_at=utcnow())
 
 
 def process_is_gone(name: str) -> bool:
@@ -93,28 +76,30 @@ def count_attempts(states: Sequence[State]) -> tuple[int, bool]:
     return attempts, before_last
 
 
-async def crash_dead_owner(claim: RunRecord | Owner, *, work: str = "crew's run") -> None:
-    """Set the flow run of a claim to Crashed if its process ran on this machine and has ended.
+async def crash_dead_owner(
+    flow_run_id: str | None, flow_run_count: int | None, process: str | None, since: float, *, work: str = "crew's run"
+) -> None:
+    """Set the flow run of an attempt or a batch to Crashed if its process ran on this machine and has ended.
 
-    The function leaves a flow run alone that was started again or suspended since, or that is paused. If the Prefect
-    API cannot be reached, it logs that and returns, and the caller goes on with the work.
+    `since`: when its work began, by the crew database. The function leaves a flow run alone that was started again or
+    suspended since, or that is paused. If the Prefect API cannot be reached, it logs that and returns.
     """
-    own, owner = flow_run_id(), claim.flow_run_id
-    if owner is None or owner == own or claim.process is None or not process_is_gone(claim.process):
+    own = own_flow_run_id()
+    if flow_run_id is None or flow_run_id == own or process is None or not process_is_gone(process):
         return
     try:
         async with get_client() as client:
-            flow_run = await client.read_flow_run(UUID(owner))
+            flow_run = await client.read_flow_run(UUID(flow_run_id))
             state = flow_run.state
             if state is None or not state.is_running():
                 return
             states = await client.read_flow_run_states(flow_run.id)
-            since = claim.claimed_at - CLOCKS_APART
-            if any(state.state_details.pause_reschedule and state.timestamp > since for state in states):
+            before = moment(since) - CLOCKS_APART
+            if any(state.state_details.pause_reschedule and state.timestamp > before for state in states):
                 return  # somebody has suspended the flow run since, and another process goes on with it
-            if flow_run.run_count != claim.flow_run_count:
+            if flow_run_count is not None and flow_run.run_count != flow_run_count:
                 attempts, before_last = count_attempts(states)
-                if before_last or attempts != claim.flow_run_count:
+                if before_last or attempts != flow_run_count:
                     return  # the flow run has begun again since, or the states do not say
             went_on = f"flow run {own}" if own else "a script"
             message = f"Its process ended. Its {work} continues with {went_on}."
@@ -122,8 +107,27 @@ async def crash_dead_owner(claim: RunRecord | Owner, *, work: str = "crew's run"
     except ObjectNotFound:
         return
     except PREFECT_ERRORS as error:
-        run_logger().debug("It is not known whether flow run %s is dead: %s", owner, error)
+        run_logger().debug("It is not known whether flow run %s is dead: %s", flow_run_id, error)
     else:
         run_logger().warning(
-            "Flow run %s was set to Crashed: its process has ended. This process goes on with its %s.", owner, work
+            "Flow run %s was set to Crashed: its process has ended. This process goes on with its %s.",
+            *(flow_run_id, work),
         )
+
+
+async def owner_has_ended(attempt: Attempt) -> bool:
+    """Return whether the flow run that started a run has ended, or its process has. Without a flow run: False.
+
+    Raises:
+        PREFECT_ERRORS: The Prefect API cannot be reached.
+    """
+    if attempt.flow_run_id is None:
+        return False
+    if attempt.process is not None and process_is_gone(attempt.process):
+        return True
+    async with get_client() as client:
+        try:
+            flow_run = await client.read_flow_run(UUID(attempt.flow_run_id))
+        except ObjectNotFound:
+            return True
+    return flow_run.state is not None and flow_run.state.is_final()

@@ -5,19 +5,20 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
 
 from prefect_crew.budgets import Budget
+from prefect_crew.client._retry_safety import POST_DEADLINE
 from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.crew import Crew, WaitPolicy
+from prefect_crew.crew import Crew, WaitPolicy, known_version
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.keys import normalize_key
-from prefect_crew.records.model import utcnow
+from prefect_crew.runs.budgets import allowances
+from prefect_crew.runs.keys import RunIdentity, normalize_key
 from prefect_crew.settings import CrewSettings
+from prefect_crew.store.decision import Request
 
 MAX_SESSION = 200
 """Characters of the name of a session."""
@@ -123,21 +124,61 @@ class RunOptions(BaseModel):
 
 
 @dataclass(frozen=True)
+class BatchRow:
+    """The row of a batch that a run is for. `owner` is the nonce of the process that holds the batch."""
+
+    batch: str
+    key: str
+    owner: str
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """The request for one run. Its kickoff makes it, and it never changes, whatever happens to the attempts.
 
-    `is_row` is for a row of a batch: the row's claim is its permit as well, no log line reports the decision, and the
-    batch sends a refused kickoff again, at its pace. `settings` say whether there are webhooks; a read takes 3 ms.
+    A run for a `row` logs no decision, and its batch sends a refused kickoff again, at its pace. `settings` say whether
+    there are webhooks; a read takes 3 ms.
     """
 
     crew: Crew
     inputs: Inputs
     options: RunOptions = field(default_factory=RunOptions)
-    is_row: bool = False
+    row: BatchRow | None = None
     settings: CrewSettings = field(default_factory=CrewSettings)
-    asked_at: datetime = field(default_factory=lambda: utcnow())
 
     @classmethod
     def of(cls, crew: Crew, inputs: Inputs, options: RunOptions) -> RunRequest:
         """Return the request for one run, with the inputs encoded and checked by the crew. Raises as `Crew.take`."""
         return cls(crew, crew.take(inputs, restore_from=options.restore_from, session=options.session), options)
+
+    def for_store(self, identity: RunIdentity) -> Request:
+        """Return the request as the crew database takes it. Raises ConfigurationError: a budget has no estimate."""
+        crew, inputs, row = self.crew, self.inputs, self.row
+        return Request(
+            key=identity.idempotency_key,
+            crew_url=crew.url,
+            inputs_digest=inputs.digest,
+            owner=identity.nonce.text,
+            input_digests=inputs.digests,
+            flow_run_id=identity.flow_run_id,
+            flow_run_count=identity.flow_run_count,
+            flow_run_began=identity.flow_run_began,
+            max_attempts=crew.max_attempts,
+            crew=crew.label,
+            process=identity.process,
+            post_seconds=POST_DEADLINE * crew.request_timeout,
+            limit=crew.concurrency_limit,
+            allowances=allowances(crew, self.budget_batch(identity)),
+            session=inputs.session,
+            step=self.options.name,
+            batch=None if row is None else row.batch,
+            row_key=None if row is None else row.key,
+            batch_owner=None if row is None else row.owner,
+            secret_names=inputs.secret_names,
+            has_webhooks=self.options.webhooks is None and bool(self.settings.webhook_url),
+            crew_version=known_version(crew.url),
+        )
+
+    def budget_batch(self, identity: RunIdentity) -> str:
+        """Return what budgets per batch count together: the batch, pipeline or flow run of the run."""
+        return self.crew.batch or identity.flow_run_id or identity.idempotency_key

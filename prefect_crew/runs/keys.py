@@ -9,6 +9,7 @@ slash within a part is written %2F.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import threading
 import unicodedata
@@ -17,7 +18,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import count
@@ -28,26 +29,31 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext, TaskRunContext
 
+from prefect_crew._internal.clock import utcnow
 from prefect_crew._internal.prefect_api import contexts_around, held_flow_run, is_entered, left_behind, run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.decision import Caller
-from prefect_crew.records.model import MAX_KEY, digest, utcnow
-from prefect_crew.records.owners import this_process
+from prefect_crew.runs.owners import this_process
 
+MAX_KEY = 500
+"""Characters of an idempotency key."""
 _ESCAPED = str.maketrans({sign: f"%{ord(sign):X}" for sign in "%/{}"})
 TEMPLATE = re.compile(r"\{(?P<inner>[^{}]*)\}")
 LONGEST_NAME = 200
 """The most characters of a name or address within a derived key. A longer one is cut and gets a digest."""
 
 
+def digest(text: str, length: int = 32) -> str:
+    """Return the SHA-256 of a text, cut to a length."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
 @dataclass
 class Nonce:
-    """A text that marks the claims of one call as its own. It lives in this process only.
+    """A text that marks the attempt of one call as its own, in the column `owner`. It lives in this process only.
 
-    A retry of the kickoff task keeps the nonce as long as no kickoff may have been sent under it. If Prefect's answer
-    to the request for a claim or a permit (`Entry`) was lost, the retry then recognizes the claim or permit as its
-    own, and no person has to resolve the run.
+    A retry of the kickoff task keeps the nonce as long as no kickoff may have been sent under it. If the answer of the
+    crew database was lost, the retry then recognizes its own attempt, and no person has to resolve the run.
     """
 
     text: str = field(default_factory=lambda: str(uuid4()))
@@ -57,17 +63,24 @@ class Nonce:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The run and the caller of a call. `place` names the call's position and is the same on every retry of it."""
+    """The key of a call's run, and the caller: its flow run, the number and the begin of that, and its process."""
 
     idempotency_key: str
-    place: str
-    caller: Caller
     nonce: Nonce = field(default_factory=Nonce)
-    """Its text is the caller's `owner`."""
+    flow_run_id: str | None = None
+    flow_run_count: int = 0
+    flow_run_began: float | None = None
+    process: str | None = None
 
 
 async def identify(
-    label: str, inputs_digest: str, *, idempotency_key: str | None, name: str | None, inside_own_task: bool = False
+    label: str,
+    inputs_digest: str,
+    *,
+    idempotency_key: str | None,
+    name: str | None,
+    force_new: bool = False,
+    inside_own_task: bool = False,
 ) -> RunIdentity:
     """Return the identity of a call to a crew.
 
@@ -75,6 +88,7 @@ async def identify(
         label, inputs_digest: The crew's name or address, and the digest of the inputs.
         idempotency_key: The user's key, which may be a template over the scheduled time; None derives a key.
         name: The step's name, which stands before the crew in a derived key.
+        force_new: Whether the key belongs to this call and its retries alone.
         inside_own_task: Whether the caller is one of this package's tasks, within its own task run.
 
     Raises:
@@ -91,14 +105,19 @@ async def identify(
         # Prefect runs the tries of a task run one after the other.
         before = calling.nonces.get(task_run_id, nonce)
         nonce = calling.nonces[task_run_id] = nonce if before.has_sent else before
-    caller, start = Caller(owner=nonce.text), utcnow()
+    caller, start = RunIdentity("", nonce), utcnow()
     if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
         calls, root = await _calls_and_root(context, flow_run)
         top, start = root.path, root.scheduled_start or start
         # A task runner may run the task in another process than the flow run.
-        process = None if context.detached else this_process()
-        fields = {"flow_run_id": str(flow_run.id), "flow_run_count": flow_run.run_count, "process": process}
-        caller = caller.model_copy(update=fields)
+        caller = RunIdentity(
+            "",
+            nonce,
+            str(flow_run.id),
+            flow_run.run_count,
+            None if flow_run.start_time is None else flow_run.start_time.timestamp(),
+            None if context.detached else this_process(),
+        )
     else:
         # A task without a flow is retried under its own id; any other call is new.
         top = f"task/{callers[0].task_run_id}" if callers else f"call/{uuid4()}"
@@ -119,7 +138,9 @@ async def identify(
             base = f"{top[:LONGEST_NAME]}~{digest(top, 16)}/{about}"
         number = calls.take_number(base, callers)
         key = _checked(f"{base}/{number}")
-    return RunIdentity(idempotency_key=key, place=f"{top}/{number}", caller=caller, nonce=nonce)
+    if force_new:
+        key = _checked(f"{key[: MAX_KEY - 40]}/forced-{digest(f'{top}/{key}/{number}')}")
+    return replace(caller, idempotency_key=key)
 
 
 @cache

@@ -1,0 +1,564 @@
+"""Start a run at most once: look, check the inputs, write the attempt, send `POST /kickoff`, and store the kickoff id.
+
+A kickoff is sent only within `SEND_WITHIN` seconds from before the last transaction that gave the right to it, and
+nobody else touches the attempt before its deadline, which is later. Two cases remain: a machine that freezes between
+the last look at the clock and the first byte, and a request that the network delivers after the deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shlex
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from prefect_crew._internal.asyncio_tasks import OwnTask
+from prefect_crew._internal.clock import moment
+from prefect_crew._internal.prefect_api import held_flow_run, left_behind, run_logger
+from prefect_crew._internal.prefect_errors import naming_prefect_away
+from prefect_crew.artifacts.events import emit
+from prefect_crew.artifacts.run import render_run
+from prefect_crew.artifacts.telemetry import count_uncertain
+from prefect_crew.client._retry_safety import BARE_DELAY, POST_DEADLINE, KickoffFate, kickoff_delay, kickoff_fate
+from prefect_crew.client.inputs import Unshown, missing_inputs, unknown_inputs
+from prefect_crew.client.models import CrewInput
+from prefect_crew.client.redaction import withholding
+from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.exceptions import (
+    AuthenticationError,
+    BatchBusyError,
+    ConfigurationError,
+    CrewAPIError,
+    CrewError,
+    CrewStoppedError,
+    FlowRunCancelledError,
+    IdempotencyConflictError,
+    InvalidInputsError,
+    KickoffUncertainError,
+    NotStartedError,
+    ResponseFormatError,
+    SessionBlockedError,
+    StoreError,
+)
+from prefect_crew.runs.budgets import budget_error, warn_of_budgets
+from prefect_crew.runs.database import in_store, open_store
+from prefect_crew.runs.keys import RunIdentity, identify
+from prefect_crew.runs.owners import crash_dead_owner
+from prefect_crew.runs.request import RunRequest
+from prefect_crew.runs.run import WITHHELD, LiveRun, look_once, no_attempt_left
+from prefect_crew.runs.stop import cancel_command, is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
+from prefect_crew.store import attempts
+from prefect_crew.store.decision import SEND_WITHIN, STARTS, Attempt, AttemptState, Decision, Request, Step
+from prefect_crew.webhooks import UNLIMITED, webhooks_for
+
+T = TypeVar("T")
+LIMITED_FOR = 600.0
+"""Seconds for which a kickoff is sent again while the server answers 429, or 503 with `Retry-After`."""
+FINISH = 25.0
+"""Seconds for the work that a cancelled start still does, such as waiting for the answer to a POST: Prefect kills a
+cancelled process after about 30 s."""
+LEAST_DELAY = 0.1
+"""Seconds, at least, before a kickoff is sent for the second time; each later pause is at least twice as long."""
+WRITE_AGAIN = (0.5, 1.0, 2.0, 5.0)
+"""Seconds before a kickoff id is written again, after each failure in a row; the last one for all further failures."""
+LOOK_AGAIN = (0.2, 2.0)
+"""Seconds before a call looks again while another call may send the kickoff: the first pause, and the longest."""
+FULL_AGAIN = (1.0, 10.0)
+"""The same while the crew has as many runs in flight as it may have, or an earlier turn of a session is not over."""
+
+
+class _NotSentError(Exception):
+    """The window to send the kickoff is over, or the start was cancelled before the first byte. Nothing was sent."""
+
+
+class _Window:
+    """The time within which the kickoff may be sent. It begins before the transaction that gives the right to it.
+
+    Two clocks measure, and the larger time counts: one counts while the machine sleeps, somebody may set the other.
+    """
+
+    def __init__(self) -> None:
+        self._wall, self._boot = time.time(), _boot_time()
+
+    @property
+    def is_over(self) -> bool:
+        return max(time.time() - self._wall, _boot_time() - self._boot) > SEND_WITHIN
+
+
+def _boot_time() -> float:
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+def holds_slot_for(policy: WaitPolicy) -> float:
+    """Return the seconds for which a run holds its slot in the crew's limit, if nobody reattaches."""
+    return UNLIMITED if policy.timeout is None else policy.timeout
+
+
+async def start_run(request: RunRequest, identity: RunIdentity, session: CrewSession) -> Decision:
+    """Find the run of an idempotency key, or start it. Return the decision, with the run's attempt and the time at which
+    this call first looked.
+
+    `session` is an open session with the crew. Raises the errors of `run_crew`.
+    """
+    work = OwnTask()
+    return await work.run(_Start(request, identity, session, work).run(), within=FINISH)
+
+
+@dataclass
+class _Start:
+    """One call of `start_run`."""
+
+    request: RunRequest
+    identity: RunIdentity
+    session: CrewSession
+    work: OwnTask
+    asked_at: float | None = None
+    began: float = field(default_factory=time.monotonic)
+    has_checked: bool = False
+    pauses: dict[Step, float] = field(default_factory=dict[Step, float])
+    lost_since: float | None = None
+
+    async def run(self) -> Decision:
+        """Decide, and send the kickoff, until there is a run or an error."""
+        request = self.request.for_store(self.identity)
+        store = await open_store()
+        while True:
+            self._raise_if_cancelled()
+            window = _Window()
+            is_begun = self.has_checked or self.request.row is not None
+            if is_begun:
+                decision = await self._begin(request)
+            else:
+                decision = await store.run(attempts.look, request)
+            if self.asked_at is None:
+                self.asked_at = decision.now
+                request = replace(request, asked_at=decision.now)
+            if decision.step in STARTS and is_begun:
+                if (attempt := await self._post_until_taken(decision, window)) is not None:
+                    return replace(decision, attempt=attempt, now=self.asked_at)
+            elif decision.step in STARTS:
+                # For a run that is found, the check costs the crew's server no request.
+                await check_inputs(self.session, self.request)
+                self.has_checked = True
+            elif decision.step in (Step.REATTACH, Step.RETURN):
+                self._log(decision)
+                return replace(decision, now=self.asked_at)
+            else:
+                await self._wait_or_raise(decision)
+
+    def _raise_if_cancelled(self) -> None:
+        """Raise CancelledError if the caller was cancelled, and FlowRunCancelledError if only its flow run was: the
+        caller may outlive it."""
+        self.work.raise_if_cancelled()
+        if is_known_cancelled(self.identity):
+            raise nothing_started(self.identity.flow_run_id)
+
+    def _log(self, decision: Decision) -> None:
+        if self.request.row is None and decision.attempt is not None:
+            run_logger().info(
+                "Crew %s: %s. (key %s)", decision.attempt.crew, step_taken(decision), decision.attempt.key
+            )
+
+    async def _begin(self, request: Request) -> Decision:
+        """Write the attempt, if this call may start a run. If the caller is cancelled meanwhile, take it back."""
+        with self.work.uncut():
+            decision = await in_store(attempts.begin, request)
+        if decision.step not in STARTS:
+            return decision
+        await self._unless_cancelled(request)
+        self._log(decision)
+        attempt = decision.attempt
+        if attempt is not None and attempt.session is not None and self.request.row is None:
+            start = "an empty state" if attempt.restored is None else f"the state of run {attempt.restored}"
+            run_logger().info("Session %r: turn %d starts from %s.", attempt.session, attempt.turn, start)
+        warn_of_budgets(self.request.crew, decision, self.request.budget_batch(self.identity))
+        return decision
+
+    async def _unless_cancelled(self, request: Request | Attempt) -> None:
+        """Give an attempt back if this call was cancelled, since nothing was sent for it."""
+        try:
+            self._raise_if_cancelled()
+        except BaseException:
+            with self.work.uncut():
+                await in_store(attempts.not_started, request.key, request.owner)
+            raise
+
+    async def _wait_or_raise(self, decision: Decision) -> None:
+        """Wait until another call, or a run of the crew, may have moved on. Raise if this call can start nothing."""
+        step, attempt, key = decision.step, decision.attempt, self.identity.idempotency_key
+        if step is Step.UNCERTAIN and attempt is not None:
+            raise uncertain(attempt)
+        if step is Step.CONFLICT and attempt is not None:
+            raise _conflict(attempt, decision.differences)
+        if step is Step.STOPPED and attempt is not None:
+            advice = "A retry of the flow run does not start it again. A new call with the key starts another run."
+            raise CrewStoppedError(
+                kickoff_id=str(attempt.first_id), crew=attempt.crew, idempotency_key=key, advice=advice
+            )
+        if step is Step.OVER_BUDGET:
+            raise budget_error(self.request.crew, decision, self.request.budget_batch(self.identity))
+        if step is Step.NOT_HELD and self.request.row is not None:
+            raise BatchBusyError(name=self.request.row.batch)
+        if step is Step.TURN and attempt is not None:
+            self._check_turn(attempt)
+        first, longest = LOOK_AGAIN if step is Step.BUSY else FULL_AGAIN
+        pause = self.pauses.get(step, first)
+        if step not in self.pauses and self.request.row is None:
+            reason = f"{self.request.crew.concurrency_limit} runs of the crew, its concurrency limit, are in flight"
+            if step is Step.BUSY:
+                reason = "another call is about to start the run of this key"
+            elif step is Step.TURN and attempt is not None:
+                reason = f"turn {attempt.turn} of session {attempt.session!r} is not over"
+            run_logger().info("Crew %s: %s. This call waits. (key %s)", self.request.crew.label, reason, key)
+        self.pauses[step] = min(pause * 2, longest)
+        pause *= random.uniform(0.75, 1.25)  # noqa: S311  no secret
+        await until_cancelled(self.identity.flow_run_id, asyncio.sleep(pause))
+        if step is Step.TURN and attempt is not None and attempt.state is AttemptState.STARTED:
+            # Perhaps nobody else waits for it.
+            await look_once(LiveRun(self.session, str(attempt.first_id), attempt))
+
+    def _check_turn(self, attempt: Attempt) -> None:
+        """Raise SessionBlockedError if an earlier turn is uncertain, or this call has waited for its time."""
+        policy = self.request.options.wait or self.request.crew.wait
+        reason = advice = None
+        if attempt.state is AttemptState.UNCERTAIN or (attempt.first_id is None and attempt.is_free(time.time())):
+            reason = "nobody knows whether its kickoff started a run"
+            advice = (
+                "Look at the crew's page, then run: prefect-crew runs resolve "
+                f"{shlex.quote(attempt.key)} --kickoff-id ID, or --never-started."
+            )
+        elif policy.timeout is not None and time.monotonic() - self.began > policy.timeout:
+            reason = f"run {attempt.first_id or attempt.key} is still {attempt.state}, and this call has waited"
+            reason += f" for {policy.timeout:g} s"
+            advice = f"Call again to wait on, or stop that run: {cancel_command(attempt)}."
+        if reason is not None and advice is not None:
+            raise SessionBlockedError(
+                session=str(attempt.session), turn=attempt.turn or 0, run=attempt.key, reason=reason, advice=advice
+            )
+
+    # Post
+
+    async def _post_until_taken(self, decision: Decision, window: _Window) -> Attempt | None:
+        """Send the kickoff of this call's attempt and store its id. Return the attempt; None if nothing was sent, and
+        the call has to decide again.
+
+        Raises:
+            KickoffUncertainError: The kickoff was sent, and nobody knows whether it started a run.
+            CrewError: The kickoff surely started no run. The attempt says so.
+        """
+        attempt = decision.attempt
+        assert attempt is not None  # noqa: S101  a start has one
+        loop, least = asyncio.get_running_loop(), LEAST_DELAY
+        until = loop.time() + LIMITED_FOR
+        while True:
+            client = self.session.client
+            try:
+                with self.work.uncut():  # a cancellation waits until the POST has ended
+                    started = await self._post(attempt, window)
+                    await asyncio.sleep(0)  # so that a cancellation at the moment of the answer is noticed
+                break
+            except (CrewError, _NotSentError) as problem:
+                if isinstance(problem, KickoffUncertainError):
+                    raise
+                is_renewed = pause = None
+                if not (self.work.is_cancelled or is_known_cancelled(self.identity)):
+                    is_renewed = isinstance(problem, AuthenticationError) and await self.session.renew(client)
+                    # The batch decides when a refused row is sent again: other rows wait with it.
+                    pause = None if self.request.row is not None else kickoff_delay(problem)
+                if pause is not None:
+                    # `Retry-After` may be 0, or a date that is over by our clock.
+                    pause, least = max(pause, least), min(least * 2, BARE_DELAY)
+                    pause = None if loop.time() + pause > until else pause
+                window = _Window()
+                if is_renewed and await self._uncut(in_store(attempts.extend, attempt, _post_seconds(self.request))):
+                    continue
+                if pause is not None:
+                    run_logger().warning("%s The kickoff is sent again in %.0f s.", problem, pause)
+                    new_window = await self._back_off(attempt, pause)
+                    if new_window is not None:
+                        window = new_window
+                        continue
+                else:
+                    await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner))
+                self._raise_if_cancelled()
+                if not isinstance(problem, _NotSentError) and pause is None:
+                    raise
+                self._give_up_after(loop.time())
+                run_logger().warning("Run %s: %s This call looks at its attempts again.", attempt.key, problem)
+                return None
+        # The batch of a row decides what becomes of it.
+        if self.work.is_cancelled or (is_known_cancelled(self.identity) and self.request.row is None):
+            with self.work.uncut():
+                await stop_if_asked(LiveRun(self.session, str(started.first_id), started))
+        self.work.raise_if_cancelled()
+        return started
+
+    async def _uncut(self, writing: Awaitable[T]) -> T:
+        with self.work.uncut():
+            return await writing
+
+    def _give_up_after(self, now: float) -> None:
+        self.lost_since = now if self.lost_since is None else self.lost_since
+        if now > self.lost_since + LIMITED_FOR:
+            raise NotStartedError(
+                f"Run {self.identity.idempotency_key!r} was not started: for {LIMITED_FOR / 60:g} minutes this call "
+                "missed each time to send its kickoff. The crew database answers too slowly, or this machine sleeps. "
+                "Fix that, then run again with the same key."
+            )
+
+    async def _back_off(self, attempt: Attempt, pause: float) -> _Window | None:
+        """Wait after an answer that surely started nothing. Return the window for the next kickoff, None if it is too
+        late."""
+        if not await self._uncut(in_store(attempts.back_off, attempt, pause)):
+            return None
+        try:
+            await until_cancelled(self.identity.flow_run_id, asyncio.sleep(pause))
+        except BaseException:
+            await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner))
+            raise
+        window = _Window()
+        return window if await self._uncut(in_store(attempts.go_on, attempt, _post_seconds(self.request))) else None
+
+    async def _post(self, attempt: Attempt, window: _Window) -> Attempt:
+        """Send one `POST /kickoff` and store its outcome. Return the attempt with the id. If the kickoff surely started
+        no run, raise and store nothing."""
+        request, nonce, has_left = self.request, self.identity.nonce, False
+        masked = self.session.crew.redactor(request.inputs)
+
+        def redact(text: str) -> str:
+            return WITHHELD if request.inputs.is_hidden else masked(text)
+
+        def last_look() -> None:
+            nonlocal has_left
+            if window.is_over or self.work.is_cancelled or is_known_cancelled(self.identity):
+                raise _NotSentError("the time to send its kickoff was over before its first byte.")
+            nonce.has_sent = has_left = True
+
+        try:
+            options = request.options
+            webhooks = options.webhooks or webhooks_for(
+                request.crew, attempt, settings=request.settings, wait=options.wait
+            )
+            with withholding(redact):
+                # With the attempt, a person finds the run of a record among several runs of one key.
+                names = {"idempotency_key": attempt.key, "run_attempt": attempt.number}
+                kickoff_id = await self.session.client.kickoff(
+                    request.inputs,
+                    meta=Unshown({**(options.meta or {}), **names}),
+                    webhooks=webhooks,
+                    restore_from=attempt.restored or request.inputs.restore_from,
+                    before_sending=last_look,
+                )
+        except _NotSentError:
+            raise
+        except BaseException as error:
+            if not has_left and _loop_ends(error):
+                raise _NotSentError("its event loop ended before its kickoff could be sent.") from None
+            if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
+                raise
+            reason = redact(f"{type(error).__name__}: {error}")[:500]
+            await self._write(lambda: in_store(attempts.uncertain, attempt, reason), attempt, None)
+            count_uncertain(attempt)
+            if not isinstance(error, Exception):
+                raise
+            raise uncertain(attempt, reason) from error
+        if request.row is None:
+            # Before anything else: if a later step fails, a person finds the id in a log.
+            run_logger().info("Crew %s was kicked off: run %s", attempt.crew, kickoff_id)
+        seconds = holds_slot_for(options.wait or request.crew.wait)
+        started = await self._write(
+            lambda: in_store(attempts.started, attempt, kickoff_id, seconds), attempt, kickoff_id
+        )
+        if started.other_key is not None:
+            count_uncertain(attempt)
+            raise uncertain(
+                started.attempt or attempt, f"its answer names run {kickoff_id} of key {started.other_key!r}"
+            )
+        if started.is_second:
+            run_logger().error(
+                "Idempotency key %s has two runs: %s, which somebody had resolved as never started, and a later one. "
+                "Look at both: prefect-crew runs inspect %s",
+                *(attempt.key, kickoff_id, shlex.quote(attempt.key)),
+            )
+        return started.attempt or replace(attempt, first_id=kickoff_id, kickoff_id=kickoff_id)
+
+    async def _write(self, write: Callable[[], Awaitable[T]], attempt: Attempt, kickoff_id: str | None) -> T:
+        """Write what became of a kickoff that was sent, again and again while this process lives: later calls wait."""
+        for number in range(10**9):
+            try:
+                return await write()
+            except (StoreError, asyncio.CancelledError, ValueError) as error:
+                if not isinstance(error, StoreError) and not _loop_ends(error):
+                    raise
+                if isinstance(error, StoreError) and not number:
+                    run_logger().error(
+                        "Run %s%s could not be recorded yet; it is tried again. %s If this process ends before: "
+                        "prefect-crew runs resolve %s %s",
+                        *(attempt.key, f", kickoff id {kickoff_id}," if kickoff_id else "", error),
+                        *(shlex.quote(attempt.key), f"--kickoff-id {shlex.quote(kickoff_id)}" if kickoff_id else "…"),
+                    )
+                if isinstance(error, StoreError):
+                    await asyncio.sleep(WRITE_AGAIN[min(number, len(WRITE_AGAIN) - 1)])
+        raise AssertionError
+
+
+def _post_seconds(request: RunRequest) -> float:
+    return POST_DEADLINE * request.crew.request_timeout
+
+
+def _loop_ends(error: BaseException) -> bool:
+    """Return whether an error means that the event loop ends, and has cancelled the tasks in which anyio connects.
+
+    If all of these are cancelled, anyio creates an empty group of errors, which raises ValueError.
+    """
+    task = asyncio.current_task()
+    is_own = task is not None and task.cancelling() > 0  # somebody cancelled this task
+    return type(error) in (asyncio.CancelledError, ValueError) and not is_own
+
+
+def step_taken(decision: Decision) -> str:
+    """Return the text of the log line about a decision and its reason."""
+    attempt = decision.attempt
+    run = f"found run {attempt and attempt.first_id}"
+    match decision.step:
+        case Step.START:
+            return "a run is being started"
+        case Step.START_AGAIN:
+            return "the last run of this key gave no result, and another run is being started"
+        case Step.REATTACH:
+            return f"{run}, which is in flight. This call waits for it and starts nothing"
+        case _ if attempt is not None and attempt.state is AttemptState.COMPLETED:
+            return f"{run}, which has completed. Its result is used and nothing is started"
+        case _:
+            return f"{run}, which has {attempt and attempt.state}. Nothing is started"
+
+
+def uncertain(attempt: Attempt, reason: str | None = None) -> KickoffUncertainError:
+    """Emit the event about an uncertain kickoff, once, and return the error."""
+    reason = reason or attempt.error or "the process that sent it ended before it recorded the answer"
+    emit("uncertain", attempt, once=True, reason=reason)
+    sent = {
+        "crew": attempt.crew,
+        "at": f"{moment(attempt.begun_at):%Y-%m-%d %H:%M:%S} UTC",
+        "inputs digest": attempt.inputs_digest,
+        "attempt": str(attempt.number),
+    }
+    return KickoffUncertainError(idempotency_key=attempt.key, reason=reason, sent=sent)
+
+
+def _conflict(attempt: Attempt, differences: Sequence[str]) -> IdempotencyConflictError:
+    names = [name for name in differences if name not in ("crew", "inputs")]
+    parts = [f"crew {attempt.crew} at {attempt.crew_url}"] if "crew" in differences else []
+    if names:
+        parts.append(f"other values of the inputs {', '.join(map(repr, names))}")
+    elif "inputs" in differences:
+        parts.append("other inputs")
+    return IdempotencyConflictError(
+        idempotency_key=attempt.key, difference=" and ".join(parts), kickoff_id=attempt.first_id
+    )
+
+
+# One run for a caller
+
+
+async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> LiveRun:
+    """Find the run of a request, or start it, for a caller that does not wait for it. Raises the errors of
+    `run_crew`."""
+    run = LiveRun(request.crew)
+    await kick_off(run, request, inside_own_task=inside_own_task)
+    run.remember()
+    if run.owned:
+        await run.artifact.keep(lambda: render_run(run.view(None)))  # in `run_crew`, the wait shows the artifact
+    return run
+
+
+@naming_prefect_away("Nothing was started. Run again with the same key.")
+async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool = False) -> None:
+    """Find or start a request's run, and set `run.kickoff_id` and `run.attempt`. Raises the errors of `run_crew`."""
+    run.request, crew, options = request, request.crew, request.options
+    identity = await identify(
+        crew.label,
+        request.inputs.digest,
+        idempotency_key=options.idempotency_key,
+        name=options.name,
+        force_new=options.force_new,
+        inside_own_task=inside_own_task,
+    )
+    try:
+        async with run.session:
+            with withholding(run.redact_text):
+                decision = await start_run(request, identity, run.session)
+    except CrewError as error:
+        error.about(identity.idempotency_key, crew.label)
+        if (refusal := _refusal(error)) is not error:
+            raise refusal from None
+        raise
+    attempt = decision.attempt
+    assert attempt is not None  # noqa: S101  a run has one
+    run.attempt, run.kickoff_id, run.is_fresh = attempt, str(attempt.first_id), True
+    run.owned = decision.step in STARTS
+    run.is_found = not run.owned
+    if not run.owned:
+        await crash_dead_owner(attempt.flow_run_id, attempt.flow_run_count, attempt.process, attempt.begun_at)
+        if decision.step is Step.RETURN and attempt.state is not AttemptState.COMPLETED:
+            had_ended = attempt.ended_at is not None and attempt.ended_at <= decision.now
+            run.advice = no_attempt_left(crew) if had_ended else None
+    run.notify(None)
+
+
+def _refusal(error: Exception) -> BaseException:
+    """Return the error of a failed start. A call that outlives its flow run on a crew worker ends as cancelled instead,
+    after the start has given its attempt back."""
+    held = held_flow_run.get()
+    if isinstance(error, FlowRunCancelledError) and held is not None and held.is_left:
+        return left_behind(held)
+    return error
+
+
+async def check_inputs(session: CrewSession, request: RunRequest) -> None:
+    """Check the inputs against `GET /inputs`. If the request fails, log that and go on.
+
+    A web page or a redirect as the answer raises: `/kickoff` would answer in the same way, and nobody would know
+    whether it started a run.
+
+    Raises:
+        InvalidInputsError: Inputs are missing, or the crew does not know some and `allow_extra_inputs` is False.
+        AuthenticationError, ConfigurationError: The server refuses the token; the URL is not the URL of a crew.
+    """
+    expected: Sequence[CrewInput] = session.crew.expected_inputs or ()
+    if session.crew.expected_inputs is None:
+        try:
+            expected = await session.call(lambda client: client.inputs())
+        except AuthenticationError:
+            raise
+        except CrewError as error:
+            check_is_crew(error, session.crew)
+            run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
+    missing = missing_inputs(expected, request.inputs.encoded)
+    unknown = [] if request.crew.allow_extra_inputs else unknown_inputs(expected, request.inputs.encoded)
+    if missing or unknown:
+        raise InvalidInputsError(
+            missing_inputs=missing,
+            unknown_inputs=unknown,
+            known_inputs=[item.name for item in expected],
+            before_kickoff=True,
+            method="GET",
+            path="/inputs",
+        )
+
+
+def check_is_crew(error: CrewError, crew: Crew) -> None:
+    """Raise ConfigurationError if an error of `GET /inputs` shows that the server sent a web page or a redirect."""
+    if isinstance(error, ResponseFormatError):
+        is_page = error.body.lstrip().startswith("<")
+    else:
+        is_page = isinstance(error, CrewAPIError) and 300 <= error.status_code < 400
+    if is_page:
+        raise ConfigurationError(
+            f"{crew.url} is not the URL of a crew: GET /inputs was answered with a web page or a redirect. ({error}) "
+            "Nothing was started. Correct the crew's URL, then make the same call again."
+        ) from error
