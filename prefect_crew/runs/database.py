@@ -24,6 +24,7 @@ from sqlalchemy.exc import ArgumentError
 
 from prefect_crew._internal.prefect_api import lock_here, run_logger
 from prefect_crew._internal.prefect_errors import STATUS_ERRORS
+from prefect_crew.client._parsing import as_object
 from prefect_crew.exceptions import StoreError
 from prefect_crew.settings import CrewSettings
 from prefect_crew.store.database import Registration, Store, Transaction
@@ -133,10 +134,11 @@ async def read_registration() -> Registration | None:
     """Return the store that the Prefect server knows, None if it knows none."""
     async with get_client() as client:
         variable = await client.read_variable_by_name(NAME)
-    value: Any = None if variable is None else variable.value
-    if not isinstance(value, dict) or not {"id", "where"} <= value.keys():
+    value = as_object(None if variable is None else variable.value)
+    if not {"id", "where"} <= value.keys():
         return None
-    return Registration(id=str(value["id"]), where=str(value["where"]), host=value.get("host"))
+    host = value.get("host")
+    return Registration(id=str(value["id"]), where=str(value["where"]), host=None if host is None else str(host))
 
 
 async def _register(own: Registration) -> Registration:

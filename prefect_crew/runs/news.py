@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.client._parsing import as_object
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import StoreError
 from prefect_crew.runs.database import in_store
@@ -50,7 +51,7 @@ class Subscription:
     @property
     def usage(self) -> TokenUsage | None:
         """The tokens of the whole run, else those of its crews together; None if no webhook reported any."""
-        reported = [(event.kind, (event.body or {}).get("usage")) for event in self.news]
+        reported = [(event.kind, as_object(event.body).get("usage")) for event in self.news]
         usages = [(kind, TokenUsage.model_validate(usage)) for kind, usage in reported if usage]
         whole = [usage for kind, usage in usages if kind == COMPLETED]
         crews = [usage for kind, usage in usages if kind != COMPLETED]

@@ -1,7 +1,7 @@
 """Resolving: what became of an uncertain kickoff, of a run that its server forgot, of an answer without a reply.
 
-An id is evidence: an answer of the crew's server, a webhook whose signed URL names the attempt, or `meta` in a status. A
-person's word counts from the attempt's deadline on, since until then the kickoff may be sent, or be on its way.
+An id is evidence: an answer of the crew's server, a webhook whose signed URL names the attempt, or `meta` in a status.
+A person's word counts from the attempt's deadline on, since until then the kickoff may be sent, or be on its way.
 """
 
 from __future__ import annotations

@@ -158,23 +158,8 @@ class _Waiter(Watcher):
                     error = await work.run(self._after_cancellation(), within=stop.STOP_WITHIN)
                 work.raise_if_cancelled()
                 raise error from None
-            except CrewTimeoutError as error:
-                if run.attempt is not None:
-                    emit("timed_out", run.attempt, phase=error.phase, limit=error.limit)
-                await self._show_unless_closed(str(error))
-                raise
-            except CrewLostError as error:
-                if run.attempt is not None:
-                    emit("lost", run.attempt, once=True)
-                    end_run(replace(run.attempt, state=AttemptState.LOST, ended_at=utcnow().timestamp()))
-                lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
-                await self._show(lost, note=str(error))
-                raise
-            except NO_ANSWER as error:
-                error.add(self._once_it_answers())
-                # The server's answer may contain any text of the crew.
-                bare = f"The status call gives no answer. {self._once_it_answers()}"
-                await self._show_unless_closed(str(error) if run.show == "full" else bare)
+            except (CrewTimeoutError, CrewLostError, *NO_ANSWER) as error:
+                await self._give_up(error)
                 raise
             finally:
                 if self.people is not None:
@@ -184,6 +169,25 @@ class _Waiter(Watcher):
         self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
         await self._close(status)
         return result_of(run, status)
+
+    async def _give_up(self, error: CrewError) -> None:
+        """Tell people that this wait ends without the end of the run."""
+        run = self.run
+        if isinstance(error, CrewTimeoutError):
+            if run.attempt is not None:
+                emit("timed_out", run.attempt, phase=error.phase, limit=error.limit)
+            await self._show_unless_closed(str(error))
+        elif isinstance(error, CrewLostError):
+            if run.attempt is not None:
+                emit("lost", run.attempt, once=True)
+                end_run(replace(run.attempt, state=AttemptState.LOST, ended_at=utcnow().timestamp()))
+            lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
+            await self._show(lost, note=str(error))
+        else:
+            error.add(self._once_it_answers())
+            # The server's answer may contain any text of the crew.
+            bare = f"The status call gives no answer. {self._once_it_answers()}"
+            await self._show_unless_closed(str(error) if run.show == "full" else bare)
 
     # The methods that `poll` calls
 
