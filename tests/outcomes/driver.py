@@ -46,6 +46,7 @@ def crew(*tasks: Mapping[str, Any], inputs: tuple[str, ...] = ("text",), **more:
 
 ECHO = crew({"output": "{{ text }}"})
 SLOW = crew({"output": "{{ text }}", "seconds": 0.6})
+LONG = crew({"output": "{{ text }}", "seconds": 1.5})
 ENDLESS = crew({"output": "{{ text }}", "seconds": 600})
 FAILS = crew({"fail": "the search engine is down"})
 PICKY = crew({"output": "{{ text }}", "fail": "{{ 'no ' + text if 'bad' in text }}"})

@@ -12,6 +12,7 @@ from outcomes.driver import (
     ENDLESS,
     FAILS,
     FLOW,
+    LONG,
     PICKY,
     SLOW,
     After,
@@ -57,7 +58,6 @@ FORGETFUL = {"wait": {"grace": 0.0, "lost_after": 0.3}}
 LOST = Call(CrewLostError, options=FORGETFUL, says=("{run1}", "prefect-crew runs resolve"))
 PEOPLE = {"wait": {"human_timeout": 1.0}}
 TOLD = crew({"output": "done"}, inputs=("text",))
-LONG = crew({"output": "{{ text }}", "seconds": 1.5})
 SLOW_FLOW = crew({"seconds": 0.6, "output": "{{ state.turn }} after {{ state.output }}"}, flow=True)
 
 
