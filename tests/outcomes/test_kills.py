@@ -98,8 +98,8 @@ class Stage:
     """A crew's server, and those who call it; `kill` names the moment at which the first caller dies."""
 
     def __init__(self, callers: Callers, kill: Kill, folder: Path) -> None:
-        self.callers, self.kill, self.victim = callers, kill, threading.Event()
-        self._first: Caller | None = None
+        self.callers, self.kill, self.is_hit = callers, kill, threading.Event()
+        self.first: Caller | None = None
         spec = kill.crew() if isinstance(kill.crew, type) else kill.crew
         self.server = WatchedServer(spec, on=self._on, faults=kill.faults)
         self.world = World(self.server, folder)
@@ -109,13 +109,13 @@ class Stage:
         kill = self.kill
         if kill.when == "ended" and when == "answered" and place == "status" and self.server.runs[0].state.ended:
             when, number = "ended", kill.nth
-        if self._first is None or (place, when, number) != (kill.place, kill.when, kill.nth) or self.victim.is_set():
+        if self.first is None or (place, when, number) != (kill.place, kill.when, kill.nth) or self.is_hit.is_set():
             return
-        self.victim.set()
+        self.is_hit.set()
         if kill.seconds:
-            threading.Timer(kill.seconds, self._first.kill).start()
+            threading.Timer(kill.seconds, self.first.kill).start()
         else:
-            self._first.kill()
+            self.first.kill()
 
     def call(self, **more: Any) -> Caller:
         """Start a caller with the key of this stage."""
@@ -130,10 +130,10 @@ class Stage:
 
     def killed(self, caller: Caller) -> None:
         """Wait until the first caller was killed."""
-        self._first = caller
+        self.first = caller
         may_be_over = self.kill.when == "ended" and self.kill.seconds  # a quick caller has returned by then
         assert caller.ended().killed or may_be_over, "it ended before the moment of its death"
-        assert self.victim.is_set()
+        assert self.is_hit.is_set()
         self.server.faults.clear()
 
     async def resolve(self, key: str) -> None:
@@ -202,7 +202,7 @@ async def test_a_call_beside_the_one_that_is_killed(
     stage = Stage(callers, kill, tmp_path)
     with stage.server as server:
         first = stage.call()
-        stage._first = first
+        stage.first = first  # known before its moment
         wait_until(lambda: server.requests[place], f"a request at {place}")
         second = stage.call()
         stage.killed(first)
