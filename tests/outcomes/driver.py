@@ -47,6 +47,7 @@ def crew(*tasks: Mapping[str, Any], inputs: tuple[str, ...] = ("text",), **more:
 ECHO = crew({"output": "{{ text }}"})
 SLOW = crew({"output": "{{ text }}", "seconds": 0.6})
 LONG = crew({"output": "{{ text }}", "seconds": 1.5})
+LONGER = crew({"output": "{{ text }}", "seconds": 5})
 ENDLESS = crew({"output": "{{ text }}", "seconds": 600})
 FAILS = crew({"fail": "the search engine is down"})
 PICKY = crew({"output": "{{ text }}", "fail": "{{ 'no ' + text if 'bad' in text }}"})
@@ -73,6 +74,17 @@ class Fickle:
         self.runs += 1
         if self.runs == 1:
             raise ProgramError("the search engine is down")
+        return Output(output=str(run.inputs["text"]))
+
+
+class Held(Fickle):
+    """A crew whose runs go on until `released` is set."""
+
+    released = False
+
+    async def execute(self, run: Run) -> Output:
+        while not self.released:
+            await asyncio.sleep(0.02)
         return Output(output=str(run.inputs["text"]))
 
 
