@@ -42,6 +42,7 @@
     ├── LedgerError                  the ledger of a batch cannot be read or written
     ├── LedgerMissingError           the batch is kept in another ledger
     ├── ExportError                  the export of a batch cannot be written
+    ├── StoreError                   the crew database cannot be used
     ├── PrefectAwayError             the Prefect API does not answer
     └── PrefectRefusedError          the Prefect API refuses a request, for example for a wrong PREFECT_API_KEY
 
@@ -70,7 +71,7 @@ __all__ = [
     "NoResultError", "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError",
     "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError",
     "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError",
-    "SessionBlockedError", "TooManyAttemptsError", "UnreadableRecordError",
+    "SessionBlockedError", "StoreError", "TooManyAttemptsError", "UnreadableRecordError",
 ]  # fmt: skip
 
 
@@ -661,6 +662,18 @@ class LedgerMissingError(_FactsError):
 
 class ExportError(CrewError):
     """The export cannot be written. The ledger has all ended rows. Run the batch again with the same name."""
+
+
+class StoreError(CrewError):
+    """The crew database cannot be used.
+
+    `operation` is the function of the store that failed, and `started` whether a run was started: "yes", "no" or
+    "unknown".
+    """
+
+    def __init__(self, message: str, *, operation: str, started: str) -> None:
+        super().__init__(message)
+        self.operation, self.started = operation, started
 
 
 class PrefectAwayError(CrewError):

@@ -1,0 +1,504 @@
+"""The life of an attempt: each change is one transaction, which says in its WHERE what it expects to find.
+
+A function that returns False, or an attempt in another state than it was asked to write, changed nothing: somebody else
+has moved the attempt. Read it again and decide again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import sqlalchemy as sa
+
+from prefect_crew.store.database import Transaction, transaction
+from prefect_crew.store.decision import (
+    PREPARING,
+    SEND_WITHIN,
+    SPARE,
+    STARTS,
+    Attempt,
+    AttemptState,
+    Decision,
+    Request,
+    Step,
+    decide,
+    is_own,
+)
+from prefect_crew.store.schema import attempts, batches, kickoff_ids, results, rows
+from prefect_crew.store.spending import book, close, day_of, overruns
+
+A = attempts.c
+S = AttemptState
+Ending = Literal[S.COMPLETED, S.FAILED, S.STOPPED]
+_LAST_ID = (
+    sa.select(kickoff_ids.c.kickoff_id)
+    .where(kickoff_ids.c.attempt_id == A.id)
+    .order_by(kickoff_ids.c.number.desc())
+    .limit(1)
+    .scalar_subquery()
+    .label("kickoff_id")
+)
+_ATTEMPT = sa.select(*attempts.columns, _LAST_ID)
+
+
+def _read(transaction: Transaction, *where: sa.ColumnElement[bool], query: Any = _ATTEMPT) -> list[Attempt]:
+    return [Attempt(**row) for row in transaction.connection.execute(query.where(*where)).mappings()]
+
+
+def _get(transaction: Transaction, attempt_id: str) -> Attempt | None:
+    return next(iter(_read(transaction, A.id == attempt_id)), None)
+
+
+def _of_key(transaction: Transaction, key: str) -> list[Attempt]:
+    return _read(transaction, A.key == key, query=_ATTEMPT.order_by(A.number))
+
+
+def _is_in(*states: AttemptState) -> sa.ColumnElement[bool]:
+    return A.state.in_(states)
+
+
+def _set(transaction: Transaction, *where: sa.ColumnElement[bool], **values: Any) -> bool:
+    return transaction.changed(sa.update(attempts).where(*where).values(values)) == 1
+
+
+def _key_lock(key: str) -> str:
+    return f"key:{key}"
+
+
+# Start
+
+
+@transaction("read", started="no")
+def look(transaction: Transaction, request: Request) -> Decision:
+    """Return what a call does next, without a lock and without a change."""
+    now = transaction.now()
+    return decide(_of_key(transaction, request.key), request, now)
+
+
+@transaction("begin", started="no")
+def begin(transaction: Transaction, request: Request) -> Decision:
+    """Decide again, under a lock, and write the attempt if the call starts a run: it is then `posting`, and the caller
+    sends the kickoff within `SEND_WITHIN` from before this call, or says `not_started`.
+
+    A call that lost the answer of an earlier `begin` gets the attempt of that one.
+    """
+    names = [_key_lock(request.key), *(f"scope:{allowance.scope}" for allowance in request.allowances)]
+    if request.limit is not None:
+        names.append(f"crew:{request.crew_url}")
+    if request.session is not None:
+        names.append(f"session:{request.crew_url} {request.session}")
+    now = transaction.lock(*names)
+    before = _of_key(transaction, request.key)
+    decision = decide(before, request, now)
+    for attempt in before:
+        is_mine = is_own(attempt, request)
+        if is_mine and not attempt.is_free(now) and decision.step in STARTS:
+            _prepare(transaction, attempt, _deadline(now, request))
+            return replace(decision, attempt=_get(transaction, attempt.id))
+        if is_mine or (attempt.state is S.BACKING_OFF and attempt.is_free(now)):
+            _end_unsent(transaction, attempt, now)
+    if decision.step not in STARTS:
+        return decision
+    refusal = _refuse_limit(transaction, request, now) or _refuse_row(transaction, request, now)
+    turn, restored = None, None
+    if refusal is None and request.session is not None:
+        refusal, turn, restored = _take_turn(transaction, request, now)
+    if refusal is not None:
+        return refusal
+    full = overruns(transaction, request.allowances, now)
+    if any(not overrun.is_warning for overrun in full):
+        return Decision(step=Step.OVER_BUDGET, now=now, overruns=full)
+    attempt = _insert(transaction, request, before, now, turn=turn, restored=restored)
+    return replace(decision, attempt=attempt, overruns=full)
+
+
+def _deadline(now: float, request: Request) -> float:
+    return now + SEND_WITHIN + request.post_seconds + SPARE
+
+
+def _prepare(transaction: Transaction, attempt: Attempt, deadline: float) -> bool:
+    where = (A.id == attempt.id, _is_in(*PREPARING))
+    return _set(transaction, *where, state=S.POSTING, deadline=deadline, counts_until=deadline)
+
+
+def _refuse_limit(transaction: Transaction, request: Request, now: float) -> Decision | None:
+    if request.limit is None:
+        return None
+    in_flight = (A.crew_url == request.crew_url, A.ended_at.is_(None), A.counts_until > now)
+    count = transaction.connection.scalar(sa.select(sa.func.count()).select_from(attempts).where(*in_flight)) or 0
+    return Decision(step=Step.FULL, now=now) if count >= request.limit else None
+
+
+def _refuse_row(transaction: Transaction, request: Request, now: float) -> Decision | None:
+    if request.batch is None:
+        return None
+    owner = transaction.connection.scalar(sa.select(batches.c.owner).where(batches.c.name == request.batch))
+    is_held = owner is not None and owner == request.batch_owner
+    return None if is_held else Decision(step=Step.NOT_HELD, now=now)
+
+
+def _take_turn(
+    transaction: Transaction, request: Request, now: float
+) -> tuple[Decision | None, int | None, str | None]:
+    """Return the refusal, or the number of the next turn of a session and the kickoff id that it goes on from."""
+    in_session = (A.crew_url == request.crew_url, A.session == request.session)
+    last_number = transaction.connection.scalar(sa.select(sa.func.max(A.turn)).where(*in_session)) or 0
+    restored = None
+    latest = _ATTEMPT.order_by(A.turn.desc()).limit(1)
+    while last := next(iter(_read(transaction, *in_session, A.state != S.NOT_STARTED, query=latest)), None):
+        if last.state is S.BACKING_OFF and last.is_free(now):
+            _end_unsent(transaction, last, now)
+            continue
+        if last.ended_at is None:
+            return Decision(step=Step.TURN, now=now, attempt=last), None, None
+        # A failed turn is not built on.
+        restored = last.kickoff_id if last.state is S.COMPLETED else last.restored
+        break
+    return None, last_number + 1, restored
+
+
+def _insert(
+    transaction: Transaction,
+    request: Request,
+    before: Sequence[Attempt],
+    now: float,
+    *,
+    turn: int | None,
+    restored: str | None,
+) -> Attempt:
+    deadline = _deadline(now, request)
+    estimates = {each.scope: (each.estimate_tokens, each.estimate_cost) for each in request.allowances}
+    attempt = Attempt(
+        id=uuid.uuid4().hex,
+        key=request.key,
+        number=before[-1].number + 1 if before else 1,
+        state=S.POSTING,
+        replaced=False,
+        crew=request.crew,
+        crew_url=request.crew_url,
+        inputs_digest=request.inputs_digest,
+        input_digests=dict(request.input_digests) or None,
+        secret_names=[*request.secret_names] or None,
+        has_webhooks=request.has_webhooks,
+        crew_version=request.crew_version,
+        owner=request.owner,
+        flow_run_id=request.flow_run_id,
+        flow_run_count=request.flow_run_count,
+        process=request.process,
+        begun_at=now,
+        deadline=deadline,
+        started_at=None,
+        ended_at=None,
+        counts_until=deadline,
+        human_since=None,
+        human_seconds=0.0,
+        stop_asked_at=None,
+        stop_asked_by=None,
+        resolved_by=None,
+        error=None,
+        usage=None,
+        tokens=None,
+        cost=None,
+        estimates=estimates or None,
+        session=request.session,
+        turn=turn,
+        restored=restored,
+        batch=request.batch,
+        row_key=request.row_key,
+        kickoff_id=None,
+    )
+    if before:
+        transaction.changed(sa.update(attempts).where(A.key == request.key).values(replaced=True))
+    values = {column.name: getattr(attempt, column.name) for column in attempts.columns}
+    transaction.connection.execute(sa.insert(attempts).values(values))
+    if request.batch is not None:
+        row = (rows.c.batch == request.batch, rows.c.row_key == request.row_key)
+        transaction.changed(sa.update(rows).where(*row).values(attempt_id=attempt.id))
+    book(transaction, attempt.estimates, day_of(now))
+    return attempt
+
+
+@transaction("write", started="no")
+def extend(transaction: Transaction, attempt: Attempt, post_seconds: float) -> bool:
+    """Give the owner a new window to send the kickoff, such as after a renewed token. Return False if too late."""
+    return _renew(transaction, attempt, S.POSTING, S.POSTING, SEND_WITHIN + post_seconds + SPARE)
+
+
+@transaction("write", started="no")
+def back_off(transaction: Transaction, attempt: Attempt, pause: float) -> bool:
+    """Say that an answer surely started nothing, and that the owner sends the kickoff again after a pause (seconds).
+
+    Return False if it is too late. Right before the next kickoff the owner asks `go_on`.
+    """
+    return _renew(transaction, attempt, S.POSTING, S.BACKING_OFF, pause + SEND_WITHIN)
+
+
+@transaction("write", started="no")
+def go_on(transaction: Transaction, attempt: Attempt, post_seconds: float) -> bool:
+    """Give the owner a window to send the kickoff after a pause. Return False if it is too late."""
+    return _renew(transaction, attempt, S.BACKING_OFF, S.POSTING, SEND_WITHIN + post_seconds + SPARE)
+
+
+def _renew(transaction: Transaction, attempt: Attempt, old: AttemptState, new: AttemptState, seconds: float) -> bool:
+    now = transaction.lock(_key_lock(attempt.key))
+    where = (A.id == attempt.id, A.owner == attempt.owner, A.state == old, A.deadline > now)
+    return _set(transaction, *where, state=new, deadline=now + seconds, counts_until=now + seconds)
+
+
+@transaction("write", started="no")
+def not_started(transaction: Transaction, key: str, owner: str) -> bool:
+    """Say, as its owner, that a kickoff surely started nothing. The call may not know its attempt, if it was cancelled
+    in `begin`."""
+    now = transaction.lock(_key_lock(key))
+    own = _read(transaction, A.key == key, A.owner == owner, _is_in(*PREPARING))  # at most one
+    return any(_end_unsent(transaction, attempt, now) for attempt in own)
+
+
+def _end_unsent(transaction: Transaction, attempt: Attempt, now: float) -> bool:
+    """Write that an attempt started nothing, if it is in the state that the caller read."""
+    where = (A.id == attempt.id, A.state == attempt.state)
+    if not _set(transaction, *where, state=S.NOT_STARTED, ended_at=now, deadline=None):
+        return False
+    book(transaction, attempt.estimates, day_of(attempt.begun_at), sign=-1)
+    return True
+
+
+@transaction("write")
+def uncertain(transaction: Transaction, attempt: Attempt) -> bool:
+    """Say, as its owner, that nobody knows whether the kickoff started a run. The deadline stays: the network may still
+    deliver the request."""
+    transaction.lock(_key_lock(attempt.key))
+    return _set(transaction, A.id == attempt.id, A.owner == attempt.owner, A.state == S.POSTING, state=S.UNCERTAIN)
+
+
+# In flight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The attempt after `started` or `resolve`; None if it was pruned.
+
+    `other_key`: the id belongs to an attempt of that key, so this attempt stays or becomes uncertain. `is_second`: a
+    later attempt exists, so that the key has two runs. Both are mistakes of somebody, to be shown.
+    """
+
+    attempt: Attempt | None
+    other_key: str | None = None
+    is_second: bool = False
+
+
+@transaction("write", started="yes")
+def started(transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout: float) -> Started:
+    """Write the kickoff id of an attempt: from the answer to the kickoff, a webhook, or a status that names the key.
+
+    An id is evidence: it counts at once, and more than somebody's word that nothing was started. An attempt that has an
+    id keeps it. `timeout`: seconds for which the run holds its slot, if nobody reattaches.
+    """
+    return _start(transaction, attempt, kickoff_id, timeout, transaction.lock(_key_lock(attempt.key)))
+
+
+def _start(
+    transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout: float, now: float, **values: Any
+) -> Started:
+    current = _get(transaction, attempt.id)
+    if current is None or current.kickoff_id is not None:
+        return Started(attempt=current)
+    if (other_key := _claim_id(transaction, current, kickoff_id)) is not None:
+        _set(transaction, A.id == current.id, _is_in(*PREPARING), state=S.UNCERTAIN)
+        return Started(attempt=_get(transaction, current.id), other_key=other_key)
+    values |= {"state": S.STARTED, "started_at": now, "ended_at": None, "deadline": None}
+    _set(transaction, A.id == current.id, A.state == current.state, counts_until=now + timeout, **values)
+    if current.state is S.NOT_STARTED:
+        book(transaction, current.estimates, day_of(current.begun_at))
+    return Started(attempt=_get(transaction, current.id), is_second=current.replaced)
+
+
+def _claim_id(transaction: Transaction, attempt: Attempt, kickoff_id: str) -> str | None:
+    """Write an id of an attempt. Return the key of another attempt that has it."""
+    ids = kickoff_ids.c
+    number = sa.select(sa.func.count() + 1).where(ids.attempt_id == attempt.id).scalar_subquery()
+    values = {"crew_url": attempt.crew_url, "kickoff_id": kickoff_id, "attempt_id": attempt.id, "number": number}
+    if transaction.insert_once(kickoff_ids, **values):
+        return None
+    holder = sa.select(A.id, A.key).join(kickoff_ids, ids.attempt_id == A.id)
+    same_id = (ids.crew_url == attempt.crew_url, ids.kickoff_id == kickoff_id)
+    holder_id, key = transaction.connection.execute(holder.where(*same_id)).one()
+    return None if holder_id == attempt.id else key
+
+
+@transaction("write", started="yes")
+def continued(transaction: Transaction, attempt: Attempt, kickoff_id: str) -> Started:
+    """Write that the run goes on under one more id, which is polled from now on: `/resume` or a webhook named it."""
+    transaction.lock(_key_lock(attempt.key))
+    current = _get(transaction, attempt.id)
+    if current is None or current.state is not S.STARTED:
+        return Started(attempt=current)
+    other_key = _claim_id(transaction, current, kickoff_id)
+    return Started(attempt=_get(transaction, attempt.id), other_key=other_key)
+
+
+@transaction("write", started="yes")
+def waited_for(
+    transaction: Transaction, attempt: Attempt, timeout: float, *, is_human: bool | None = None
+) -> Attempt | None:
+    """Say that somebody waits for a run for up to `timeout` seconds more: it holds its slot as long.
+
+    `is_human`: whether the run waits for a person from now on, or not any more. Return the attempt as it is now.
+    """
+    now = transaction.lock(_key_lock(attempt.key))
+    current = _get(transaction, attempt.id)
+    if current is None or current.ended_at is not None:
+        return current
+    values: dict[str, Any] = {"counts_until": max(current.counts_until, now + timeout)}
+    if is_human is not None:
+        values["human_since"] = (current.human_since or now) if is_human else None
+        if current.human_since is not None and not is_human:
+            values["human_seconds"] = current.human_seconds + now - current.human_since
+    _set(transaction, A.id == attempt.id, **values)
+    return replace(current, **values)
+
+
+@transaction("write")
+def ask_to_stop(transaction: Transaction, attempt: Attempt, by: str) -> bool:
+    """Take the right to send `POST /stop`, once for all callers. `by`: a person, or `TIMEOUT`."""
+    now = transaction.lock(_key_lock(attempt.key))
+    where = (A.id == attempt.id, A.state == S.STARTED, A.stop_asked_at.is_(None))
+    return _set(transaction, *where, stop_asked_at=now, stop_asked_by=by)
+
+
+@transaction("write", started="yes")
+def ended(
+    transaction: Transaction,
+    attempt: Attempt,
+    kickoff_id: str,
+    state: Ending,
+    *,
+    error: str | None = None,
+    usage: Any = None,
+    tokens: int | None = None,
+    cost: float | None = None,
+    result: Any = None,
+) -> bool:
+    """Write the end of a run, as the status of its last id tells it. Return whether this call wrote it: then it emits
+    the event."""
+    now = transaction.lock(_key_lock(attempt.key))
+    current = _get(transaction, attempt.id)
+    if current is None or current.kickoff_id != kickoff_id:
+        return False
+    values = {"state": state, "ended_at": now, "error": error, "usage": usage, "tokens": tokens, "cost": cost}
+    if not _end(transaction, current, **values):
+        return False
+    if result is not None:
+        transaction.connection.execute(sa.insert(results).values(attempt_id=attempt.id, body=result))
+    return True
+
+
+def _end(transaction: Transaction, attempt: Attempt, **values: Any) -> bool:
+    """End a run in flight, and replace its estimates."""
+    if not _set(transaction, A.id == attempt.id, A.state == S.STARTED, **values):
+        return False
+    close(transaction, attempt, values.get("tokens"), values.get("cost"))
+    return True
+
+
+@transaction("write")
+def resolve(
+    transaction: Transaction,
+    attempt: Attempt,
+    to: Literal[S.STARTED, S.NOT_STARTED, S.LOST],
+    by: str,
+    *,
+    kickoff_id: str | None = None,
+    timeout: float = 0.0,
+) -> Started:
+    """Write a person's word: that an uncertain attempt started a run with this id, or none; that a started run is lost;
+    or, with STARTED, under which id a started run goes on.
+
+    It counts from the attempt's deadline on. Return the attempt as it is now: another state than `to` says why not.
+    """
+    now = transaction.lock(_key_lock(attempt.key))
+    current = _get(transaction, attempt.id)
+    if current is None:
+        return Started(attempt=None)
+    other_key, is_second = None, False
+    may_resolve = current.state in (S.POSTING, S.UNCERTAIN) and current.is_free(now)
+    if to is S.NOT_STARTED and may_resolve and _end_unsent(transaction, current, now):
+        _set(transaction, A.id == attempt.id, resolved_by=by)
+    elif to is S.LOST and current.state is S.STARTED:
+        _end(transaction, current, state=S.LOST, ended_at=now, resolved_by=by)
+    elif to is S.STARTED and kickoff_id is not None and current.state is S.STARTED:
+        other_key = _claim_id(transaction, current, kickoff_id)
+    elif to is S.STARTED and kickoff_id is not None and (may_resolve or current.state is S.NOT_STARTED):
+        result = _start(transaction, current, kickoff_id, timeout, now, resolved_by=by)
+        other_key, is_second = result.other_key, result.is_second
+    return Started(attempt=_get(transaction, attempt.id), other_key=other_key, is_second=is_second)
+
+
+# Read
+
+
+@transaction("read")
+def get(transaction: Transaction, attempt_id: str) -> Attempt | None:
+    """Return an attempt by its id."""
+    return _get(transaction, attempt_id)
+
+
+@transaction("read")
+def of_key(transaction: Transaction, key: str) -> list[Attempt]:
+    """Return the attempts of a key, the first one first."""
+    return _of_key(transaction, key)
+
+
+@transaction("read")
+def of_kickoff_id(transaction: Transaction, kickoff_id: str) -> list[Attempt]:
+    """Return the attempts with a kickoff id: of several crews, two may have the same."""
+    holders = sa.select(kickoff_ids.c.attempt_id).where(kickoff_ids.c.kickoff_id == kickoff_id)
+    return _read(transaction, A.id.in_(holders))
+
+
+@transaction("read")
+def ids_of(transaction: Transaction, attempt_id: str) -> list[str]:
+    """Return all kickoff ids of a run, the first one first."""
+    ids = kickoff_ids.c
+    query = sa.select(ids.kickoff_id).where(ids.attempt_id == attempt_id).order_by(ids.number)
+    return [*transaction.connection.scalars(query)]
+
+
+@transaction("read")
+def result_of(transaction: Transaction, attempt_id: str) -> Any:
+    """Return the result of an attempt, None if none is stored."""
+    return transaction.connection.scalar(sa.select(results.c.body).where(results.c.attempt_id == attempt_id))
+
+
+@transaction("read")
+def list_attempts(
+    transaction: Transaction,
+    *,
+    states: Collection[AttemptState] | None = None,
+    is_in_flight: bool = False,
+    crew_url: str | None = None,
+    session: str | None = None,
+    batch: str | None = None,
+    flow_run_ids: Collection[str] | None = None,
+    before: tuple[float, str] | None = None,
+    limit: int = 100,
+) -> list[Attempt]:
+    """Return attempts, the latest first. `before`: the `begun_at` and `id` of the last one of the page before."""
+    where: list[sa.ColumnElement[bool]] = []
+    if states is not None:
+        where.append(_is_in(*states))
+    if is_in_flight:
+        where.append(A.ended_at.is_(None))
+    if flow_run_ids is not None:
+        where.append(A.flow_run_id.in_([*flow_run_ids]))
+    if before is not None:
+        where.append(sa.tuple_(A.begun_at, A.id) < sa.tuple_(*map(sa.literal, before)))
+    where += [
+        column == value
+        for column, value in ((A.crew_url, crew_url), (A.session, session), (A.batch, batch))
+        if value is not None
+    ]
+    return _read(transaction, *where, query=_ATTEMPT.order_by(A.begun_at.desc(), A.id.desc()).limit(limit))

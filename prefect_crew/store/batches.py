@@ -1,0 +1,255 @@
+"""Batches and their rows. A row is run by attempts of the key `batch/row`; its state is that of its last attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from prefect_crew.store.database import Transaction, transaction
+from prefect_crew.store.decision import AttemptState
+from prefect_crew.store.news import tell
+from prefect_crew.store.schema import attempts, batches, is_current, kickoff_ids, results, rows
+
+B = batches.c
+HELD_FOR = 30.0
+"""Seconds after which another process may take a batch whose holder has not renewed its hold."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """A batch. `owner` is the nonce of the process that holds it, and `passes` how often one has."""
+
+    name: str
+    crew_url: str
+    call: Any
+    fingerprint: str
+    total: int
+    bad_rows: Any
+    owner: str | None
+    owner_seen: float
+    flow_run_id: str | None
+    process: str | None
+    passes: int
+    stopped_because: str | None
+    cancelled_at: float | None
+    exported: Any
+    is_going: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewRow:
+    """A row of a data set. Its inputs are masked."""
+
+    row_key: str
+    position: int
+    inputs: Mapping[str, Any]
+    inputs_digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A row of a batch with its last attempt; without one, `state` and all that comes after it are None.
+
+    `is_conflict`: it has completed, and the data set has other inputs since.
+    """
+
+    row_key: str
+    position: int
+    passes: int
+    inputs: Mapping[str, Any]
+    is_conflict: bool
+    attempt_id: str | None
+    number: int | None
+    state: AttemptState | None
+    kickoff_id: str | None
+    error: str | None
+    started_at: float | None
+    ended_at: float | None
+    tokens: int | None
+    cost: float | None
+    result: Any
+
+
+@transaction("read")
+def get_batch(transaction: Transaction, name: str) -> Batch | None:
+    """Return a batch by its name."""
+    return _get(transaction, name)
+
+
+@transaction("read")
+def list_batches(transaction: Transaction, limit: int = 100) -> list[Batch]:
+    """Return the batches, the one that a process held last first."""
+    query = sa.select(batches).where(sa.not_(B.is_going)).order_by(B.owner_seen.desc()).limit(limit)
+    return [Batch(**row) for row in transaction.connection.execute(query).mappings()]
+
+
+def _get(transaction: Transaction, name: str) -> Batch | None:
+    row = transaction.connection.execute(sa.select(batches).where(B.name == name)).mappings().first()
+    return None if row is None else Batch(**row)
+
+
+@transaction("write")
+def open_batch(
+    transaction: Transaction, name: str, *, crew_url: str, call: Any, fingerprint: str, total: int, bad_rows: Any = None
+) -> Batch:
+    """Write a batch if there is none of its name; return the batch that is there, which may be of another crew."""
+    now = transaction.lock(f"batch:{name}")
+    values = {"name": name, "crew_url": crew_url, "call": call, "fingerprint": fingerprint, "total": total}
+    values |= {"bad_rows": bad_rows, "owner_seen": now, "passes": 0, "is_going": False}
+    transaction.insert_once(batches, **values)
+    batch = _get(transaction, name)
+    assert batch is not None  # noqa: S101  it was written, or was there
+    return batch
+
+
+@transaction("write")
+def change_batch(transaction: Transaction, name: str, owner: str, **values: Any) -> bool:
+    """Write `call`, `fingerprint`, `total`, `bad_rows` or `exported` of a batch that the owner holds."""
+    transaction.lock(f"batch:{name}")
+    return transaction.changed(sa.update(batches).where(B.name == name, B.owner == owner).values(values)) == 1
+
+
+@transaction("write")
+def hold_batch(
+    transaction: Transaction,
+    name: str,
+    owner: str,
+    *,
+    flow_run_id: str | None = None,
+    process: str | None = None,
+    dead_process: str | None = None,
+) -> Batch | None:
+    """Take a batch for a process, and begin a pass; return None if another process holds it.
+
+    `dead_process`: the `process` of its holder, if the caller knows that it is gone.
+    """
+    now = transaction.lock(f"batch:{name}")
+    is_dead = sa.false() if dead_process is None else B.process == dead_process
+    is_free = sa.or_(B.owner.is_(None), B.owner == owner, B.owner_seen < now - HELD_FOR, is_dead)
+    values = {"owner": owner, "owner_seen": now, "flow_run_id": flow_run_id, "process": process}
+    values |= {"passes": B.passes + 1, "cancelled_at": None, "stopped_because": None}
+    where = (B.name == name, is_free, sa.not_(B.is_going))
+    return _get(transaction, name) if transaction.changed(sa.update(batches).where(*where).values(values)) else None
+
+
+@transaction("write")
+def renew_hold(transaction: Transaction, name: str, owner: str) -> Batch | None:
+    """Say that the owner still holds a batch, every 10 s and before it changes a file or a table. None: it does not."""
+    now = transaction.lock(f"batch:{name}")
+    where = (B.name == name, B.owner == owner)
+    return (
+        _get(transaction, name)
+        if transaction.changed(sa.update(batches).where(*where).values(owner_seen=now))
+        else None
+    )
+
+
+@transaction("write")
+def let_go(transaction: Transaction, name: str, owner: str, stopped_because: str | None = None) -> bool:
+    """End the owner's hold of a batch."""
+    now = transaction.lock(f"batch:{name}")
+    values = {"owner": None, "owner_seen": now, "stopped_because": stopped_because}
+    return transaction.changed(sa.update(batches).where(B.name == name, B.owner == owner).values(values)) == 1
+
+
+@transaction("write")
+def cancel_batch(transaction: Transaction, name: str) -> bool:
+    """Ask the process that holds a batch to stop. Return False if nobody holds it."""
+    now = transaction.lock(f"batch:{name}")
+    where = (B.name == name, B.owner.is_not(None))
+    if not transaction.changed(sa.update(batches).where(*where).values(cancelled_at=now)):
+        return False
+    tell(transaction, now, name, "cancel")
+    return True
+
+
+@transaction("write")
+def put_rows(transaction: Transaction, name: str, owner: str, page: Sequence[NewRow]) -> bool:
+    """Write a page of the data set of the owner's pass: new rows, and the place and the inputs of known ones.
+
+    A completed row keeps the inputs of its run. Return False if the owner does not hold the batch any more.
+    """
+    transaction.lock(f"batch:{name}")
+    batch = _get(transaction, name)
+    if batch is None or batch.owner != owner:
+        return False
+    values = [
+        {
+            "batch": name,
+            "row_key": row.row_key,
+            "position": row.position,
+            "passes": batch.passes,
+            "inputs": row.inputs,
+            "inputs_digest": row.inputs_digest,
+        }
+        for row in page
+    ]
+    insert = transaction.insert(rows)
+    new = insert.excluded
+    completed = (attempts.c.id == rows.c.attempt_id, attempts.c.state == AttemptState.COMPLETED)
+    has_completed = sa.exists().where(*completed).correlate(rows)
+    update = {
+        "position": new.position,
+        "passes": new.passes,
+        "inputs": sa.case((has_completed, rows.c.inputs), else_=new.inputs),
+        "inputs_digest": new.inputs_digest,
+    }
+    transaction.connection.execute(
+        insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=update), values
+    )
+    return True
+
+
+@transaction("read")
+def read_rows(
+    transaction: Transaction,
+    name: str,
+    *,
+    after: tuple[int, str] = (-1, ""),
+    states: Collection[AttemptState | None] | None = None,
+    with_results: bool = False,
+    limit: int = 500,
+) -> list[Row]:
+    """Return a page of the rows of a batch, in the order of its data set. `after`: `position` and `row_key` of the last
+    row of the page before. A row without an attempt has the state None."""
+    c = attempts.c
+    last_id = (
+        sa.select(kickoff_ids.c.kickoff_id)
+        .where(kickoff_ids.c.attempt_id == rows.c.attempt_id)
+        .order_by(kickoff_ids.c.number.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    is_conflict = sa.and_(c.state == AttemptState.COMPLETED, c.inputs_digest != rows.c.inputs_digest)
+    columns: list[Any] = [rows.c.row_key, rows.c.position, rows.c.passes, rows.c.inputs, rows.c.attempt_id]
+    columns += [
+        sa.func.coalesce(is_conflict, sa.false(), type_=sa.Boolean).label("is_conflict"),
+        last_id.label("kickoff_id"),
+    ]
+    columns += [c.number, c.state, c.error, c.started_at, c.ended_at, c.tokens, c.cost]
+    source: sa.FromClause = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
+    if with_results:
+        source = source.outerjoin(results, results.c.attempt_id == rows.c.attempt_id)
+    columns.append(results.c.body.label("result") if with_results else sa.null().label("result"))
+    place = sa.tuple_(rows.c.position, rows.c.row_key)
+    query = sa.select(*columns).select_from(source).where(rows.c.batch == name)
+    query = (
+        query.where(place > sa.tuple_(*map(sa.literal, after))).order_by(rows.c.position, rows.c.row_key).limit(limit)
+    )
+    if states is not None:
+        is_one = c.state.in_([state for state in states if state is not None])
+        query = query.where(sa.or_(is_one, rows.c.attempt_id.is_(None)) if None in states else is_one)
+    return [Row(**row) for row in transaction.connection.execute(query).mappings()]
+
+
+@transaction("read")
+def count_rows(transaction: Transaction, name: str) -> dict[AttemptState | None, int]:
+    """Return the number of a batch's rows by the state of their last attempt; None counts those without one."""
+    c = attempts.c
+    query = sa.select(c.state, sa.func.count().label("number")).where(c.batch == name, is_current).group_by(c.state)
+    counts = {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
+    total = transaction.connection.scalar(sa.select(sa.func.count()).where(rows.c.batch == name)) or 0
+    return {**counts, None: total - sum(counts.values())}
