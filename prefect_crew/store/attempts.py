@@ -7,8 +7,9 @@ has moved the attempt. Read it again and decide again.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -41,27 +42,36 @@ _LAST_ID = (
     .scalar_subquery()
     .label("kickoff_id")
 )
+# Statements that every run needs are made once: SQLAlchemy takes longer to make one than to execute it.
 _ATTEMPT = sa.select(*attempts.columns, _LAST_ID)
+_BY_ID = _ATTEMPT.where(A.id == sa.bindparam("id"))
+_BY_KEY = _ATTEMPT.where(A.key == sa.bindparam("key")).order_by(A.number)
 
 
-def _read(transaction: Transaction, *where: sa.ColumnElement[bool], query: Any = _ATTEMPT) -> list[Attempt]:
-    return [Attempt(**row) for row in transaction.connection.execute(query.where(*where)).mappings()]
+def _read(transaction: Transaction, query: sa.Executable, **binds: Any) -> list[Attempt]:
+    return [Attempt(**row) for row in transaction.connection.execute(query, binds).mappings()]
 
 
 def _get(transaction: Transaction, attempt_id: str) -> Attempt | None:
-    return next(iter(_read(transaction, A.id == attempt_id)), None)
+    return next(iter(_read(transaction, _BY_ID, id=attempt_id)), None)
 
 
-def _of_key(transaction: Transaction, key: str) -> list[Attempt]:
-    return _read(transaction, A.key == key, query=_ATTEMPT.order_by(A.number))
+@cache
+def _update(guards: tuple[str, ...], columns: tuple[str, ...]) -> sa.Update:
+    conditions = {
+        "open_at": A.deadline > sa.bindparam("if_open_at"),
+        "kickoff_id": _LAST_ID.element == sa.bindparam("if_kickoff_id"),
+    }
+    where = (conditions[name] if name in conditions else A[name] == sa.bindparam(f"if_{name}") for name in guards)
+    return sa.update(attempts).where(*where).values({name: sa.bindparam(f"to_{name}") for name in columns})
 
 
-def _is_in(*states: AttemptState) -> sa.ColumnElement[bool]:
-    return A.state.in_(states)
-
-
-def _set(transaction: Transaction, *where: sa.ColumnElement[bool], **values: Any) -> bool:
-    return transaction.changed(sa.update(attempts).where(*where).values(values)) == 1
+def _change(transaction: Transaction, guards: Mapping[str, Any], **values: Any) -> bool:
+    """Change the attempt with these values (`open_at`: whose deadline is later; `kickoff_id`: whose last id it is).
+    Return whether there is one."""
+    binds = {f"if_{name}": value for name, value in guards.items()}
+    binds |= {f"to_{name}": value for name, value in values.items()}
+    return transaction.changed(_update((*guards,), (*values,)), **binds) == 1
 
 
 def _key_lock(key: str) -> str:
@@ -75,7 +85,7 @@ def _key_lock(key: str) -> str:
 def look(transaction: Transaction, request: Request) -> Decision:
     """Return what a call does next, without a lock and without a change."""
     now = transaction.now()
-    return decide(_of_key(transaction, request.key), request, now)
+    return decide(_read(transaction, _BY_KEY, key=request.key), request, now)
 
 
 @transaction("begin", started="no")
@@ -91,13 +101,14 @@ def begin(transaction: Transaction, request: Request) -> Decision:
     if request.session is not None:
         names.append(f"session:{request.crew_url} {request.session}")
     now = transaction.lock(*names)
-    before = _of_key(transaction, request.key)
+    before = _read(transaction, _BY_KEY, key=request.key)
     decision = decide(before, request, now)
     for attempt in before:
         is_mine = is_own(attempt, request)
         if is_mine and not attempt.is_free(now) and decision.step in STARTS:
-            _prepare(transaction, attempt, _deadline(now, request))
-            return replace(decision, attempt=_get(transaction, attempt.id))
+            window: dict[str, Any] = dict.fromkeys(("deadline", "counts_until"), _deadline(now, request))
+            _change(transaction, {"id": attempt.id}, state=S.POSTING, **window)
+            return replace(decision, attempt=replace(attempt, state=S.POSTING, **window))
         if is_mine or (attempt.state is S.BACKING_OFF and attempt.is_free(now)):
             _end_unsent(transaction, attempt, now)
     if decision.step not in STARTS:
@@ -119,11 +130,6 @@ def _deadline(now: float, request: Request) -> float:
     return now + SEND_WITHIN + request.post_seconds + SPARE
 
 
-def _prepare(transaction: Transaction, attempt: Attempt, deadline: float) -> bool:
-    where = (A.id == attempt.id, _is_in(*PREPARING))
-    return _set(transaction, *where, state=S.POSTING, deadline=deadline, counts_until=deadline)
-
-
 def _refuse_limit(transaction: Transaction, request: Request, now: float) -> Decision | None:
     if request.limit is None:
         return None
@@ -135,9 +141,18 @@ def _refuse_limit(transaction: Transaction, request: Request, now: float) -> Dec
 def _refuse_row(transaction: Transaction, request: Request, now: float) -> Decision | None:
     if request.batch is None:
         return None
-    owner = transaction.connection.scalar(sa.select(batches.c.owner).where(batches.c.name == request.batch))
+    owner = transaction.connection.scalar(_BATCH_OWNER, {"batch": request.batch})
     is_held = owner is not None and owner == request.batch_owner
     return None if is_held else Decision(step=Step.NOT_HELD, now=now)
+
+
+_INSERT = sa.insert(attempts)
+_BATCH_OWNER = sa.select(batches.c.owner).where(batches.c.name == sa.bindparam("batch"))
+_SET_ROW = (
+    sa.update(rows)
+    .where(rows.c.batch == sa.bindparam("of_batch"), rows.c.row_key == sa.bindparam("of_row"))
+    .values(attempt_id=sa.bindparam("attempt"))
+)
 
 
 def _take_turn(
@@ -147,8 +162,8 @@ def _take_turn(
     in_session = (A.crew_url == request.crew_url, A.session == request.session)
     last_number = transaction.connection.scalar(sa.select(sa.func.max(A.turn)).where(*in_session)) or 0
     restored = None
-    latest = _ATTEMPT.order_by(A.turn.desc()).limit(1)
-    while last := next(iter(_read(transaction, *in_session, A.state != S.NOT_STARTED, query=latest)), None):
+    latest = _ATTEMPT.where(*in_session, A.state != S.NOT_STARTED).order_by(A.turn.desc()).limit(1)
+    while last := next(iter(_read(transaction, latest)), None):
         if last.state is S.BACKING_OFF and last.is_free(now):
             _end_unsent(transaction, last, now)
             continue
@@ -213,10 +228,9 @@ def _insert(
     if before:
         transaction.changed(sa.update(attempts).where(A.key == request.key).values(replaced=True))
     values = {column.name: getattr(attempt, column.name) for column in attempts.columns}
-    transaction.connection.execute(sa.insert(attempts).values(values))
+    transaction.connection.execute(_INSERT, values)
     if request.batch is not None:
-        row = (rows.c.batch == request.batch, rows.c.row_key == request.row_key)
-        transaction.changed(sa.update(rows).where(*row).values(attempt_id=attempt.id))
+        transaction.changed(_SET_ROW, of_batch=request.batch, of_row=request.row_key, attempt=attempt.id)
     book(transaction, attempt.estimates, day_of(now))
     return attempt
 
@@ -244,8 +258,8 @@ def go_on(transaction: Transaction, attempt: Attempt, post_seconds: float) -> bo
 
 def _renew(transaction: Transaction, attempt: Attempt, old: AttemptState, new: AttemptState, seconds: float) -> bool:
     now = transaction.lock(_key_lock(attempt.key))
-    where = (A.id == attempt.id, A.owner == attempt.owner, A.state == old, A.deadline > now)
-    return _set(transaction, *where, state=new, deadline=now + seconds, counts_until=now + seconds)
+    guards = {"id": attempt.id, "owner": attempt.owner, "state": old, "open_at": now}
+    return _change(transaction, guards, state=new, deadline=now + seconds, counts_until=now + seconds)
 
 
 @transaction("write", started="no")
@@ -253,14 +267,15 @@ def not_started(transaction: Transaction, key: str, owner: str) -> bool:
     """Say, as its owner, that a kickoff surely started nothing. The call may not know its attempt, if it was cancelled
     in `begin`."""
     now = transaction.lock(_key_lock(key))
-    own = _read(transaction, A.key == key, A.owner == owner, _is_in(*PREPARING))  # at most one
+    attempts_ = _read(transaction, _BY_KEY, key=key)
+    own = (attempt for attempt in attempts_ if attempt.owner == owner and attempt.state in PREPARING)  # at most one
     return any(_end_unsent(transaction, attempt, now) for attempt in own)
 
 
-def _end_unsent(transaction: Transaction, attempt: Attempt, now: float) -> bool:
+def _end_unsent(transaction: Transaction, attempt: Attempt, now: float, by: str | None = None) -> bool:
     """Write that an attempt started nothing, if it is in the state that the caller read."""
-    where = (A.id == attempt.id, A.state == attempt.state)
-    if not _set(transaction, *where, state=S.NOT_STARTED, ended_at=now, deadline=None):
+    guards = {"id": attempt.id, "state": attempt.state}
+    if not _change(transaction, guards, state=S.NOT_STARTED, ended_at=now, deadline=None, resolved_by=by):
         return False
     book(transaction, attempt.estimates, day_of(attempt.begun_at), sign=-1)
     return True
@@ -271,7 +286,8 @@ def uncertain(transaction: Transaction, attempt: Attempt) -> bool:
     """Say, as its owner, that nobody knows whether the kickoff started a run. The deadline stays: the network may still
     deliver the request."""
     transaction.lock(_key_lock(attempt.key))
-    return _set(transaction, A.id == attempt.id, A.owner == attempt.owner, A.state == S.POSTING, state=S.UNCERTAIN)
+    guards = {"id": attempt.id, "owner": attempt.owner, "state": S.POSTING}
+    return _change(transaction, guards, state=S.UNCERTAIN)
 
 
 # In flight
@@ -301,28 +317,36 @@ def started(transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout
 
 
 def _start(
-    transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout: float, now: float, **values: Any
+    transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout: float, now: float, by: str | None = None
 ) -> Started:
     current = _get(transaction, attempt.id)
     if current is None or current.kickoff_id is not None:
         return Started(attempt=current)
+    guards = {"id": current.id, "state": current.state}
     if (other_key := _claim_id(transaction, current, kickoff_id)) is not None:
-        _set(transaction, A.id == current.id, _is_in(*PREPARING), state=S.UNCERTAIN)
-        return Started(attempt=_get(transaction, current.id), other_key=other_key)
-    values |= {"state": S.STARTED, "started_at": now, "ended_at": None, "deadline": None}
-    _set(transaction, A.id == current.id, A.state == current.state, counts_until=now + timeout, **values)
+        if current.state in PREPARING:
+            _change(transaction, guards, state=S.UNCERTAIN)
+            current = replace(current, state=S.UNCERTAIN)
+        return Started(attempt=current, other_key=other_key)
+    values: dict[str, Any] = {"state": S.STARTED, "started_at": now, "ended_at": None, "deadline": None}
+    values |= {"counts_until": now + timeout, "resolved_by": by}
+    _change(transaction, guards, **values)
     if current.state is S.NOT_STARTED:
         book(transaction, current.estimates, day_of(current.begun_at))
-    return Started(attempt=_get(transaction, current.id), is_second=current.replaced)
+    return Started(attempt=replace(current, kickoff_id=kickoff_id, **values), is_second=current.replaced)
 
 
 def _claim_id(transaction: Transaction, attempt: Attempt, kickoff_id: str) -> str | None:
     """Write an id of an attempt. Return the key of another attempt that has it."""
-    ids = kickoff_ids.c
-    number = sa.select(sa.func.count() + 1).where(ids.attempt_id == attempt.id).scalar_subquery()
+    number = 1
+    if attempt.kickoff_id is not None:
+        number += (
+            transaction.connection.scalar(sa.select(sa.func.count()).where(kickoff_ids.c.attempt_id == attempt.id)) or 0
+        )
     values = {"crew_url": attempt.crew_url, "kickoff_id": kickoff_id, "attempt_id": attempt.id, "number": number}
     if transaction.insert_once(kickoff_ids, **values):
         return None
+    ids = kickoff_ids.c
     holder = sa.select(A.id, A.key).join(kickoff_ids, ids.attempt_id == A.id)
     same_id = (ids.crew_url == attempt.crew_url, ids.kickoff_id == kickoff_id)
     holder_id, key = transaction.connection.execute(holder.where(*same_id)).one()
@@ -357,7 +381,7 @@ def waited_for(
         values["human_since"] = (current.human_since or now) if is_human else None
         if current.human_since is not None and not is_human:
             values["human_seconds"] = current.human_seconds + now - current.human_since
-    _set(transaction, A.id == attempt.id, **values)
+    _change(transaction, {"id": attempt.id, "state": current.state}, **values)
     return replace(current, **values)
 
 
@@ -365,8 +389,8 @@ def waited_for(
 def ask_to_stop(transaction: Transaction, attempt: Attempt, by: str) -> bool:
     """Take the right to send `POST /stop`, once for all callers. `by`: a person, or `TIMEOUT`."""
     now = transaction.lock(_key_lock(attempt.key))
-    where = (A.id == attempt.id, A.state == S.STARTED, A.stop_asked_at.is_(None))
-    return _set(transaction, *where, stop_asked_at=now, stop_asked_by=by)
+    statement = sa.update(attempts).where(A.id == attempt.id, A.state == S.STARTED, A.stop_asked_at.is_(None))
+    return transaction.changed(statement.values(stop_asked_at=now, stop_asked_by=by)) == 1
 
 
 @transaction("write", started="yes")
@@ -385,23 +409,17 @@ def ended(
     """Write the end of a run, as the status of its last id tells it. Return whether this call wrote it: then it emits
     the event."""
     now = transaction.lock(_key_lock(attempt.key))
-    current = _get(transaction, attempt.id)
-    if current is None or current.kickoff_id != kickoff_id:
-        return False
+    guards = {"id": attempt.id, "state": S.STARTED, "kickoff_id": kickoff_id}
     values = {"state": state, "ended_at": now, "error": error, "usage": usage, "tokens": tokens, "cost": cost}
-    if not _end(transaction, current, **values):
+    if not _change(transaction, guards, **values):
         return False
+    close(transaction, attempt, tokens, cost)
     if result is not None:
-        transaction.connection.execute(sa.insert(results).values(attempt_id=attempt.id, body=result))
+        transaction.connection.execute(_INSERT_RESULT, {"attempt_id": attempt.id, "body": result})
     return True
 
 
-def _end(transaction: Transaction, attempt: Attempt, **values: Any) -> bool:
-    """End a run in flight, and replace its estimates."""
-    if not _set(transaction, A.id == attempt.id, A.state == S.STARTED, **values):
-        return False
-    close(transaction, attempt, values.get("tokens"), values.get("cost"))
-    return True
+_INSERT_RESULT = sa.insert(results)
 
 
 @transaction("write")
@@ -423,18 +441,19 @@ def resolve(
     current = _get(transaction, attempt.id)
     if current is None:
         return Started(attempt=None)
-    other_key, is_second = None, False
     may_resolve = current.state in (S.POSTING, S.UNCERTAIN) and current.is_free(now)
-    if to is S.NOT_STARTED and may_resolve and _end_unsent(transaction, current, now):
-        _set(transaction, A.id == attempt.id, resolved_by=by)
+    if to is S.STARTED and kickoff_id is not None:
+        if may_resolve or current.state is S.NOT_STARTED:
+            return _start(transaction, current, kickoff_id, timeout, now, by)
+        if current.state is S.STARTED:
+            other_key = _claim_id(transaction, current, kickoff_id)
+            return Started(attempt=_get(transaction, attempt.id), other_key=other_key)
+    elif to is S.NOT_STARTED and may_resolve:
+        _end_unsent(transaction, current, now, by)
     elif to is S.LOST and current.state is S.STARTED:
-        _end(transaction, current, state=S.LOST, ended_at=now, resolved_by=by)
-    elif to is S.STARTED and kickoff_id is not None and current.state is S.STARTED:
-        other_key = _claim_id(transaction, current, kickoff_id)
-    elif to is S.STARTED and kickoff_id is not None and (may_resolve or current.state is S.NOT_STARTED):
-        result = _start(transaction, current, kickoff_id, timeout, now, resolved_by=by)
-        other_key, is_second = result.other_key, result.is_second
-    return Started(attempt=_get(transaction, attempt.id), other_key=other_key, is_second=is_second)
+        _change(transaction, {"id": current.id, "state": S.STARTED}, state=S.LOST, ended_at=now, resolved_by=by)
+        close(transaction, current, None, None)
+    return Started(attempt=_get(transaction, attempt.id))
 
 
 # Read
@@ -449,14 +468,14 @@ def get(transaction: Transaction, attempt_id: str) -> Attempt | None:
 @transaction("read")
 def of_key(transaction: Transaction, key: str) -> list[Attempt]:
     """Return the attempts of a key, the first one first."""
-    return _of_key(transaction, key)
+    return _read(transaction, _BY_KEY, key=key)
 
 
 @transaction("read")
 def of_kickoff_id(transaction: Transaction, kickoff_id: str) -> list[Attempt]:
     """Return the attempts with a kickoff id: of several crews, two may have the same."""
     holders = sa.select(kickoff_ids.c.attempt_id).where(kickoff_ids.c.kickoff_id == kickoff_id)
-    return _read(transaction, A.id.in_(holders))
+    return _read(transaction, _ATTEMPT.where(A.id.in_(holders)))
 
 
 @transaction("read")
@@ -489,7 +508,7 @@ def list_attempts(
     """Return attempts, the latest first. `before`: the `begun_at` and `id` of the last one of the page before."""
     where: list[sa.ColumnElement[bool]] = []
     if states is not None:
-        where.append(_is_in(*states))
+        where.append(A.state.in_([*states]))
     if is_in_flight:
         where.append(A.ended_at.is_(None))
     if flow_run_ids is not None:
@@ -501,4 +520,4 @@ def list_attempts(
         for column, value in ((A.crew_url, crew_url), (A.session, session), (A.batch, batch))
         if value is not None
     ]
-    return _read(transaction, *where, query=_ATTEMPT.order_by(A.begun_at.desc(), A.id.desc()).limit(limit))
+    return _read(transaction, _ATTEMPT.where(*where).order_by(A.begun_at.desc(), A.id.desc()).limit(limit))

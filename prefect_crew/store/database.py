@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Concatenate, Literal, NoReturn, ParamSpec, TypeVar
 from urllib.parse import quote, quote_plus
@@ -87,12 +88,11 @@ class Transaction:
 
     def insert_once(self, table: sa.Table, **values: Any) -> bool:
         """Insert a row; return False if one of its keys was there."""
-        statement = self.insert(table).values(values).on_conflict_do_nothing()
-        return self.connection.execute(statement.returning(sa.literal(1))).first() is not None
+        return self.connection.execute(_insert_once(self._is_sqlite, table), values).first() is not None
 
-    def changed(self, statement: sa.Executable) -> int:
+    def changed(self, statement: sa.Executable, **binds: Any) -> int:
         """Execute an UPDATE or DELETE; return the number of its rows."""
-        return self.connection.execute(statement).rowcount
+        return self.connection.execute(statement, binds).rowcount
 
 
 _CLOCK = "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
@@ -107,6 +107,13 @@ _SETTINGS = (
 )
 
 
+@cache
+def _insert_once(is_sqlite: bool, table: sa.Table) -> Any:
+    insert: Any = (sqlite if is_sqlite else postgresql).insert(table)
+    return insert.on_conflict_do_nothing().returning(sa.literal_column("1"))
+
+
+@cache
 def _head(names: int) -> sa.TextClause:
     """Return the first statement of a transaction of PostgreSQL. A list is evaluated from left to right."""
     locks = [f"pg_advisory_xact_lock(hashtextextended(:name{number}, 0))" for number in range(names)]
@@ -365,19 +372,23 @@ class Store:
         """Return the value or the exception of each job, after the commit. Raises DBAPIError: nothing was committed,
         unless the answer to the commit itself was lost."""
         answers: list[tuple[Any, Exception | None]] = []
+        driver: Any = connection.connection.driver_connection
         with connection.begin() as whole:
             for job in jobs:
-                part = connection.begin_nested() if len(jobs) > 1 else whole
+                if len(jobs) > 1:
+                    driver.execute("SAVEPOINT job").close()
                 try:
                     answers.append((job.work(Transaction(connection, self._clock)), None))
                 except DBAPIError:
                     raise  # SQLite may have rolled back the whole transaction
                 except Exception as error:  # noqa: BLE001  of this job alone
-                    part.rollback()
                     answers.append((None, error))
-                else:
-                    if part is not whole:
-                        part.commit()
+                    if len(jobs) == 1:
+                        whole.rollback()
+                        return answers
+                    driver.execute("ROLLBACK TO job").close()
+                if len(jobs) > 1:
+                    driver.execute("RELEASE job").close()
         return answers
 
     # Opening

@@ -88,8 +88,7 @@ def _add(transaction: Transaction, day: str, rows: Mapping[str, Sequence[float]]
     values = [{"scope": scope, "day": day, **dict(zip(_COLUMNS, rows[scope], strict=True))} for scope in sorted(rows)]
     insert = transaction.insert(spending)
     sums = {name: spending.c[name] + insert.excluded[name] for name in _COLUMNS}
-    statement = insert.values(values).on_conflict_do_update(index_elements=["scope", "day"], set_=sums)
-    transaction.connection.execute(statement)
+    transaction.connection.execute(insert.on_conflict_do_update(index_elements=["scope", "day"], set_=sums), values)
 
 
 @dataclass(frozen=True, kw_only=True)
