@@ -189,17 +189,19 @@ def put_rows(transaction: Transaction, name: str, owner: str, page: Sequence[New
     ]
     insert = transaction.insert(rows)
     new = insert.excluded
-    completed = (attempts.c.id == rows.c.attempt_id, attempts.c.state == AttemptState.COMPLETED)
-    has_completed = sa.exists().where(*completed).correlate(rows)
+    # As text: SQLAlchemy would put the table of the INSERT into the subquery.
+    its_attempt = attempts.c.id == sa.literal_column("crew_rows.attempt_id")
+    has_completed = sa.exists().where(its_attempt, attempts.c.state == AttemptState.COMPLETED)
     update = {
         "position": new.position,
         "passes": new.passes,
         "inputs": sa.case((has_completed, rows.c.inputs), else_=new.inputs),
         "inputs_digest": new.inputs_digest,
     }
-    transaction.connection.execute(
-        insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=update), values
-    )
+    if values:
+        transaction.connection.execute(
+            insert.on_conflict_do_update(index_elements=["batch", "row_key"], set_=update), values
+        )
     return True
 
 
