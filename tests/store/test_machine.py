@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -25,7 +26,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -56,7 +56,7 @@ from support.crew_database import Clock, request
 
 S = AttemptState
 POST_SECONDS = 30.0
-LIMIT, MOST_COST, ESTIMATE = 3, 1.5, 0.5
+LIMIT, MOST_COST, ESTIMATE = 3, 3.0, 0.5
 DAY = 86_400.0
 BOOTS = ["boot 1", "boot 2"]
 NEXT = {
@@ -132,23 +132,56 @@ class Machine(RuleBasedStateMachine):
     def all_attempts(self) -> list[Attempt]:
         return [*reversed(self.do(0, list_attempts, limit=10_000))]
 
-    def pick(self, data: st.DataObject, items: list[Any]) -> Any:
-        return data.draw(st.sampled_from(items))
+    def pick(self, chance: Random, items: list[Any]) -> Any:
+        return chance.choice(items)
+
+    @rule(seed=st.integers(0, 2**32))
+    def something_happens(self, seed: int):
+        # One rule with one draw: else Hypothesis would seldom choose what makes up the life of a run, in its order.
+        chance = Random(seed)
+        phases = {caller.phase for caller in self.callers}
+        states = {kickoff.state for kickoff in self.kickoffs}
+        on_record = {attempt.state for attempt in self.seen.values()}
+        ended_states = {"completed", "failed", "stopped"}
+        weights = {
+            self.call: 1 if "asks" in phases else 4,
+            self.begin: 6 * ("asks" in phases),
+            self.send: 12 * ("has begun" in phases),
+            self.arrive: 12 * bool(self.on_its_way()),
+            self.write_id: 12 * ("has id" in phases),
+            self.give_up: 3 * bool(phases & {"has sent", "knows nothing"}),
+            self.after_refusal: 4 * bool(phases & {"is refused", "is refused for good", "needs token", "pauses"}),
+            self.run_ends: 6 * ("runs" in states),
+            self.webhook: bool(states & {"runs", "completed", "failed"}),
+            self.poll: 6 * bool(states & ended_states),
+            self.cancel: "runs" in states,
+            self.a_person_resolves: 3 * bool(on_record & {S.POSTING, S.UNCERTAIN}),
+            self.time_passes: 3,
+            self.crash: chance.random() < 0.5,
+            self.prune: chance.random() < 0.2,
+            self.worker_beats: 1,
+            self.worker_holds: 1,
+            self.worker_takes_over: bool(self.holders),
+            self.batch_is_held: 1,
+        }
+        chance.choice([action for action, weight in weights.items() for _ in range(weight)])(chance)
 
     # Callers
 
-    @rule(process=st.integers(0, 1), key=st.sampled_from("abc"), session=st.sampled_from([None, "s"]))
-    def call(self, process: int, key: str, session: str | None):
+    def call(self, chance: Random):
+        process = chance.randrange(2)
+        key = chance.choice("abc")
+        session = chance.choice([None, "s"])
         facts: dict[str, Any] = {} if session is None else {"session": session}
-        budget = Allowance(scope="budget", per="all", max_cost=MOST_COST, estimate_cost=ESTIMATE)
+        budget = Allowance(scope="budget", per="day", max_cost=MOST_COST, estimate_cost=ESTIMATE)
         call = request(f"{key}{session or ''}", limit=LIMIT, allowances=[budget], post_seconds=POST_SECONDS, **facts)
         decision = self.do(process, look, call)
         self.callers.append(Caller(process, request(**{**vars(call), "asked_at": decision.now})))
 
-    @precondition(lambda self: any(one.phase == "asks" for one in self.callers))
-    @rule(data=st.data(), slow=st.sampled_from([0.0, 0.0, 19.0]), is_lost=st.booleans())
-    def begin(self, data: st.DataObject, slow: float, is_lost: bool):
-        caller = self.pick(data, [one for one in self.callers if one.phase == "asks"])
+    def begin(self, chance: Random):
+        slow = chance.choice([0.0] * 7 + [19.0])
+        is_lost = chance.random() < 0.25
+        caller = self.pick(chance, [one for one in self.callers if one.phase == "asks"])
         caller.looked_at = self.clock.now
         self.clock.now += slow
         before = self.all_attempts()
@@ -181,13 +214,11 @@ class Machine(RuleBasedStateMachine):
             done = [one for one in turns if one.state is S.COMPLETED]
             assert attempt.restored == (done[-1].kickoff_id if done else self.last_ids.get(session))
 
-    @precondition(lambda self: any(one.may_send for one in self.callers))
-    @rule(data=st.data())
-    def send(self, data: st.DataObject):
-        caller = self.pick(data, [one for one in self.callers if one.may_send])
+    def send(self, chance: Random):
+        caller = self.pick(chance, [one for one in self.callers if one.may_send])
         if self.clock.now - caller.looked_at >= SEND_WITHIN:
             caller.phase = "is done"  # too late; a caller that is polite also says `not_started`
-            if data.draw(st.booleans()):
+            if chance.random() < 0.25:
                 self.do(caller.process, not_started, caller.call.key, caller.call.owner)
             return
         caller.phase = "has sent"
@@ -200,10 +231,9 @@ class Machine(RuleBasedStateMachine):
                 kickoff.state = "is lost"
         return [one for one in self.kickoffs if one.state == "on its way"]
 
-    @precondition(lambda self: self.on_its_way())
-    @rule(data=st.data(), answer=st.sampled_from(["id", "id", "id", "lost", "429", "401", "422", "dropped"]))
-    def arrive(self, data: st.DataObject, answer: str):
-        kickoff = self.pick(data, self.on_its_way())
+    def arrive(self, chance: Random):
+        answer = chance.choice(["id"] * 6 + ["lost", "429", "429", "401", "422", "dropped"])
+        kickoff = self.pick(chance, self.on_its_way())
         caller = kickoff.caller
         is_listening = caller.phase == "has sent"
         if answer in ("id", "lost"):
@@ -221,28 +251,23 @@ class Machine(RuleBasedStateMachine):
             answer, "knows nothing"
         )
 
-    @precondition(lambda self: any(one.phase == "has id" for one in self.callers))
-    @rule(data=st.data(), is_lost=st.booleans())
-    def write_id(self, data: st.DataObject, is_lost: bool):
-        caller = self.pick(data, [one for one in self.callers if one.phase == "has id"])
+    def write_id(self, chance: Random):
+        is_lost = chance.random() < 0.25
+        caller = self.pick(chance, [one for one in self.callers if one.phase == "has id"])
         result = self.do(caller.process, started, caller.attempt, caller.kickoff_id, 600.0)
         assert result.attempt is not None
         assert (result.attempt.kickoff_id, result.is_second, result.other_key) == (caller.kickoff_id, False, None)
         caller.phase = "has id" if is_lost else "waits"
 
-    @precondition(lambda self: any(one.phase in ("has sent", "knows nothing") for one in self.callers))
-    @rule(data=st.data())
-    def give_up(self, data: st.DataObject):
-        caller = self.pick(data, [one for one in self.callers if one.phase in ("has sent", "knows nothing")])
+    def give_up(self, chance: Random):
+        caller = self.pick(chance, [one for one in self.callers if one.phase in ("has sent", "knows nothing")])
         self.do(caller.process, uncertain, caller.attempt)
         caller.phase = "is done"
 
-    @precondition(lambda self: any(one.phase.startswith(("is refused", "needs", "pauses")) for one in self.callers))
-    @rule(data=st.data(), pause=st.sampled_from([1.0, 100.0]))
-    def after_refusal(self, data: st.DataObject, pause: float):
-        caller = self.pick(
-            data, [one for one in self.callers if one.phase.startswith(("is refused", "needs", "pauses"))]
-        )
+    def after_refusal(self, chance: Random):
+        pause = chance.choice([1.0, 100.0])
+        refused = ("is refused", "needs", "pauses")
+        caller = self.pick(chance, [one for one in self.callers if one.phase.startswith(refused)])
         before = self.clock.now
         match caller.phase:
             case "is refused":
@@ -258,8 +283,8 @@ class Machine(RuleBasedStateMachine):
                 may_send = self.do(caller.process, go_on, caller.attempt, POST_SECONDS)
         caller.phase, caller.looked_at = "has begun" if may_send else "is done", before
 
-    @rule(process=st.integers(0, 1))
-    def crash(self, process: int):
+    def crash(self, chance: Random):
+        process = chance.randrange(2)
         for caller in self.callers:
             if caller.process == process:
                 caller.phase = "is dead"
@@ -267,54 +292,46 @@ class Machine(RuleBasedStateMachine):
 
     # The crew, its webhooks, people
 
-    @precondition(lambda self: any(one.state == "runs" for one in self.kickoffs))
-    @rule(data=st.data(), state=st.sampled_from(["completed", "failed", "stopped"]))
-    def run_ends(self, data: st.DataObject, state: str):
-        self.pick(data, [one for one in self.kickoffs if one.state == "runs"]).state = state
+    def run_ends(self, chance: Random):
+        state = chance.choice(["completed", "failed", "stopped"])
+        self.pick(chance, [one for one in self.kickoffs if one.state == "runs"]).state = state
 
-    @precondition(lambda self: any(one.state in ("runs", "completed", "failed") for one in self.kickoffs))
-    @rule(data=st.data(), goes_on=st.booleans())
-    def webhook(self, data: st.DataObject, goes_on: bool):
-        kickoff = self.pick(data, [one for one in self.kickoffs if one.state in ("runs", "completed", "failed")])
+    def webhook(self, chance: Random):
+        goes_on = chance.random() < 0.25
+        kickoff = self.pick(chance, [one for one in self.kickoffs if one.state in ("runs", "completed", "failed")])
         result = self.do(0, started, kickoff.attempt, kickoff.kickoff_id, 600.0)
         if goes_on and kickoff.state == "runs" and result.attempt is not None and result.attempt.state is S.STARTED:
             kickoff.kickoff_id = kickoff.caller.kickoff_id = uuid.uuid4().hex
             self.do(1, continued, kickoff.attempt, kickoff.kickoff_id)
 
-    @precondition(lambda self: any(one.state in ("completed", "failed", "stopped") for one in self.kickoffs))
-    @rule(data=st.data(), cost=st.sampled_from([None, 0.1, 0.7]))
-    def poll(self, data: st.DataObject, cost: float | None):
-        kickoff = self.pick(data, [one for one in self.kickoffs if one.state in ("completed", "failed", "stopped")])
+    def poll(self, chance: Random):
+        cost = chance.choice([None, 0.1, 0.7])
+        kickoff = self.pick(chance, [one for one in self.kickoffs if one.state in ("completed", "failed", "stopped")])
         for process in (0, 1):
             args = (kickoff.attempt, kickoff.kickoff_id, S(kickoff.state))
             self.ends[kickoff.attempt.id] += self.do(process, ended, *args, cost=cost, result="x")
         assert self.ends[kickoff.attempt.id] <= 1
 
-    @precondition(lambda self: any(one.state == "runs" for one in self.kickoffs))
-    @rule(data=st.data())
-    def cancel(self, data: st.DataObject):
-        kickoff = self.pick(data, [one for one in self.kickoffs if one.state == "runs"])
+    def cancel(self, chance: Random):
+        kickoff = self.pick(chance, [one for one in self.kickoffs if one.state == "runs"])
         if self.do(0, ask_to_stop, kickoff.attempt, "anna"):
             self.stops[kickoff.attempt.id] += 1
             kickoff.state = "stopped"
         assert self.stops[kickoff.attempt.id] <= 1
 
-    @precondition(lambda self: any(one.state in (S.POSTING, S.UNCERTAIN) for one in self.seen.values()))
-    @rule(data=st.data())
-    def a_person_resolves(self, data: st.DataObject):
-        attempt = self.pick(data, [one for one in self.seen.values() if one.state in (S.POSTING, S.UNCERTAIN)])
+    def a_person_resolves(self, chance: Random):
+        attempt = self.pick(chance, [one for one in self.seen.values() if one.state in (S.POSTING, S.UNCERTAIN)])
         runs = [one for one in self.kickoffs if one.attempt.id == attempt.id and one.state in ("runs", *map(str, S))]
         if runs:
             self.do(0, resolve, attempt, S.STARTED, "anna", kickoff_id=runs[0].kickoff_id, timeout=600.0)
         else:
             self.do(0, resolve, attempt, S.NOT_STARTED, "anna")
 
-    @rule(seconds=st.sampled_from([0.5, 5.0, 24.0, 30.0, 61.0, 150.0]))
-    def time_passes(self, seconds: float):
+    def time_passes(self, chance: Random):
+        seconds = chance.choice([0.5] * 8 + [5.0, 5.0, 24.0, 30.0, 61.0, 150.0])
         self.clock.now += seconds
 
-    @rule()
-    def prune(self):
+    def prune(self, chance: Random):
         self.clock.now += DAY
         before = self.clock.now - DAY + 1
         keys = self.do(0, keys_to_prune, before)
@@ -333,18 +350,18 @@ class Machine(RuleBasedStateMachine):
 
     # Workers and batches
 
-    @rule(boot=st.sampled_from(BOOTS))
-    def worker_beats(self, boot: str):
+    def worker_beats(self, chance: Random):
+        boot = chance.choice(BOOTS)
         self.do(0, beat, boot, boot, "host")
 
-    @rule(boot=st.sampled_from(BOOTS), flow_run_id=st.sampled_from("xy"))
-    def worker_holds(self, boot: str, flow_run_id: str):
+    def worker_holds(self, chance: Random):
+        boot = chance.choice(BOOTS)
+        flow_run_id = chance.choice("xy")
         if self.do(0, hold, flow_run_id, boot):
             assert self.holders.setdefault(flow_run_id, boot) == boot
 
-    @precondition(lambda self: self.holders)
-    @rule(flow_run_id=st.sampled_from("xy"))
-    def worker_takes_over(self, flow_run_id: str):
+    def worker_takes_over(self, chance: Random):
+        flow_run_id = chance.choice("xy")
         if (dead := self.holders.get(flow_run_id)) is not None:
             other = next(boot for boot in BOOTS if boot != dead)
             took = [self.do(process, take_over, flow_run_id, dead, other) for process in (0, 1)]
@@ -352,8 +369,9 @@ class Machine(RuleBasedStateMachine):
             if any(took):
                 self.holders[flow_run_id] = other
 
-    @rule(owner=st.sampled_from(["one", "two"]), lets_go=st.booleans())
-    def batch_is_held(self, owner: str, lets_go: bool):
+    def batch_is_held(self, chance: Random):
+        owner = chance.choice(["one", "two"])
+        lets_go = chance.random() < 0.25
         is_mine = self.do(1, renew_hold, "batch", owner) is not None
         assert is_mine == (self.batch_owner == owner)
         if self.do(0, hold_batch, "batch", owner):
