@@ -67,8 +67,8 @@ def _update(guards: tuple[str, ...], columns: tuple[str, ...]) -> sa.Update:
 
 
 def _change(transaction: Transaction, guards: Mapping[str, Any], **values: Any) -> bool:
-    """Change the attempt with these values (`open_at`: whose deadline is later; `kickoff_id`: whose last id it is).
-    Return whether there is one."""
+    """Change the attempt with these values . `open_at` is a time before its deadline, `kickoff_id` its
+    last id. Return whether there is one."""
     binds = {f"if_{name}": value for name, value in guards.items()}
     binds |= {f"to_{name}": value for name, value in values.items()}
     return transaction.changed(_update((*guards,), (*values,)), **binds) == 1
@@ -406,7 +406,7 @@ def ended(
     cost: float | None = None,
     result: Any = None,
 ) -> bool:
-    """Write the end of a run, as the status of its last id tells it. Return whether this call wrote it: then it emits
+    """Write the end of a run, as the status of its last id reports it. Return whether this call wrote it: then it emits
     the event."""
     now = transaction.lock(_key_lock(attempt.key))
     guards = {"id": attempt.id, "state": S.STARTED, "kickoff_id": kickoff_id}

@@ -137,7 +137,7 @@ def transaction(
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """What a Prefect server has to know of the store of its crews. `host` is that of a file, None of PostgreSQL."""
+    """The facts by which a Prefect server knows the store of its crews. `host` is that of a file."""
 
     id: str
     where: str

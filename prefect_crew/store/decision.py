@@ -107,12 +107,12 @@ class Allowance:
     estimate_tokens: int = 0
     estimate_cost: float = 0.0
     is_warning: bool = False
-    """Whether a run without room is started, and the decision tells of it."""
+    """Whether a run without room is started, and the decision reports it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a call asks for. `look` needs the first block; `begin` writes the rest into the attempt.
+    """The wish of a call. `look` needs the first block; `begin` writes the rest into the attempt.
 
     `owner` is a nonce of a call that has not sent a kickoff yet: after its first byte may have left, and `uncertain`
     or `not_started` could not be written, a call never comes back with the same one.

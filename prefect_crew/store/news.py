@@ -17,7 +17,7 @@ REACH_BACK = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class News:
-    """What came for a wait. `topic`: an attempt's id, or a batch's name. `number`: of the question whose answer the
+    """One event for a wait. `topic`: an attempt's id, or a batch's name. `number`: of the question whose answer the
     webhook's URL came after."""
 
     n: int
@@ -34,7 +34,7 @@ class Place:
     """How far a reader has read: the time, and the rows of the last seconds, each with its own time."""
 
     at: float
-    known: Mapping[int, float] = field(default_factory=dict[int, float])
+    read: Mapping[int, float] = field(default_factory=dict[int, float])
 
 
 def tell(transaction: Transaction, now: float, topic: str, kind: str, **values: Any) -> None:
@@ -61,8 +61,8 @@ def read_news(transaction: Transaction, topics: Collection[str], place: Place | 
     """Return the news of some topics since a place, and the new place. Without one, those of the last seconds."""
     now, c = transaction.now(), news.c
     place = place or Place(now)
-    where = (c.received_at > place.at - REACH_BACK, c.topic.in_([*topics]), c.n.not_in([*place.known]))
+    where = (c.received_at > place.at - REACH_BACK, c.topic.in_([*topics]), c.n.not_in([*place.read]))
     query = sa.select(news).where(*where).order_by(c.n)
     fresh = [News(**row) for row in transaction.connection.execute(query).mappings()]
-    known = {**place.known, **{one.n: one.received_at for one in fresh}}
-    return fresh, Place(now, {n: at for n, at in known.items() if at > now - REACH_BACK})
+    read = {**place.read, **{event.n: event.received_at for event in fresh}}
+    return fresh, Place(now, {n: at for n, at in read.items() if at > now - REACH_BACK})

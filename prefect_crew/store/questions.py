@@ -1,4 +1,4 @@
-"""What people are asked, what they answer, and who sends the answer: once, whatever happens in between."""
+"""Questions to people, their answers, and the right to send an answer: once, whatever happens in between."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ questions = _table(
     _time("sent_at"),
     sa.UniqueConstraint("attempt_id", "number"),
 )
-"""What people were asked. The id is random: the link that answers carries it."""
+"""Questions to people. The id is random: the link that answers carries it."""
 
 batches = _table(
     "batches",
@@ -237,8 +237,8 @@ news = _table(
     sa.Column("body", Json),
     _index("news_received", "received_at"),
 )
-"""What ends the pause of a wait. `topic`: the id of an attempt or the name of a batch. `number`: of the question whose
-answer the webhook's URL came after."""
+"""The events that end the pause of a wait. `topic`: the id of an attempt or the name of a batch. `number`: of the
+question whose answer the webhook's URL came after."""
 
 spending = _table(
     "spending",
@@ -251,7 +251,7 @@ spending = _table(
     _number("open_tokens", sa.BigInteger),
     _number("open_cost", Money),
 )
-"""What the runs that began on a day (UTC) used in a scope of a budget; `open_`: the estimates of those in flight."""
+"""The use of the runs that began on a day (UTC), by scope of a budget; `open_`: the estimates of those in flight."""
 
 workers = _table(
     "workers",

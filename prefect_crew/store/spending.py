@@ -1,4 +1,4 @@
-"""What the runs of a scope use: the sums that allowances limit, and the reports of costs."""
+"""The use of the runs of a scope: the sums that allowances limit, and the reports of costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLUMNS = ("runs", "tokens", "cost", "open_runs", "open_tokens", "open_cost")
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """What runs used: those that ended, with the estimates of those in flight."""
+    """The use of runs: of those that ended, with the estimates of those in flight."""
 
     runs: int = 0
     tokens: int = 0

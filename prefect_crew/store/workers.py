@@ -51,7 +51,7 @@ def release(transaction: Transaction, flow_run_id: str, boot: str) -> bool:
 
 
 def _is_dead(now: float) -> sa.ColumnElement[bool]:
-    """The condition that a worker was not seen for long, or has begun anew under its name on its host."""
+    """The condition that a worker was not seen for long, or that a later one has its name and its host."""
     newer = workers.alias()
     successor = (newer.c.name == W.name, newer.c.host == W.host, newer.c.begun_at > W.begun_at)
     return sa.or_(W.seen_at < now - DEAD_AFTER, sa.exists().where(*successor).correlate(workers))

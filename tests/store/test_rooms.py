@@ -234,7 +234,7 @@ async def test_news_are_read_once_each_for_the_topics_of_a_wait(store: Store, cl
         clock.now += 4
         news, place = await store.run(read_news, ["a", "b"], place)
         assert news == []
-    assert place.known == {}
+    assert place.read == {}
     assert (await store.run(read_news, [], place))[0] == []
 
 
