@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -67,8 +67,8 @@ def _update(guards: tuple[str, ...], columns: tuple[str, ...]) -> sa.Update:
 
 
 def _change(transaction: Transaction, guards: Mapping[str, Any], **values: Any) -> bool:
-    """Change the attempt with these values . `open_at` is a time before its deadline, `kickoff_id` its
-    last id. Return whether there is one."""
+    """Change the attempt with these values, where `open_at` is a time before its deadline and `kickoff_id` its last
+    id. Return whether there is one."""
     binds = {f"if_{name}": value for name, value in guards.items()}
     binds |= {f"to_{name}": value for name, value in values.items()}
     return transaction.changed(_update((*guards,), (*values,)), **binds) == 1
@@ -146,6 +146,8 @@ def _refuse_row(transaction: Transaction, request: Request, now: float) -> Decis
     return None if is_held else Decision(step=Step.NOT_HELD, now=now)
 
 
+_SAME = [each.name for each in fields(Request) if each.name in A]
+_EMPTY: dict[str, Any] = dict.fromkeys(Attempt.__slots__)
 _INSERT = sa.insert(attempts)
 _BATCH_OWNER = sa.select(batches.c.owner).where(batches.c.name == sa.bindparam("batch"))
 _SET_ROW = (
@@ -186,48 +188,14 @@ def _insert(
 ) -> Attempt:
     deadline = _deadline(now, request)
     estimates = {each.scope: (each.estimate_tokens, each.estimate_cost) for each in request.allowances}
-    attempt = Attempt(
-        id=uuid.uuid4().hex,
-        key=request.key,
-        number=before[-1].number + 1 if before else 1,
-        state=S.POSTING,
-        replaced=False,
-        crew=request.crew,
-        crew_url=request.crew_url,
-        inputs_digest=request.inputs_digest,
-        input_digests=dict(request.input_digests) or None,
-        secret_names=[*request.secret_names] or None,
-        has_webhooks=request.has_webhooks,
-        crew_version=request.crew_version,
-        owner=request.owner,
-        flow_run_id=request.flow_run_id,
-        flow_run_count=request.flow_run_count,
-        process=request.process,
-        begun_at=now,
-        deadline=deadline,
-        started_at=None,
-        ended_at=None,
-        counts_until=deadline,
-        human_since=None,
-        human_seconds=0.0,
-        stop_asked_at=None,
-        stop_asked_by=None,
-        resolved_by=None,
-        error=None,
-        usage=None,
-        tokens=None,
-        cost=None,
-        estimates=estimates or None,
-        session=request.session,
-        turn=turn,
-        restored=restored,
-        batch=request.batch,
-        row_key=request.row_key,
-        kickoff_id=None,
-    )
+    values = {name: getattr(request, name) for name in _SAME}
+    values |= {"id": uuid.uuid4().hex, "number": before[-1].number + 1 if before else 1, "state": S.POSTING}
+    values |= {"input_digests": dict(request.input_digests) or None, "secret_names": [*request.secret_names] or None}
+    values |= {"replaced": False, "begun_at": now, "deadline": deadline, "counts_until": deadline, "human_seconds": 0.0}
+    values |= {"estimates": estimates or None, "turn": turn, "restored": restored}
+    attempt = Attempt(**_EMPTY | values)
     if before:
         transaction.changed(sa.update(attempts).where(A.key == request.key).values(replaced=True))
-    values = {column.name: getattr(attempt, column.name) for column in attempts.columns}
     transaction.connection.execute(_INSERT, values)
     if request.batch is not None:
         transaction.changed(_SET_ROW, of_batch=request.batch, of_row=request.row_key, attempt=attempt.id)

@@ -56,7 +56,7 @@ from support.crew_database import Clock, request
 
 S = AttemptState
 POST_SECONDS = 30.0
-LIMIT, MOST_COST, ESTIMATE = 3, 3.0, 0.5
+LIMIT, MOST_COST, ESTIMATE = 2, 3.0, 0.5
 DAY = 86_400.0
 BOOTS = ["boot 1", "boot 2"]
 NEXT = {
@@ -436,15 +436,17 @@ def history(url: Callable[[], str], examples: int, steps: int) -> None:
 
 
 def test_short_histories():
-    history(lambda: "", int(os.environ.get("HISTORIES", "15")), 40)
+    history(lambda: "", int(os.environ.get("HISTORIES", "15")), 60)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_long_histories():
     history(lambda: "", 500, 100)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.postgres
 def test_histories_on_postgres(empty_postgres: Callable[[], str]):
     history(empty_postgres, 60, 60)
