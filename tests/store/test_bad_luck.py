@@ -314,6 +314,25 @@ def test_parent_and_child_of_a_fork_write_to_one_database(timed_store: Store):
         assert len(asyncio.run(timed_store.run(of_key, key))) == 1, key
 
 
+def die_in_transaction(url: str) -> None:
+    @transaction("write")
+    def die(transaction: Transaction) -> None:
+        assert begin(transaction, request()).step is Step.START
+        os._exit(9)
+
+    asyncio.run(Store(url).run(die))
+
+
+def test_a_process_that_dies_in_its_transaction_leaves_nothing_and_holds_up_nobody(database_url: str):
+    process = FORKED.Process(target=die_in_transaction, args=(database_url,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    store = Store(database_url)
+    assert asyncio.run(store.run(begin, request())).step is Step.START
+    store.close()
+
+
 # PostgreSQL
 
 
