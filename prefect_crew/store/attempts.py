@@ -34,16 +34,11 @@ from prefect_crew.store.spending import book, close, day_of, overruns
 A = attempts.c
 S = AttemptState
 Ending = Literal[S.COMPLETED, S.FAILED, S.STOPPED]
-_LAST_ID = (
-    sa.select(kickoff_ids.c.kickoff_id)
-    .where(kickoff_ids.c.attempt_id == A.id)
-    .order_by(kickoff_ids.c.number.desc())
-    .limit(1)
-    .scalar_subquery()
-    .label("kickoff_id")
-)
+_IDS = sa.select(kickoff_ids.c.kickoff_id).where(kickoff_ids.c.attempt_id == A.id)
+_FIRST_ID = _IDS.where(kickoff_ids.c.number == 1).scalar_subquery().label("first_id")
+_LAST_ID = _IDS.order_by(kickoff_ids.c.number.desc()).limit(1).scalar_subquery().label("kickoff_id")
 # Statements that every run needs are made once: SQLAlchemy takes longer to make one than to execute it.
-_ATTEMPT = sa.select(*attempts.columns, _LAST_ID)
+_ATTEMPT = sa.select(*attempts.columns, _FIRST_ID, _LAST_ID)
 _BY_ID = _ATTEMPT.where(A.id == sa.bindparam("id"))
 _BY_KEY = _ATTEMPT.where(A.key == sa.bindparam("key")).order_by(A.number)
 
@@ -172,7 +167,7 @@ def _take_turn(
         if last.ended_at is None:
             return Decision(step=Step.TURN, now=now, attempt=last), None, None
         # A failed turn is not built on.
-        restored = last.kickoff_id if last.state is S.COMPLETED else last.restored
+        restored = last.first_id if last.state is S.COMPLETED else last.restored
         break
     return None, last_number + 1, restored
 
@@ -250,12 +245,12 @@ def _end_unsent(transaction: Transaction, attempt: Attempt, now: float, by: str 
 
 
 @transaction("write")
-def uncertain(transaction: Transaction, attempt: Attempt) -> bool:
-    """Say, as its owner, that nobody knows whether the kickoff started a run. The deadline stays: the network may still
-    deliver the request."""
+def uncertain(transaction: Transaction, attempt: Attempt, reason: str) -> bool:
+    """Say, as its owner, that nobody knows whether the kickoff started a run, and why. The deadline stays: the network
+    may still deliver the request."""
     transaction.lock(_key_lock(attempt.key))
     guards = {"id": attempt.id, "owner": attempt.owner, "state": S.POSTING}
-    return _change(transaction, guards, state=S.UNCERTAIN)
+    return _change(transaction, guards, state=S.UNCERTAIN, error=reason)
 
 
 # In flight
@@ -292,16 +287,18 @@ def _start(
         return Started(attempt=current)
     guards = {"id": current.id, "state": current.state}
     if (other_key := _claim_id(transaction, current, kickoff_id)) is not None:
+        reason = f"the crew's server answered with run {kickoff_id}, which belongs to idempotency key {other_key!r}"
         if current.state in PREPARING:
-            _change(transaction, guards, state=S.UNCERTAIN)
-            current = replace(current, state=S.UNCERTAIN)
+            _change(transaction, guards, state=S.UNCERTAIN, error=reason)
+            current = replace(current, state=S.UNCERTAIN, error=reason)
         return Started(attempt=current, other_key=other_key)
     values: dict[str, Any] = {"state": S.STARTED, "started_at": now, "ended_at": None, "deadline": None}
-    values |= {"counts_until": now + timeout, "resolved_by": by}
+    values |= {"counts_until": now + timeout, "resolved_by": by, "error": None}
     _change(transaction, guards, **values)
     if current.state is S.NOT_STARTED:
         book(transaction, current.estimates, day_of(current.begun_at))
-    return Started(attempt=replace(current, kickoff_id=kickoff_id, **values), is_second=current.replaced)
+    current = replace(current, first_id=kickoff_id, kickoff_id=kickoff_id, **values)
+    return Started(attempt=current, is_second=current.replaced)
 
 
 def _claim_id(transaction: Transaction, attempt: Attempt, kickoff_id: str) -> str | None:
@@ -372,19 +369,22 @@ def ended(
     usage: Any = None,
     tokens: int | None = None,
     cost: float | None = None,
+    crew_version: str | None = None,
     result: Any = None,
-) -> bool:
-    """Write the end of a run, as the status of its last id reports it. Return whether this call wrote it: then it emits
-    the event."""
+) -> Attempt | None:
+    """Write the end of a run, as the status of its last id reports it. Return the attempt if this call wrote its end:
+    then it emits the event."""
     now = transaction.lock(_key_lock(attempt.key))
     guards = {"id": attempt.id, "state": S.STARTED, "kickoff_id": kickoff_id}
     values = {"state": state, "ended_at": now, "error": error, "usage": usage, "tokens": tokens, "cost": cost}
+    if crew_version is not None:
+        values["crew_version"] = crew_version
     if not _change(transaction, guards, **values):
-        return False
+        return None
     close(transaction, attempt, tokens, cost)
     if result is not None:
         transaction.connection.execute(_INSERT_RESULT, {"attempt_id": attempt.id, "body": result})
-    return True
+    return _get(transaction, attempt.id)
 
 
 _INSERT_RESULT = sa.insert(results)

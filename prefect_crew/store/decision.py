@@ -39,8 +39,9 @@ PREPARING = (AttemptState.POSTING, AttemptState.BACKING_OFF)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One try to start a run for an idempotency key: a row of `schema.attempts`. `kickoff_id` is the last id of its
-    run. An attempt that did not start has an `ended_at` as well."""
+    """One try to start a run for an idempotency key: a row of `schema.attempts`. `first_id` is the id of its run,
+    `kickoff_id` the last one. An attempt that did not start has an `ended_at` as well. `error` is the crew's, or why the
+    kickoff is uncertain."""
 
     id: str
     key: str
@@ -79,6 +80,8 @@ class Attempt:
     restored: str | None
     batch: str | None
     row_key: str | None
+    step: str | None
+    first_id: str | None
     kickoff_id: str | None
 
     def is_free(self, now: float) -> bool:
@@ -140,6 +143,7 @@ class Request:
     """Runs of the crew that may be in flight."""
     allowances: Sequence[Allowance] = ()
     session: str | None = None
+    step: str | None = None
     batch: str | None = None
     row_key: str | None = None
     batch_owner: str | None = None

@@ -145,6 +145,7 @@ attempts = _table(
     _text("session"),
     sa.Column("turn", sa.Integer),
     _text("restored"),
+    _text("step"),
     _text("batch"),
     _text("row_key"),
     sa.UniqueConstraint("key", "number"),
