@@ -211,7 +211,7 @@ async def test_a_caller_that_dies_in_a_pause_leaves_the_key_free_afterwards(stor
 async def test_an_uncertain_kickoff_is_resolved_by_a_person_after_the_deadline_only(store: Store, clock: Clock):
     call = request()
     attempt = await begun(store, call)
-    assert await store.run(uncertain, attempt)
+    assert await store.run(uncertain, attempt, "no answer")
     assert await step_of(store, once_more(call)) == "uncertain"
     early = await store.run(resolve, attempt, AttemptState.NOT_STARTED, "anna")
     assert early.attempt is not None
@@ -251,7 +251,7 @@ async def test_a_person_says_that_a_run_is_lost(store: Store):
 async def test_an_id_counts_at_once_and_more_than_a_word(store: Store, clock: Clock):
     call = request()
     attempt = await begun(store, call)
-    await store.run(uncertain, attempt)
+    await store.run(uncertain, attempt, "no answer")
     assert (await store.run(started, attempt, "id", 60.0)).attempt == await store.run(get, attempt.id)
     other = request("other")
     attempt = await begun(store, other)
@@ -401,17 +401,17 @@ async def test_turns_of_a_session_come_one_after_the_other_from_the_last_complet
     await store.run(continued, first, "id 1b")
     await store.run(ended, first, "id 1b", AttemptState.COMPLETED)
     second = await in_flight(store, turn("2"), "id 2")
-    assert (first.turn, first.restored, second.turn, second.restored) == (1, None, 2, "id 1b")
+    assert (first.turn, first.restored, second.turn, second.restored) == (1, None, 2, "id 1")
     await store.run(ended, second, "id 2", AttemptState.FAILED)
     third = await begun(store, turn("3"))
-    assert (third.turn, third.restored) == (3, "id 1b")
+    assert (third.turn, third.restored) == (3, "id 1")
     await store.run(not_started, "3", third.owner)
     fourth = await begun(store, turn("4"))
-    assert (fourth.turn, fourth.restored) == (4, "id 1b")
+    assert (fourth.turn, fourth.restored) == (4, "id 1")
     await store.run(back_off, fourth, 100.0)
     assert await step_of(store, turn("5")) == "turn"
     clock.now += 125
-    assert (await begun(store, turn("5"))).restored == "id 1b"
+    assert (await begun(store, turn("5"))).restored == "id 1"
     clock.now += WINDOW
     blocked = await store.run(begin, turn("6"))  # the fifth turn is uncertain
     assert (blocked.step, blocked.attempt and blocked.attempt.turn) == (Step.TURN, 5)

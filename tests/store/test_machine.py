@@ -261,7 +261,7 @@ class Machine(RuleBasedStateMachine):
 
     def give_up(self, chance: Random):
         caller = self.pick(chance, [one for one in self.callers if one.phase in ("has sent", "knows nothing")])
-        self.do(caller.process, uncertain, caller.attempt)
+        self.do(caller.process, uncertain, caller.attempt, "no answer")
         caller.phase = "is done"
 
     def after_refusal(self, chance: Random):
@@ -309,7 +309,7 @@ class Machine(RuleBasedStateMachine):
         kickoff = self.pick(chance, [one for one in self.kickoffs if one.state in ("completed", "failed", "stopped")])
         for process in (0, 1):
             args = (kickoff.attempt, kickoff.kickoff_id, S(kickoff.state))
-            self.ends[kickoff.attempt.id] += self.do(process, ended, *args, cost=cost, result="x")
+            self.ends[kickoff.attempt.id] += self.do(process, ended, *args, cost=cost, result="x") is not None
         assert self.ends[kickoff.attempt.id] <= 1
 
     def cancel(self, chance: Random):
