@@ -39,9 +39,9 @@ PREPARING = (AttemptState.POSTING, AttemptState.BACKING_OFF)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One try to start a run for an idempotency key: a row of `schema.attempts`. `first_id` is the id of its run,
-    `kickoff_id` the last one. An attempt that did not start has an `ended_at` as well. `error` is the crew's, or why the
-    kickoff is uncertain."""
+    """One try to start a run for an idempotency key: a row of `schema.attempts`. `first_id` is the id of its run, and
+    `kickoff_id` the last one. An attempt that did not start has an `ended_at` as well. `error` is the crew's, or why
+    the kickoff is uncertain."""
 
     id: str
     key: str
