@@ -73,8 +73,8 @@ proofs: $(VENV)/.tests
 # All of them: the quick ones and the slow proofs side by side, with random worlds that nobody has seen unless SEED names
 # them, then the other slow ones, which measure and load, one after the other.
 prove: test programs proofs
-	$(BIN)/python -m pytest $(AT_ONCE) -m slow --seed $(or $(SEED),$(shell date +%s)) tests/proof $(ARGS)
-	$(BIN)/python -m pytest -m slow --ignore tests/proof $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow --seed $(or $(SEED),$(shell date +%s)) tests/proof tests/outcomes $(ARGS)
+	$(BIN)/python -m pytest -m slow --ignore tests/proof --ignore tests/outcomes $(ARGS)
 
 # SAMPLE of the slow tests, always the same with one SEED.
 sample: $(VENV)/.tests

@@ -142,7 +142,7 @@ HEAVY = (
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     path, fixtures = item.path.relative_to(TESTS).as_posix(), getattr(item, "fixturenames", ())
-    if path.startswith("proof/"):
+    if path.startswith(("proof/", "outcomes/")):
         item.add_marker("proofs")
     elif path.startswith(PROGRAMS) or "alone" in fixtures:
         item.add_marker("programs")
