@@ -152,7 +152,7 @@ attempts = _table(
     sa.UniqueConstraint("crew_url", "session", "turn"),  # NULLs do not collide
     _index("attempts_in_flight", "crew_url", "counts_until", where="ended_at IS NULL"),
     _index("attempts_begun", "begun_at"),
-    _index("attempts_costs", "ended_at", "crew_url", "batch", "state", "tokens", "cost", "flow_run_id"),
+    _index("attempts_costs", "ended_at", "crew", "crew_url", "batch", "state", "tokens", "cost", "flow_run_id"),
     _index("attempts_flow_run", "flow_run_id", where="flow_run_id IS NOT NULL"),
 )
 """A row for each try to start a run, of a batch's row as well. `replaced`: the key has a later attempt. `deadline`:
