@@ -44,7 +44,7 @@ async def read_costs(by: By = "crew", *, since: date | None = None, until: date 
     """Add up the runs that ended from `since` to `until` (days in UTC, both included).
 
     Raises:
-        StoreError, PREFECT_ERRORS: The crew database cannot be used, or the Prefect API, which knows the names of flows.
+        StoreError, PREFECT_ERRORS: The crew database, or the Prefect API with the names of flows, cannot be used.
     """
     first, last = since or date(1970, 1, 1), until or datetime.now(UTC).date() + timedelta(days=1)
     kind = "flow_run" if by == "flow" else by
