@@ -181,7 +181,7 @@ def demo() -> None:
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer
         from prefect_crew.flows import run_loaded_crew
-        from prefect_crew.runs.options import RunOptions
+        from prefect_crew.runs.request import RunOptions
 
         # Often enough to see each task; a crew on the network is asked less often.
         often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)

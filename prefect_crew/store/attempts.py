@@ -472,14 +472,16 @@ def list_attempts(
     *,
     states: Collection[AttemptState] | None = None,
     is_in_flight: bool = False,
-    crew_url: str | None = None,
+    crew: str | None = None,
     session: str | None = None,
     batch: str | None = None,
+    with_rows: bool = True,
     flow_run_ids: Collection[str] | None = None,
     before: tuple[float, str] | None = None,
     limit: int = 100,
 ) -> list[Attempt]:
-    """Return attempts, the latest first. `before`: the `begun_at` and `id` of the last one of the page before."""
+    """Return attempts, the latest first. `crew`: its name or its URL. `with_rows`: whether also those of rows of
+    batches. `before`: the `begun_at` and `id` of the last one of the page before."""
     where: list[sa.ColumnElement[bool]] = []
     if states is not None:
         where.append(A.state.in_([*states]))
@@ -489,9 +491,9 @@ def list_attempts(
         where.append(A.flow_run_id.in_([*flow_run_ids]))
     if before is not None:
         where.append(sa.tuple_(A.begun_at, A.id) < sa.tuple_(*map(sa.literal, before)))
-    where += [
-        column == value
-        for column, value in ((A.crew_url, crew_url), (A.session, session), (A.batch, batch))
-        if value is not None
-    ]
+    if crew is not None:
+        where.append(sa.or_(A.crew == crew, A.crew_url == crew))
+    if not with_rows:
+        where.append(A.batch.is_(None))
+    where += [column == value for column, value in ((A.session, session), (A.batch, batch)) if value is not None]
     return _read(transaction, _ATTEMPT.where(*where).order_by(A.begun_at.desc(), A.id.desc()).limit(limit))

@@ -100,3 +100,14 @@ def counts(transaction: Transaction) -> dict[str, int]:
         name.removeprefix("crew_"): transaction.connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
         for name, table in METADATA.tables.items()
     }
+
+
+@transaction("read")
+def size(transaction: Transaction) -> int:
+    """Return the bytes that the tables and their indexes take."""
+    if transaction.connection.dialect.name == "sqlite":
+        query = sa.text("SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()")
+    else:
+        sizes = (sa.func.pg_total_relation_size(name) for name in METADATA.tables)
+        query = sa.select(sum(sizes, sa.literal(0)))
+    return int(transaction.connection.scalar(query) or 0)
