@@ -380,18 +380,18 @@ def resolve(
         never_started: The kickoff started no run.
         lost: The kickoff started a run, and the crew's server has forgotten the run. KEY may be the run's kickoff id.
     """
-    if not kickoff_id:
+    if kickoff_id is None:
         _output.confirm(
             f"Run {key!r}: the next call with its key will start a new run, even if this one goes on. Go on?", yes=yes
         )
 
     async def write() -> None:
         before, by = latest(await find_attempts(key)), getpass.getuser()
-        again = "A call with this key" if before.batch is None else f"prefect-crew batch resume {before.batch}"
+        again = "A call with this key" if before.batch is None else f"prefect-crew batch resume {shlex.quote(before.batch)}"
         if never_started:
             await resolve_never_started(key, by)
             sentence = f"{key} never started. {again} starts it."
-        elif kickoff_id:
+        elif kickoff_id is not None:
             async with _status_call(before, crew) as look:
                 attempt, state = await resolve_started(key, kickoff_id, by, look=look)
             now = f", {state} now" if state else ""
