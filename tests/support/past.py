@@ -18,6 +18,11 @@ from prefect_crew.store.schema import attempts, kickoff_ids, results
 EMPTY: dict[str, Any] = dict.fromkeys(Attempt.__slots__)
 
 
+def key() -> str:
+    """Return a key that no other test has."""
+    return f"key {uuid.uuid4()}"
+
+
 def new_attempt(key: str | None = None, **facts: Any) -> Attempt:
     """Return the first attempt at a key, one of its own if none is given; `kickoff_id` sets its first and last id."""
     now = utcnow().timestamp()
