@@ -17,7 +17,6 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 
 from prefect_crew._internal.prefect_errors import naming_prefect_errors
-from prefect_crew.batches.database import holds_password
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.records.owners import count_attempts
@@ -27,7 +26,7 @@ from prefect_crew.records.store import PrefectRecords
 
 @flow(flow_run_name="{name}")
 async def batch_file(
-    crew: str, dataset: str, name: str, export: str, ledger: str | None = None, options: dict[str, Any] | None = None
+    crew: str, dataset: str, name: str, export: str, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Run a crew once for each row of a file. A retry or the next scheduled call goes on where the batch stopped.
 
@@ -36,12 +35,9 @@ async def batch_file(
         dataset: The file: a path, a URL, or any fsspec address. Or the rows of a query: sql://BLOCK?query=….
         name: The batch's name. On a schedule: leads-{scheduled_start:%Y-%m-%d}.
         export: The address of the results. On a schedule, with the same placeholder.
-        ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME; empty: a file next to a local
-            export.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
-    _check_ledger(ledger)
-    report = await arun_batch(crew, dataset, name=name, export=export, ledger=ledger, **(options or {}))
+    report = await arun_batch(crew, dataset, name=name, export=export, **(options or {}))
     report.raise_for_failures()
     return report.as_dict()
 
@@ -101,13 +97,3 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
                     done = f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
     get_run_logger().info("Flow run %s: %s", flow_run_id, done)
     return done
-
-
-def _check_ledger(ledger: str | None) -> None:
-    """Refuse a password in a parameter. Raises ConfigurationError."""
-    if ledger and holds_password(ledger):
-        raise ConfigurationError(
-            "The ledger's URL holds a password, or may do so, and Prefect stores and shows the parameters of a flow "
-            "run. Nothing was started. Change the password, save the new URL in a Prefect Secret block, and give "
-            "ledger='secret://NAME'."
-        )

@@ -303,7 +303,7 @@ class _Start:
             return await writing
 
     def _reason(self, problem: Exception) -> str | None:
-        """Return why the crew's server refused a row, for its batch; None if it is tried again, or may hold a secret."""
+        """Return why the crew's server refused a row; None if it is tried again, or the text may hold a secret."""
         request = self.request
         if request.row is None or request.inputs.secret_names or request.crew.show != "full":
             return None

@@ -109,9 +109,19 @@ def open_batch(
 
 @transaction("write")
 def change_batch(transaction: Transaction, name: str, owner: str, **values: Any) -> bool:
-    """Write `call`, `fingerprint`, `total`, `bad_rows` or `exported` of a batch that the owner holds."""
+    """Write `call`, `fingerprint`, `total` or `bad_rows` of a batch that the owner holds."""
     transaction.lock(f"batch:{name}")
     return transaction.changed(sa.update(batches).where(B.name == name, B.owner == owner).values(values)) == 1
+
+
+@transaction("write")
+def note_export(transaction: Transaction, name: str, address: str) -> None:
+    """Write that the file or the table of an address is this batch's."""
+    transaction.lock(f"batch:{name}")
+    batch = _get(transaction, name)
+    known: list[str] = [] if batch is None else batch.exported or []
+    if batch is not None and address not in known:
+        transaction.changed(sa.update(batches).where(B.name == name).values(exported=[*known, address]))
 
 
 @transaction("write")
@@ -214,11 +224,13 @@ def read_rows(
     *,
     after: tuple[int, str] = (-1, ""),
     states: Collection[AttemptState | None] | None = None,
+    or_conflicts: bool = False,
     with_results: bool = False,
     limit: int = 500,
 ) -> list[Row]:
     """Return a page of the rows of a batch, in the order of its data set. `after`: `position` and `row_key` of the last
-    row of the page before. A row without an attempt has the state None."""
+    row of the page before. A row without an attempt has the state None. `or_conflicts`: rows in one of the states, and
+    conflicts."""
     source, columns = _rows_with_attempts()
     if with_results:
         source = source.outerjoin(results, results.c.attempt_id == rows.c.attempt_id)
@@ -230,8 +242,12 @@ def read_rows(
     )
     if states is not None:
         is_one = attempts.c.state.in_([state for state in states if state is not None])
-        query = query.where(sa.or_(is_one, rows.c.attempt_id.is_(None)) if None in states else is_one)
+        also = [rows.c.attempt_id.is_(None)] * (None in states) + [_IS_CONFLICT] * or_conflicts
+        query = query.where(sa.or_(is_one, *also))
     return [Row(**row) for row in transaction.connection.execute(query).mappings()]
+
+
+_IS_CONFLICT = sa.and_(attempts.c.state == AttemptState.COMPLETED, attempts.c.inputs_digest != rows.c.inputs_digest)
 
 
 @transaction("read")
@@ -252,10 +268,9 @@ def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
         .limit(1)
         .scalar_subquery()
     )
-    is_conflict = sa.and_(c.state == AttemptState.COMPLETED, c.inputs_digest != rows.c.inputs_digest)
     columns: list[Any] = [rows.c.row_key, rows.c.position, rows.c.passes, rows.c.inputs, rows.c.attempt_id]
     columns += [
-        sa.func.coalesce(is_conflict, sa.false(), type_=sa.Boolean).label("is_conflict"),
+        sa.func.coalesce(_IS_CONFLICT, sa.false(), type_=sa.Boolean).label("is_conflict"),
         last_id.label("kickoff_id"),
     ]
     columns += [c.number, c.state, c.error, c.started_at, c.ended_at, c.tokens, c.cost]
