@@ -226,19 +226,22 @@ def _renew(transaction: Transaction, attempt: Attempt, old: AttemptState, new: A
 
 
 @transaction("write", started="no")
-def not_started(transaction: Transaction, key: str, owner: str) -> bool:
-    """Say, as its owner, that a kickoff surely started nothing. The call may not know its attempt, if it was cancelled
-    in `begin`."""
+def not_started(transaction: Transaction, key: str, owner: str, reason: str | None = None) -> bool:
+    """Say, as its owner, that a kickoff surely started nothing, and why. The call may not know its attempt, if it was
+    cancelled in `begin`."""
     now = transaction.lock(_key_lock(key))
     attempts_ = _read(transaction, _BY_KEY, key=key)
     own = (attempt for attempt in attempts_ if attempt.owner == owner and attempt.state in PREPARING)  # at most one
-    return any(_end_unsent(transaction, attempt, now) for attempt in own)
+    return any(_end_unsent(transaction, attempt, now, reason=reason) for attempt in own)
 
 
-def _end_unsent(transaction: Transaction, attempt: Attempt, now: float, by: str | None = None) -> bool:
+def _end_unsent(
+    transaction: Transaction, attempt: Attempt, now: float, by: str | None = None, reason: str | None = None
+) -> bool:
     """Write that an attempt started nothing, if it is in the state that the caller read."""
     guards = {"id": attempt.id, "state": attempt.state}
-    if not _change(transaction, guards, state=S.NOT_STARTED, ended_at=now, deadline=None, resolved_by=by):
+    values = {"state": S.NOT_STARTED, "ended_at": now, "deadline": None, "resolved_by": by, "error": reason}
+    if not _change(transaction, guards, **values):
         return False
     book(transaction, attempt.estimates, day_of(attempt.begun_at), sign=-1)
     return True

@@ -158,8 +158,12 @@ attempts = _table(
 """A row for each try to start a run, of a batch's row as well. `replaced`: the key has a later attempt. `deadline`:
 until then nobody else may touch an attempt without a kickoff id. `counts_until`: it holds a slot of the limit."""
 is_current = sa.not_(attempts.c.replaced)
+_is_of_batch = attempts.c.batch.is_not(None)
 sa.Index(
-    "crew_attempts_batch", attempts.c.batch, attempts.c.state, sqlite_where=is_current, postgresql_where=is_current
+    "crew_attempts_batch",
+    *(attempts.c[name] for name in ("batch", "replaced", "state", "tokens", "cost")),
+    sqlite_where=_is_of_batch,
+    postgresql_where=_is_of_batch,
 )
 
 kickoff_ids = _table(
