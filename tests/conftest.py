@@ -248,6 +248,16 @@ def prefect_api(prefect_server: PrefectServer, no_records: None, tmp_path: Path)
         yield prefect_server
 
 
+@pytest.fixture(autouse=True)
+def crew_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A crew database of the test's own, for this process and those that it starts."""
+    url = f"sqlite:///{tmp_path / 'crew.db'}"
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", url)
+    yield url
+    if (database := sys.modules.get("prefect_crew.runs.database")) is not None:
+        database.forget_stores()
+
+
 @pytest.fixture
 def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
     """A way to the server that can be cut; this process takes it."""
