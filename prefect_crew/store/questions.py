@@ -85,8 +85,8 @@ def new_facts(question: Question, before: Question | None, marks: Marks, facts: 
 def ask(transaction: Transaction, attempt: Attempt, number: int, *, marks: Marks, **facts: Any) -> Question:
     """Write a question of a run, or what is new about it, and return it as it is now.
 
-    It is the first one from `number` on whose marks may be of the same question, else the next one. `facts`: task, text,
-    message, options.
+    It is the first one from `number` on whose marks may be of the same question, else the next one. `facts`: task,
+    text, message, options.
     """
     now, before = transaction.lock(f"key:{attempt.key}"), None
     asked = _read(transaction, Q.attempt_id == attempt.id)

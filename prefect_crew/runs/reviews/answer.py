@@ -1,8 +1,8 @@
 """Answers to the questions of runs. Only this module sends answers, and it sends one answer to each question.
 
 A function, the form, a link, a task and the command line turn a question into an answer. `answer_question` writes the
-answer, takes the right to send it, sends it and writes that. It never repeats `/resume`: a second answer might go to the
-next question.
+answer, takes the right to send it, sends it and writes that. It never repeats `/resume`: a second answer might go to
+the next question.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from prefect_crew.exceptions import (
     CrewLostError,
     NotWaitingError,
     RunNotFoundError,
-    StoreError,
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import find_attempts, latest
@@ -129,7 +128,7 @@ async def look(
     if last is None or not is_known or (not asks_by_callback and questions.new_facts(last, before, marks, facts)):
         last = await in_store(questions.ask, run.attempt, number, marks=marks, **facts)
         rows = await in_store(questions.questions_of, run.attempt.id)
-    if state_of(last, now) == "left" and last.answer.get("withheld"):  # nobody else has its text: it is asked once more
+    if state_of(last, now) == "left" and (last.answer or {}).get("withheld"):  # nobody else has its text: ask once more
         sender = uuid4().hex
         if await in_store(questions.send, last.id, sender, 0.0):
             await in_store(questions.not_sent, last.id, sender, keep_answer=False)
@@ -196,7 +195,9 @@ async def answer_question(
     if asked is None and status.state is CrewState.UNKNOWN:  # it may be known again in a moment
         raise CrewLostError(**run.names)
     if asked is None:
-        raise AlreadyAnsweredError(f"Run {run.kickoff_id} does not wait any more: it is {status.state}. Nothing was sent.")
+        raise AlreadyAnsweredError(
+            f"Run {run.kickoff_id} does not wait any more: it is {status.state}. Nothing was sent."
+        )
     question, number = asked.question, round_of(asked.question, asked.questions)
     where = f"Run {run.kickoff_id}, task {run.redact_name(asked.task or '')},"
     if seen not in (None, question.id):
@@ -382,7 +383,7 @@ def _block_name(question: Question) -> str:
 
 async def keep_callback(question: Question, url: SecretStr) -> None:
     """Store the URL for the answer to a Flow's question. Raises PREFECT_ERRORS."""
-    block: Any = Secret(value=url.get_secret_value())
+    block = cast("Any", Secret)(value=url.get_secret_value())
     await block.save(_block_name(question), overwrite=True, _sync=False)
 
 
@@ -390,7 +391,7 @@ async def _read_callback(run: LiveRun, question: Question) -> SecretStr:
     for pause in (0.0, 1.0, 2.0, 5.0):  # the receiver stores it a moment after the question
         await asyncio.sleep(pause)
         with contextlib.suppress(ValueError):
-            block = cast("Any", await cast("Any", Secret).aload(_block_name(question)))
+            block = await cast("Any", Secret).aload(_block_name(question))
             return SecretStr(block.get())
     raise ConfigurationError(
         f"The URL for the answer to run {run.kickoff_id} is not on record. Nothing was sent. Answer on the Flow's page "

@@ -68,7 +68,9 @@ async def notify_people(run: LiveRun, request: ReviewRequest, policy: WaitPolicy
             sender, within = "the Prefect API", NOTIFY_WITHIN
             async with asyncio.timeout(within):
                 block = await _load_block()
-                until = None if block is None else await in_store(open_link, request.id, policy.human_timeout or UNLIMITED)
+                until = (
+                    None if block is None else await in_store(open_link, request.id, policy.human_timeout or UNLIMITED)
+                )
                 if block is None or until is None:
                     return
                 subject, body = describe_link(run, request, f"{base}/answer/{request.id}", until)

@@ -197,8 +197,8 @@ def describe_question(
     where = f"task {run.redact_name(request.task_id)}, question {request.round}."
     if unsure is not None:
         return (
-            f"may wait for a person: {where} An answer was sent (by {describe_answer(unsure)}) and nobody knows whether "
-            f"it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer there."
+            f"may wait for a person: {where} An answer was sent (by {describe_answer(unsure)}) and nobody knows "
+            f"whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer there."
         )
     parts = [f"waits for a person: {where}", f"The form is on {page} (Resume)." if page else ""]
     if request.output is None or run.show != "full":
