@@ -1,6 +1,6 @@
 """The receiver as an ASGI app: it verifies webhooks, writes what they bring into the crew database, and answers.
 
-    POST /hooks/{kind}/{token}   200; 404 for a URL that is not ours, 415, 413, 400, 408; 503: not written, send it again
+    POST /hooks/{kind}/{token}   200; 404 for a URL that is not ours, 415, 413, 400, 408; 503: not written
     POST /requests               the same; 404 without the platform's signature: the question of a Flow to a person
     GET  /answer/{id}            the page of a question, see answers.py
     POST /answer/{id}            the answer to it
@@ -135,8 +135,9 @@ class _Receiver:
             return _refuse(400, f"the body is not one of a {hook.kind} webhook")
         try:
             attempt = await in_store(attempts.get, hook.attempt)
-            for event in events if attempt is not None else ():  # it was pruned
-                attempt = await _take(event, attempt) or attempt
+            for event in events:
+                if attempt is not None:  # else it was pruned
+                    attempt = await _take(event, attempt) or attempt
         except (StoreError, *PREFECT_ERRORS) as error:
             return _not_written(error)
         return JSONResponse({"status": "accepted"})
@@ -181,7 +182,7 @@ async def _take(event: WebhookEvent, attempt: Attempt) -> Attempt | None:
             changed = (await in_store(attempts.continued, attempt, event.kickoff_id)).attempt
     if name in WAKING:
         usage = None if event.usage is None else {"usage": event.usage.model_dump(exclude_none=True)}
-        facts = {"number": hook.round, "kickoff_id": event.kickoff_id, "body": usage}
+        facts: dict[str, Any] = {"number": hook.round, "kickoff_id": event.kickoff_id, "body": usage}
         question = await _question_of(event, attempt) if hook.kind == "human_input" else None
         await in_store(questions.take_webhook, attempt, name, **facts, question=question)
     if name in REPORTED:
@@ -209,15 +210,15 @@ async def _question_of(event: WebhookEvent, attempt: Attempt) -> dict[str, Any]:
 
 async def _take_question(question: FlowQuestion) -> bool:
     """Write a Flow's question, and keep the URL for its answer. Return False if its run is not on record."""
+    found: list[Attempt] = []
     for pause in KNOWN_AFTER:
         await asyncio.sleep(pause)
         found = await in_store(attempts.of_kickoff_id, question.kickoff_id)
-        started = [attempt for attempt in found if attempt.state is AttemptState.STARTED]
-        if started:
+        if found:
             break
-    else:
+    attempt = next((attempt for attempt in found if attempt.state is AttemptState.STARTED), None)
+    if attempt is None:
         return bool(found)
-    attempt = started[-1]
     facts: dict[str, Any] = {"task": question.task_id, "options": [*question.options] or None}
     if not attempt.secret_names:
         crew = None
@@ -238,7 +239,9 @@ def _refuse(status: int, error: str) -> Response:
 
 
 def _not_written(error: Exception) -> Response:
-    logger.warning("A webhook could not be written: %s", error if isinstance(error, CrewError) else type(error).__name__)
+    logger.warning(
+        "A webhook could not be written: %s", error if isinstance(error, CrewError) else type(error).__name__
+    )
     return _refuse(503, "the webhook could not be written: send it again")
 
 

@@ -128,7 +128,8 @@ async def look(
     if last is None or not is_known or (not asks_by_callback and questions.new_facts(last, before, marks, facts)):
         last = await in_store(questions.ask, run.attempt, number, marks=marks, **facts)
         rows = await in_store(questions.questions_of, run.attempt.id)
-    if state_of(last, now) == "left" and (last.answer or {}).get("withheld"):  # nobody else has its text: ask once more
+    answer: dict[str, Any] = last.answer or {}
+    if state_of(last, now) == "left" and "withheld" in answer:  # nobody else has its text: it is asked once more
         sender = uuid4().hex
         if await in_store(questions.send, last.id, sender, 0.0):
             await in_store(questions.not_sent, last.id, sender, keep_answer=False)

@@ -70,7 +70,7 @@ def state_of(question: Question, now: float) -> State:
     if question.sent_at is not None:
         return "answered"
     if question.sender is None:
-        pause = WITHHELD_FOR if question.answer.get("withheld") else LEFT_AFTER
+        pause = WITHHELD_FOR if "withheld" in question.answer else LEFT_AFTER
         return "left" if now > (question.answered_at or now) + pause else "answering"
     return "uncertain" if now >= (question.send_deadline or now) else "answering"
 
