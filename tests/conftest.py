@@ -248,16 +248,6 @@ def prefect_api(prefect_server: PrefectServer, no_records: None, tmp_path: Path)
         yield prefect_server
 
 
-@pytest.fixture(autouse=True)
-def crew_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A crew database of the test's own, for this process and those that it starts."""
-    url = f"sqlite:///{tmp_path / 'crew.db'}"
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", url)
-    yield url
-    if (database := sys.modules.get("prefect_crew.runs.database")) is not None:
-        database.forget_stores()
-
-
 @pytest.fixture
 def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
     """A way to the server that can be cut; this process takes it."""
@@ -301,3 +291,17 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
     reader = Seen(prefect_api)
     yield reader
     reader.close()
+
+
+@pytest.fixture(autouse=True)
+def crew_database(tmp_path: Path) -> Iterator[None]:
+    """Each test has a crew database of its own, which the processes that it starts share."""
+    name = "PREFECT_INTEGRATIONS_CREW_DATABASE_URL"
+    before = os.environ.get(name)
+    os.environ[name] = f"sqlite:///{tmp_path}/crew.db"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        if "prefect_crew.runs.database" in sys.modules:
+            sys.modules["prefect_crew.runs.database"].forget_stores()
