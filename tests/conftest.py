@@ -213,16 +213,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 # Fixtures
 
 
-@pytest.fixture(autouse=True)
-def crew_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of a crew database of the test's own, for this process and those that it starts."""
-    url = f"sqlite:///{tmp_path / 'crew.db'}"
-    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", url)
-    yield url
-    if (database := sys.modules.get("prefect_crew.runs.database")) is not None:
-        database.forget_stores()
-
-
 @pytest.fixture(scope="session")
 def notes(pytestconfig: pytest.Config) -> list[str]:
     """Lines to print at the end of the run."""
