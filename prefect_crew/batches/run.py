@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.batch import pages_of, since_pass
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address

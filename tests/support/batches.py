@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,13 @@ from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.batches.dataset import Dataset, open_dataset
 from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.output import Output
 from prefect_crew.batches.rows import RowPlan
 from prefect_crew.blocks import crew_of
-from prefect_crew.client.models import CrewInput
+from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.crew import Crew
+from prefect_crew.store.batches import Row
+from prefect_crew.store.decision import AttemptState
 
 CREW, FLOW = (
     crew_of(DeployedCrew(url="https://crew.example", token="token", flow=flow))  # type: ignore[arg-type]
@@ -63,3 +66,32 @@ def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew | None
     """Return how rows become runs; `options` are those of a batch. With a session, the crew is a Flow."""
     dataset = data if isinstance(data, Dataset) else open_dataset(data)
     return RowPlan(dataset, BatchOptions(**options), crew or (FLOW if "session" in options else CREW), expected)
+
+
+def row(key: str, state: str | None = "completed", *, output: str = "text", data: Any = None, **facts: Any) -> Row:
+    """Return a row of a batch as the crew database gives it."""
+    has_run = state not in (None, "posting", "uncertain")
+    facts = {"error": "the engine is down"} | facts if state == "failed" else facts
+    if state == "completed" and "result" not in facts:
+        tasks, usage = [TaskResult(name="t", output="x").model_dump(exclude_none=True)], {"total_tokens": 7}
+        facts["result"] = {"output": output, "data": data, "tasks": tasks, "execution_time": 1.5, "usage": usage}
+    known: dict[str, Any] = dict.fromkeys(Row.__slots__) | {"position": 0, "passes": 1, "is_conflict": False}
+    known |= {"row_key": key, "inputs": {"topic": key}, "state": state and AttemptState(state)}
+    if has_run:
+        known |= {"kickoff_id": f"run-{key}", "started_at": 100.0, "ended_at": 102.0}
+    return Row(**known | facts)
+
+
+async def pages(*rows: Row, size: int = 100) -> AsyncIterator[list[Row]]:
+    """Yield rows, so many at a time."""
+    for start in range(0, len(rows), size):
+        yield [*rows[start : start + size]]
+
+
+def nothing() -> None:
+    """Guard nothing."""
+
+
+async def write(output: Output, *rows: Row, size: int = 100) -> int:
+    """Write rows of a batch to its output, and return the number of lines."""
+    return (await output.write(pages(*rows, size=size), nothing)).total()
