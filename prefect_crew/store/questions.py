@@ -101,7 +101,7 @@ def ask(transaction: Transaction, attempt: Attempt, number: int, *, marks: Marks
         before = question
     number = max(number, before.number + 1) if before is not None else number
     _arrived(transaction, now, attempt.id, number - 1)
-    values = {"id": secrets.token_urlsafe(24), "attempt_id": attempt.id, "number": number, "marks": dict(marks)}
+    values = {"id": secrets.token_hex(24), "attempt_id": attempt.id, "number": number, "marks": dict(marks)}
     transaction.insert_once(questions, **values, **facts, asked_at=now)
     a = attempts.c
     waits = sa.update(attempts).where(a.id == attempt.id, a.ended_at.is_(None), a.human_since.is_(None))

@@ -130,6 +130,8 @@ class People:
         is_uncertain = asked is not None and asked.state == "uncertain"
         if before is not None and question is not None and before.id == question.id and was_uncertain == is_uncertain:
             return before != question  # only its output is new
+        if self._notifying is not None:
+            self._notifying.cancel()  # its link may still be in the queue
         if question is None or asked is None:
             return before is not None
         await self._check_rounds(question)

@@ -130,7 +130,9 @@ async def test_an_answer_whose_reply_is_lost_is_never_sent_again(
         assert await command(server, "runs", "resolve", key, "--kickoff-id", run.id) == 0
     await until(lambda: run.questions, "the crew asks again")
     (attempt,) = await in_store(attempts.of_key, key)
-    while len(await in_store(questions.questions_of, attempt.id)) < 2:  # until its webhook came, the answer is uncertain
+    while (
+        len(await in_store(questions.questions_of, attempt.id)) < 2
+    ):  # until its webhook came, the answer is uncertain
         await asyncio.sleep(0.1)
     result = await asyncio.wait_for(run_of(server, key, review=lambda _: pc.Review(approve=True)), 60)
     assert result.output == "Draft. No."
@@ -139,16 +141,13 @@ async def test_an_answer_whose_reply_is_lost_is_never_sent_again(
 
 
 async def test_an_answer_that_may_not_have_arrived_makes_no_run_a_lost_one(
-    crew_server: CrewServerFactory, receiver: None, capsys: pytest.CaptureFixture[str]
+    crew_server: CrewServerFactory, receiver: None
 ):
     server, key = crew_server(ASKS, response_format="live", faults=["resume:drop-before-accept@1"]), new_key()
     for wait in (WAIT, IMPATIENT):
         with pytest.raises(pc.AnswerUncertainError, match="--kickoff-id"):
             await asyncio.wait_for(run_of(server, key, wait, review=lambda _: pc.Review(approve=True)), 60)
-    (run,) = server.runs
     assert await command(server, "runs", "resolve", key, "--lost", "--yes") == 2
-    assert await command(server, "runs", "resolve", key, "--kickoff-id", run.id) == 2
-    assert f"does not know run {run.id}. Nothing was changed." in " ".join(capsys.readouterr().err.split())
     assert server.requests["resume"] == server.kickoffs == 1
 
 
