@@ -114,7 +114,7 @@ async def work(options: argparse.Namespace, crew: Any) -> None:
     seconds = {f"{name}_seconds": median(several[1:]) for name, several in times.items()}
     program = [Path(sys.executable).with_name("prefect-crew"), "runs", "ls"]
     await timed("runs_ls", asyncio.to_thread(subprocess.run, program, check=True, stdout=subprocess.DEVNULL))
-    await timed("costs", read_costs(["crew"], since=(datetime.now(UTC) - timedelta(days=6)).date()))
+    await timed("costs", read_costs("crew", since=(datetime.now(UTC) - timedelta(days=6)).date()))
     report("work", **seconds, runs_ls_seconds=times["runs_ls"][0], costs_seconds=times["costs"][0])
 
 

@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.artifacts import acreate_table_artifact
 
 from prefect_crew import Spending
-from prefect_crew.costs import grouped, read_costs
+from prefect_crew.costs import read_costs
 
 
 @flow
@@ -19,18 +19,18 @@ async def costs_page(days: int = 30) -> str:
         days: How far they go back, in days (UTC), today included.
     """
     since = datetime.now(UTC).date() - timedelta(days=days - 1)
-    rows, gaps = await read_costs(["crew", "day"], since=since)
-    for gap in gaps:
-        get_run_logger().warning("%s", gap)
-    for by in ("crew", "day"):
-        table = [{by: name, **cells(spending)} for name, spending in grouped(rows, by).items()]
+    by_crew, by_day = await read_costs("crew", since=since), await read_costs("day", since=since)
+    for note in by_crew.notes:
+        get_run_logger().warning("%s", note)
+    for by, costs in (("crew", by_crew), ("day", by_day)):
+        table = [{by: name, **cells(spending)} for name, spending in costs.groups.items()]
         # An artifact without rows has no columns.
         await acreate_table_artifact(
             table or [{by: "none", **cells(Spending())}],
             key=f"crew-costs-by-{by}",
-            description=" ".join([f"What crews have used and cost since {since}.", *gaps]),
+            description=" ".join([f"What crews have used and cost since {since}.", *costs.notes]),
         )
-    return str(Spending.sum(row.spending for row in rows))
+    return str(by_crew.total)
 
 
 def cells(spending: Spending) -> dict[str, object]:

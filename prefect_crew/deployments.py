@@ -26,6 +26,7 @@ from prefect.types.entrypoint import EntrypointType
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.automations import TAG
 from prefect_crew.blocks import load_crew, values_of_blocks
@@ -40,6 +41,7 @@ from prefect_crew.pipelines.definition import (
 )
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
+from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
     from prefect.client.schemas.responses import DeploymentResponse
@@ -58,8 +60,8 @@ TEXT = ["string", "number", "boolean"]
 TYPES: dict[str, Any] = {"integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
 CREW_OF_FORM = "x-crew"
 """The key in the schema of a form that names the crew."""
-MOST = 1000
-"""Times of a schedule that are looked at for a key that some share."""
+LOCAL_POOLS = ("process", "crew", "prefect-agent")
+"""Types of work pools whose flow runs run on the machine of their worker, and may share its file."""
 _naming_prefect_away = naming_prefect_away("Deploy again, which updates a deployment that was made.")
 
 
@@ -136,7 +138,12 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
     @_naming_prefect_away
     async def adeploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy the flow to a work pool. This takes all options that Prefect has. Raises as `ato_deployment` does."""
-        return await super().adeploy(name or self.label, work_pool_name, **options)
+        deployment_id = await super().adeploy(name or self.label, work_pool_name, **options)
+        async with get_client() as client:
+            pool = (await client.read_deployment(deployment_id)).work_pool_name
+        if pool is not None and (note := await note_on_database(pool)) is not None:
+            run_logger().warning("%s", note)
+        return deployment_id
 
     def deploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy as `adeploy` does; if the caller can await, return the coroutine, as Prefect does."""
@@ -192,6 +199,25 @@ def pipeline_flow(file: str | PathLike[str]) -> InputsFlow[PipelineResult]:
     description = pipeline.description or f"Run the pipeline {pipeline.name}."
     return InputsFlow(
         run_deployed_pipeline, pipeline.name, description, partial(_pipeline_form, pipeline), pipeline=pipeline
+    )
+
+
+async def note_on_database(pool: str) -> str | None:
+    """Return a sentence if the flow runs of a work pool may start elsewhere, and the crew database is a file.
+
+    Raises:
+        ObjectNotFound: There is no such pool.
+    """
+    url = CrewSettings().database_url
+    is_file = url is None or url.get_secret_value().startswith("sqlite")
+    async with get_client() as client:
+        kind = (await client.read_work_pool(pool)).type
+    if not is_file or kind in LOCAL_POOLS:
+        return None
+    return (
+        f"Flow runs of work pool {pool!r} ({kind}) need a crew database that they share: set "
+        "PREFECT_INTEGRATIONS_CREW_DATABASE_URL to a PostgreSQL in the pool's job variables, by a secret. Without it "
+        "they start nothing. See: prefect-crew docs guides/machines."
     )
 
 

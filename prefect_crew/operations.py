@@ -1,4 +1,4 @@
-"""Flows to deploy as they are: a batch of a file, recovery from crashes, pruning.
+"""Flows to deploy as they are: a batch of a file, and recovery from crashes.
 
 Each is asynchronous and has plain values as parameters, so that any work pool can run it by its import path, such as
 `prefect_crew.operations.batch_file`, where this package is installed.
@@ -6,7 +6,6 @@ Each is asynchronous and has plain values as parameters, so that any work pool c
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -17,17 +16,14 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
 
 from prefect_crew._internal.prefect_errors import naming_prefect_errors
-from prefect_crew.batches.database import holds_password
 from prefect_crew.batches.run import arun_batch
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.records.owners import count_attempts
-from prefect_crew.records.prune import prune
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.owners import count_attempts
 
 
 @flow(flow_run_name="{name}")
 async def batch_file(
-    crew: str, dataset: str, name: str, export: str, ledger: str | None = None, options: dict[str, Any] | None = None
+    crew: str, dataset: str, name: str, export: str, options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Run a crew once for each row of a file. A retry or the next scheduled call goes on where the batch stopped.
 
@@ -36,34 +32,11 @@ async def batch_file(
         dataset: The file: a path, a URL, or any fsspec address. Or the rows of a query: sql://BLOCK?query=….
         name: The batch's name. On a schedule: leads-{scheduled_start:%Y-%m-%d}.
         export: The address of the results. On a schedule, with the same placeholder.
-        ledger: A path, the URL of a PostgreSQL without a password, or secret://NAME; empty: a file next to a local
-            export.
         options: More of run_batch's options, such as {"max_in_flight": 500, "key": "id", "wait": {"timeout": 600}}.
     """
-    _check_ledger(ledger)
-    report = await arun_batch(crew, dataset, name=name, export=export, ledger=ledger, **(options or {}))
+    report = await arun_batch(crew, dataset, name=name, export=export, **(options or {}))
     report.raise_for_failures()
     return report.as_dict()
-
-
-@flow(retries=2, retry_delay_seconds=60)
-async def prune_records(older_than_days: int | None = None, dry_run: bool = False) -> str:
-    """Remove old records of ended runs, and return their number as text. Crew workers prune by themselves.
-
-    A record keeps a run from being started twice, and `get_result` reads it. Choose an age beyond the oldest
-    idempotency key that may be used again, backfills included. Records of uncertain runs and runs in flight stay.
-
-    Args:
-        older_than_days: The age, in days since the end of a run and of its flow runs; empty: the setting, 30. A later
-            call with a removed run's key starts a new run.
-        dry_run: Only count.
-    """
-    older_than = None if older_than_days is None else timedelta(days=older_than_days)
-    with naming_prefect_errors("Run it again, which removes the records that are left."):
-        pruned = await prune(PrefectRecords(), older_than=older_than, dry_run=dry_run)
-    summary = f"{pruned.runs} records {'would go' if dry_run else 'removed'}, {pruned.kept} kept"
-    get_run_logger().info("%s", summary)
-    return summary
 
 
 @flow(flow_run_name="recover {flow_run_id}", retries=3, retry_delay_seconds=10)
@@ -101,13 +74,3 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
                     done = f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
     get_run_logger().info("Flow run %s: %s", flow_run_id, done)
     return done
-
-
-def _check_ledger(ledger: str | None) -> None:
-    """Refuse a password in a parameter. Raises ConfigurationError."""
-    if ledger and holds_password(ledger):
-        raise ConfigurationError(
-            "The ledger's URL holds a password, or may do so, and Prefect stores and shows the parameters of a flow "
-            "run. Nothing was started. Change the password, save the new URL in a Prefect Secret block, and give "
-            "ledger='secret://NAME'."
-        )

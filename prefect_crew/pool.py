@@ -33,9 +33,9 @@ from prefect_crew._internal.prefect_api import read_all
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.blocks import find_crew
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.records.model import RunRecord
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.stop import cancel_command, open_runs_of, stop_run, stop_was_asked
+from prefect_crew.runs.stop import cancel_command, open_runs_of, stop_run
+from prefect_crew.store.decision import Attempt
 
 UNOWNED_FOR = 60.0
 """Seconds for which a flow run may be Pending, or between two owners, before it counts as left behind: the worker that
@@ -133,36 +133,33 @@ async def hand_over(client: PrefectClient, flow_run_id: UUID, why: str, *, only_
 async def stop_crews_of(client: PrefectClient, flow_run: FlowRun) -> None:
     """Stop the crews whose runs a flow run or its subflows started. A second call sends no second `/stop`.
 
-    This does not stop the rows of a batch, which are in a ledger. `prefect-crew batch cancel` stops them.
+    The flow run of a batch stops the runs of its rows itself; `prefect-crew batch cancel` stops them too.
     """
     log, limit = flow_run_logger(flow_run), asyncio.Semaphore(STOPS_AT_ONCE)
 
-    async def stop(record: RunRecord) -> None:
-        if record.kickoff_id is None:
+    async def stop(attempt: Attempt) -> None:
+        if attempt.first_id is None:
             log.warning(
                 "The kickoff of run %r is uncertain. If it started a run, the run continues at %s. Look at the crew's "
                 "page, then run: prefect-crew runs resolve %s --kickoff-id ID, or --never-started.",
-                record.idempotency_key,
-                record.crew_url,
-                shlex.quote(record.idempotency_key),
+                *(attempt.key, attempt.crew_url, shlex.quote(attempt.key)),
             )
             return
         try:
-            crew = await find_crew(record)
+            crew = await find_crew(attempt)
             if crew is None:
-                raise ConfigurationError(f"no block {record.crew!r} has its address")
+                raise ConfigurationError(f"no block {attempt.crew!r} has its address")
             async with limit:
-                run = LiveRun(crew, record.kickoff_id)
                 # A wait of the flow run that has survived it may stop the crew at the same moment.
-                answer = await stop_run(run, idempotency_key=record.idempotency_key, is_repeated=False)
+                answer = await stop_run(LiveRun(crew, attempt.first_id, attempt), is_repeated=False)
             text = "Crew run %s was asked to stop. The answer of the crew's server: %s."
-            log.info(text, record.kickoff_id, answer.outcome)
+            log.info(text, attempt.first_id, answer.outcome)
         except (CrewError, *PREFECT_ERRORS) as error:
             text = "Crew run %s could not be stopped (%s): it continues at %s. To stop the crew, run: %s"
-            log.warning(text, record.kickoff_id, error, record.crew_url, cancel_command(record))
+            log.warning(text, attempt.first_id, error, attempt.crew_url, cancel_command(attempt))
 
     open_runs = await open_runs_of(client, flow_run)
-    await asyncio.gather(*(stop(record) for record in open_runs if not stop_was_asked(record)))
+    await asyncio.gather(*(stop(attempt) for attempt in open_runs if attempt.stop_asked_at is None))
 
 
 def load_flow(entrypoint: str | None, *, allowed: Iterable[str]) -> Flow[..., Any]:

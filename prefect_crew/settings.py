@@ -50,8 +50,8 @@ class CrewSettings(PrefectBaseSettings):
     keep_records_days: int = Field(
         default=30,
         ge=1,
-        description="Days for which the record of a run is kept after the run, and the flow runs around it, have "
-        "ended. Until then its idempotency key starts no second run. A crew worker deletes older records.",
+        description="Days for which a run is kept after its end. Until then its idempotency key starts no second run. "
+        "Processes that end runs delete older ones.",
     )
     worker_modules: Annotated[list[str], NoDecode] = Field(
         default_factory=list,

@@ -12,7 +12,9 @@ modules.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from prefect_crew.devserver import CrewServer
     from prefect_crew.devserver._server import ServerOptions, Spec
 
-__all__ = ["CrewServerFactory", "crew_server", "instant_polling", "scripted_crew"]
+__all__ = ["CrewServerFactory", "crew_database", "crew_server", "instant_polling", "scripted_crew"]
 
 
 class CrewServerFactory(Protocol):
@@ -35,8 +37,21 @@ class CrewServerFactory(Protocol):
 
 
 @pytest.fixture
-def crew_server() -> Iterator[CrewServerFactory]:
+def crew_database(tmp_path: Path) -> Iterator[Path]:
+    """Give the test, and the processes that it starts, a crew database of its own; provide its file."""
+    path = tmp_path / "crew.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", f"sqlite:///{path}")
+        yield path
+        if (database := sys.modules.get("prefect_crew.runs.database")) is not None:
+            database.forget_stores()
+
+
+@pytest.fixture
+def crew_server(crew_database: Path) -> Iterator[CrewServerFactory]:
     """Provide a function that starts crew servers on ports of 127.0.0.1; they stop at the end of the test.
+
+    The test has a crew database of its own (`crew_database`).
 
     The function takes the arguments of `prefect_crew.devserver.CrewServer` and returns one. The first is a script (its
     YAML text, a file, or the name of a crew of this package such as "echo" or "travel"), a `module:factory` of CrewAI

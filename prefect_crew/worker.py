@@ -2,7 +2,7 @@
 
 A worker that shuts down gives its flow runs back to the pool (`pool.hand_over`). A flow run that a dead worker has left
 Running begins at once on the worker that takes it over, if a limit does not forbid it; all others go back to the pool.
-The flow finds its crew's run by the run record.
+The flow finds its crew's run in the crew database.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ from prefect_crew.pool import (
     stop_crews_of,
     worker_name,
 )
-from prefect_crew.records.keys import forget_calls
-from prefect_crew.records.prune import prune_regularly
+from prefect_crew.runs.keys import forget_calls
 from prefect_crew.settings import CrewSettings, documentation_url
 
 if TYPE_CHECKING:
@@ -174,8 +173,7 @@ class CrewWorker(BaseWorker[CrewJobConfiguration, Any, CrewWorkerResult]):
         of_flow_runs = await self._exit_stack.enter_async_context(AsyncClientContext.get_or_create())
         queue_requests(client, of_flow_runs.client)
         self._exit_stack.enter_context(many_flow_runs(self._logger.warning))
-        for work in (self._watch_pool(), prune_regularly(self._logger)):
-            self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(work))
+        self._exit_stack.push_async_callback(cancel_and_wait, asyncio.create_task(self._watch_pool()))
         self._exit_stack.push_async_exit(self._leave)  # pushed last: it runs first, and waits for the flow runs
 
     async def start(

@@ -291,3 +291,8 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
     reader = Seen(prefect_api)
     yield reader
     reader.close()
+
+
+@pytest.fixture(autouse=True)
+def own_crew_database(crew_database: Path) -> None:
+    """Each test has a crew database of its own, which the processes that it starts share."""

@@ -36,8 +36,8 @@ from prefect.states import Cancelling, Crashed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from prefect_crew._internal.asyncio_tasks import loop_runs
-from prefect_crew._internal.prefect_api import held_flow_run, is_transient
-from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
+from prefect_crew._internal.prefect_api import held_flow_run
+from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS, is_transient
 from prefect_crew._text import version_numbers
 from prefect_crew.exceptions import ConfigurationError, InvalidCallError
 

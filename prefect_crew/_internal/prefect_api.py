@@ -1,37 +1,29 @@
-"""Functions that Prefect's client and contexts lack: requests that are repeated soon, one change at a time on SQLite,
-the contexts around a call, and a logger that writes each message on one line.
+"""Functions that Prefect's client and contexts lack: all pages of an answer, the contexts around a call, a lock for
+each event loop, and a logger that writes each message on one line.
 
-Private API of Prefect is used in `_request_once`, `embedded_server`, `contexts_around` and `is_entered`.
+Private API of Prefect is used in `embedded_server`, `contexts_around` and `is_entered`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import logging
 import os
-import random
 import sys
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import httpx
 import prefect
-from prefect.client.base import PrefectHttpxAsyncClient
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.context import ContextModel, FlowRunContext
-from prefect.exceptions import MissingContextError, PrefectHTTPStatusError
+from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.settings import get_current_settings
 
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, STATUS_ERRORS, TRANSPORT_ERRORS
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line
 
 if TYPE_CHECKING:
@@ -155,248 +147,14 @@ def is_entered(context: ContextModel) -> bool:
     return context._token is not None  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
 
 
-# Requests
-
-BUSY_FOR = 10.0
-"""Seconds for which callers repeat a change while the Prefect API is busy."""
-CROWDED_FOR = 300.0
-"""Seconds for which each change is sent alone after the server refused one, since SQLite takes one writer at a time."""
-LONGEST = 2.0
-"""Seconds after which a request blocks no other one: it may hang, or Prefect's client may repeat it."""
-AT_ONCE = 8
-"""The most requests in flight. Waiting requests are sent by their urgency."""
-CROWDED = 3
-"""The most requests in flight after the server refused a change: a change that is sent alone waits for all of them."""
-PATIENCE = 30.0
-"""Seconds after which more urgent requests no longer overtake a request, so that an end does not wait for ever."""
-NAMES_AT_ONCE = 1000
-"""The number of names in one request from which on no further caller shares it."""
-CLOSING = 0.003
-"""Seconds after which this process notices that the server has closed a connection."""
-
-
-class Urgency(IntEnum):
-    """The order in which waiting requests are sent.
-
-    If many runs begin at the same time, the first is kicked off before the second is claimed: the crew of the first
-    already works then.
-    """
-
-    CONTINUE = 0
-    """Requests between a claim and its stored kickoff id."""
-    BEGIN = 1
-    FINISH = 2
-    """Requests that can wait until other runs have begun: the Variable `crew_kickoff_ID`, and the end of a run."""
-    SHOW = 3
-
-
-class _Turns:
-    """Lets several callers through at a time. The most urgent caller goes next; among equals, the earliest."""
-
-    def __init__(self, most: int) -> None:
-        self._most = self._free = most
-        self.crowded_until = float("-inf")
-        """The time of the event loop until which each change is sent alone (`CROWDED_FOR`)."""
-        self._waiting: list[tuple[float, int, bool, asyncio.Future[int]]] = []
-        self._number = itertools.count()
-
-    @asynccontextmanager
-    async def turn(self, urgency: Urgency, *, alone: bool = False) -> AsyncGenerator[None]:
-        """Wait for a turn. The block is the turn; for other callers it ends after `LONGEST` seconds at the latest.
-
-        `alone`: while the server is crowded, wait until nobody else has a turn.
-        """
-        loop = asyncio.get_running_loop()
-        turn: asyncio.Future[int] = loop.create_future()
-        # SQLite refuses a change that reads before it writes if another one writes in between.
-        is_crowded = loop.time() < self.crowded_until
-        rank = float("-inf") if urgency is Urgency.CONTINUE else loop.time() + urgency * PATIENCE
-        heapq.heappush(self._waiting, (rank, next(self._number), alone and is_crowded, turn))
-        more = (CROWDED if is_crowded else AT_ONCE) - self._most
-        self._most += more
-        self._pass_on(more)
-        try:
-            held = [await turn]
-        except asyncio.CancelledError:
-            self._pass_on(0 if turn.cancelled() else turn.result())
-            raise
-        timer = loop.call_later(LONGEST, lambda: self._pass_on(held.pop()))
-        try:
-            yield
-        finally:
-            timer.cancel()
-            if held:
-                self._pass_on(held.pop())
-
-    def _pass_on(self, given_back: int) -> None:
-        self._free += given_back
-        while self._waiting:
-            *_, alone, turn = self._waiting[0]
-            if not turn.done():
-                needs = self._most if alone else 1
-                if needs > self._free:
-                    return
-                self._free -= needs
-                turn.set_result(needs)
-            heapq.heappop(self._waiting)
-
-
-@dataclass
-class _Batch:
-    """The reads by name that share one request: their names, the number of callers, and the answer."""
-
-    names: list[str] = field(default_factory=list[str])
-    callers: int = 0
-    rows: list[Any] | None = None
-    error: Exception | None = None
-
-
-class NamedReads:
-    """Reads by exact names. Callers that come while a request is in flight share the next request.
-
-    One request is one SQL statement of the server, so each caller gets a snapshot.
-    """
-
-    def __init__(self) -> None:
-        self._next = _Batch()
-        self._lock = asyncio.Lock()
-
-    async def read(self, names: list[str], ask: Callable[[list[str]], Awaitable[list[Any]]], most: int) -> list[Any]:
-        """Return the rows of `ask` for these names, and perhaps rows for other callers.
-
-        `most`: the most rows in one answer of `ask`. An answer with so many may be cut, and the caller then asks alone.
-        """
-        if len(self._next.names) >= NAMES_AT_ONCE:
-            self._next = _Batch()
-        batch = self._next
-        batch.names += names
-        batch.callers += 1
-        async with self._lock:
-            if batch.rows is None and batch.error is None:  # else another caller has made the request
-                if self._next is batch:
-                    self._next = _Batch()  # a later caller needs a newer answer
-                try:
-                    batch.rows = await ask([*dict.fromkeys(batch.names)])
-                except Exception as error:  # noqa: BLE001  raised below, for each caller
-                    batch.error = error
-        if batch.error is not None:
-            raise batch.error
-        rows = batch.rows or []
-        return rows if batch.callers == 1 or len(rows) < most else await ask(names)
-
-
-@dataclass
-class _Loop:
-    """The state that the requests of one event loop share."""
-
-    requests: _Turns = field(default_factory=lambda: _Turns(AT_ONCE))
-    named_reads: dict[str | None, NamedReads] = field(default_factory=dict[str | None, NamedReads])
-    """By the URL of the Prefect API."""
-    locks: dict[str, asyncio.Lock] = field(default_factory=dict[str, asyncio.Lock])
-
-
-# By event loop, since a lock belongs to one. Module-level: the requests of one loop come from independent flows.
-_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = weakref.WeakKeyDictionary()
-
-
-def _this_loop() -> _Loop:
-    loop = asyncio.get_running_loop()
-    if loop not in _loops:
-        for other in [other for other in list(_loops) if other.is_closed()]:
-            _loops.pop(other, None)  # a lock for which somebody waited keeps its loop, and so this entry
-    return _loops.get(loop) or _loops.setdefault(loop, _Loop())
+# By event loop, since a lock belongs to one. Module-level: the calls of one loop come from independent flows.
+_locks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, asyncio.Lock]] = weakref.WeakKeyDictionary()
 
 
 def lock_here(name: str) -> asyncio.Lock:
     """Return the running event loop's lock with this name."""
-    return _this_loop().locks.setdefault(name, asyncio.Lock())
-
-
-def named_reads() -> NamedReads:
-    """Return the `NamedReads` of the running event loop and the current Prefect API."""
-    return _this_loop().named_reads.setdefault(get_current_settings().api.url, NamedReads())
-
-
-def is_transient(error: Exception) -> bool:
-    """Return whether the Prefect API may accept the same request a moment later."""
-    if isinstance(error, PrefectHTTPStatusError):
-        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
-    return isinstance(error, TRANSPORT_ERRORS)
-
-
-def is_busy(error: Exception) -> bool:
-    """Return whether the Prefect API was busy and did nothing (503), so that any request may be repeated."""
-    return isinstance(error, PrefectHTTPStatusError) and error.response.status_code == 503
-
-
-async def request_soon(
-    client: PrefectClient,
-    method: str,
-    path: str,
-    *,
-    json: Any,
-    give_up_after: float,
-    urgency: Urgency = Urgency.CONTINUE,
-    alone: bool = True,
-    again: Callable[[Exception], bool] = is_transient,
-    before_sending: Callable[[], None] | None = None,
-) -> httpx.Response:
-    """Make one change. Repeat it while the Prefect API is unreachable or busy, for `give_up_after` seconds.
-
-    Prefect's own client sleeps 2 s after a 503.
-
-    Args:
-        client, method, path, json, give_up_after: The request. `json` may be a function that is called at the sending.
-        urgency: The order among waiting changes.
-        alone: False for a change that writes before it reads, which the server never refuses because of another change.
-        again: Returns whether to repeat the request after an error.
-        before_sending: Called once, right before the request is sent for the first time.
-
-    Raises:
-        TRANSPORT_ERRORS, PrefectHTTPStatusError: The error of the last attempt.
-    """
-    loop, turns = asyncio.get_running_loop(), _this_loop().requests
-    until, delay = None, 0.02
-    while True:
-        try:
-            async with turns.turn(urgency, alone=alone):
-                if until is None:
-                    until = loop.time() + give_up_after  # without the time in the queue
-                    if before_sending is not None:
-                        before_sending()
-                return await _request_once(client, method, path, json=json() if callable(json) else json)
-        except (*TRANSPORT_ERRORS, PrefectHTTPStatusError) as error:
-            if is_busy(error):
-                turns.crowded_until = loop.time() + CROWDED_FOR
-                # The server closes the connection after such an answer (its exception reaches uvicorn): another request
-                # on that connection would be lost.
-                await asyncio.sleep(CLOSING)
-            if not again(error) or (until is not None and loop.time() + delay > until):
-                raise
-        # A random pause, so that callers that met on a locked database do not meet again.
-        await asyncio.sleep(delay * (0.5 + random.random()))  # noqa: S311  no secret depends on it
-        delay = min(delay * 1.7, 10.0)
-
-
-async def read_in_turn(client: PrefectClient, path: str, *, json: Any) -> httpx.Response:
-    """Read objects by a filter from the Prefect API, by a POST, when it is this request's turn."""
-    async with _this_loop().requests.turn(Urgency.CONTINUE):
-        return await client.request("POST", path, json=json)  # pyright: ignore[reportArgumentType] - a true route
-
-
-async def _request_once(client: PrefectClient, method: str, path: str, *, json: Any) -> httpx.Response:
-    """Make one request with the client's own connection, address and credentials, and without its retries.
-
-    It uses private API, since Prefect's client has no request without retries, and waits 2 s after a 503 even if it is
-    set to retry nothing (prefect/client/base.py). To ask for upstream: `Retry-After` on the 503 of a locked SQLite.
-    """
-    inner = cast("Any", client)._client  # noqa: SLF001
-    request: httpx.Request = inner.build_request(method, path, json=json)
-    if getattr(inner, "enable_csrf_support", False):
-        await inner._add_csrf_headers(request)  # noqa: SLF001
-    response: httpx.Response = await cast("Any", super(PrefectHttpxAsyncClient, inner)).send(request)
-    try:
-        response.raise_for_status()
-    except STATUS_ERRORS as error:
-        raise PrefectHTTPStatusError.from_httpx_error(error) from None
-    return response
+    loop = asyncio.get_running_loop()
+    if loop not in _locks:
+        for other in [other for other in list(_locks) if other.is_closed()]:
+            _locks.pop(other, None)  # a lock for which somebody waited keeps its loop, and so this entry
+    return _locks.setdefault(loop, {}).setdefault(name, asyncio.Lock())

@@ -15,13 +15,13 @@ from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound
 
-from prefect_crew._internal.prefect_api import Urgency, is_busy, request_soon, run_logger
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import (
     OUTPUT_CAP,
@@ -41,10 +41,9 @@ from prefect_crew.client.models import CrewStatus, Review, TaskResult
 from prefect_crew.prices import money
 from prefect_crew.states import CrewState
 
-SHOW_FOR = 5.0
-"""Seconds for which a request for an artifact is repeated while the Prefect API is busy."""
-SHOW_WITHIN = 30.0
-"""Seconds for a whole update, with its time in the queue: an unreachable Prefect API must not delay a result."""
+SHOW_WITHIN = 10.0
+"""Seconds for a whole update, in which Prefect's client repeats it while the API is busy: a Prefect API that does not
+answer must not delay a result."""
 NEWEST = 200
 """The number of newest artifacts under a key among which an artifact of another process is looked for."""
 TASKS_CAP = 200
@@ -95,13 +94,14 @@ class MarkdownArtifact:
     async def keep(self, data: str | Callable[[], str]) -> str | None:
         """Update the artifact, or create it if it does not exist. Return the problem or None.
 
-        `data` is its text, or a function that returns the text when the request is sent. This logs a problem once and
-        raises none, since an artifact must not fail its run.
+        `data` is its text, or a function that returns the text once the artifact was looked for. This logs a problem
+        once and raises none, since an artifact must not fail its run.
         """
-        text = data if callable(data) else lambda: data
         try:
             async with asyncio.timeout(SHOW_WITHIN), get_client() as client:
-                if await self.find() is None or not await self._update(client, text):
+                is_there = await self.find() is not None
+                text = data() if callable(data) else data
+                if not (is_there and await self._update(client, text)):
                     await self._create(client, text)
         except TimeoutError:
             problem = f"the Prefect API did not accept it within {SHOW_WITHIN:g} s"
@@ -134,19 +134,15 @@ class MarkdownArtifact:
             self.id, self.earlier = artifact.id, str(artifact.data)
         return self.id
 
-    async def _update(self, client: PrefectClient, data: Callable[[], str]) -> bool:
+    async def _update(self, client: PrefectClient, data: str) -> bool:
         """Update the artifact. Return False if somebody has deleted it."""
         try:
-            # Not alone: unlike the change of a Variable, this request writes before it reads.
-            new: dict[str, Any] = {"json": lambda: {"data": data()}, "urgency": Urgency.SHOW, "alone": False}
-            await request_soon(client, "PATCH", f"/artifacts/{self.id}", give_up_after=SHOW_FOR, **new)
-        except PrefectHTTPStatusError as error:
-            if error.response.status_code != 404:
-                raise
+            await client.update_artifact(self.id, ArtifactUpdate(data=data))  # pyright: ignore[reportArgumentType]
+        except ObjectNotFound:
             return False
         return True
 
-    async def _create(self, client: PrefectClient, data: Callable[[], str]) -> None:
+    async def _create(self, client: PrefectClient, data: str) -> None:
         """Create the artifact for its flow run. If this call runs in that flow run, also for the task run."""
         flow, task = FlowRunContext.get(), TaskRunContext.get()
         around = flow.flow_run.id if flow and flow.flow_run else None
@@ -155,19 +151,12 @@ class MarkdownArtifact:
             key=self.key,
             type="markdown",
             description=self.description,
+            data=data,
             flow_run_id=owner,
             task_run_id=task.task_run.id if task and owner == around else None,
         )
-        empty = artifact.model_dump(mode="json", exclude_unset=True)
-
-        def body() -> dict[str, Any]:
-            self.is_new = False  # a request whose answer is lost may create it
-            return {**empty, "data": data()}
-
-        # For the same reason, the request is repeated only if the server was busy.
-        new: dict[str, Any] = {"json": body, "urgency": Urgency.SHOW, "alone": False}
-        answer = await request_soon(client, "POST", "/artifacts/", give_up_after=SHOW_FOR, again=is_busy, **new)
-        self.id = UUID(answer.json()["id"])
+        self.is_new = False  # a request whose answer is lost may create it
+        self.id = (await client.create_artifact(artifact)).id
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import hashlib
 import io
 import json
 import logging
@@ -28,7 +27,6 @@ from zipfile import ZipFile
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import httpx
 import sqlalchemy as sa
-from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew.exceptions import DatasetError
@@ -81,8 +79,8 @@ class Row:
 class Dataset:
     """Rows that can be read several times. `name` is for people, without any secret of an address.
 
-    `rows` also yields lines that hold no row, with their `fault`. A later call opens `address`. `digest` returns the
-    SHA-256 of the file, or of a query's rows. Both are None for rows that only this process has.
+    `rows` also yields lines that hold no row, with their `fault`. A later call opens `address`, which is None for rows
+    that only this process has.
     """
 
     name: str
@@ -91,7 +89,6 @@ class Dataset:
     format: DatasetFormat | None = None
     encoding: str = "utf-8-sig"
     delimiter: str | None = None
-    digest: Callable[[], str] | None = None
 
 
 def open_dataset(
@@ -119,7 +116,7 @@ def open_dataset(
                 f"cannot have the delimiter {delimiter!r}. Give one character, no quote and no line end.", source=name
             )
         rows_of_file = partial(_read_file, file, kind, encoding, delimiter)
-        return Dataset(name, rows_of_file, address, kind, encoding, delimiter, file.digest)
+        return Dataset(name, rows_of_file, address, kind, encoding, delimiter)
     kind_name = cast("type[Any]", type(source)).__name__
     library = cast("type[Any]", type(source)).__module__.partition(".")[0]
     if _is_frame(source):
@@ -282,11 +279,6 @@ class _File:
         with opened as file, _decompressed(file, compression, self.name) as source:
             while chunk := source.read(1 << 20):
                 yield chunk
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the file. Raises DatasetError if the file cannot be read."""
-        with _reporting(self.name, self.address), self.fetch().open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @contextmanager
     def open(self) -> Generator[tuple[IO[bytes], Callable[[], None]]]:
@@ -552,7 +544,6 @@ class Spool:
         self._fetch = fetch
         self._file: IO[bytes] | None = None
         self._columns: Sequence[str] = ()
-        self._digest = ""
 
     def fill(self, columns: Sequence[str], parts: Iterable[Sequence[Any]]) -> None:
         """Write parts of rows to the file. A row is a sequence of values, or a mapping of the columns."""
@@ -560,15 +551,12 @@ class Spool:
         # It has no name: a killed process leaves no rows on the disk.
         file = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  the rows are read later
         weakref.finalize(self, file.close)
-        digest = hashlib.sha256(to_json(columns))
         for part in parts:
             values = [_values_of(row, columns) for row in part]
             pickler = pickle.Pickler(file, pickle.HIGHEST_PROTOCOL)  # a new one: it keeps all that it has written
             pickler.dispatch_table = _PICKLED
             pickler.dump(values)
-            # Not of the pickle, whose bytes depend on which values are one object.
-            digest.update(to_json(values, bytes_mode="base64", inf_nan_mode="constants", serialize_unknown=True))
-        self._file, self._columns, self._digest = file, tuple(columns), digest.hexdigest()
+        self._file, self._columns = file, tuple(columns)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, in the order in which they came."""
@@ -583,11 +571,6 @@ class Spool:
             for values in part:
                 number += 1
                 yield Row(number, dict(zip(self._columns, values, strict=True)))
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the columns and the rows."""
-        self._data()
-        return self._digest
 
     def _data(self) -> IO[bytes]:
         if self._file is None and self._fetch is not None:

@@ -11,7 +11,6 @@ from pydantic_core import PydanticSerializationError
 
 from prefect_crew._text import problems_of
 from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
-from prefect_crew.batches.outcomes import RETRYABLE, RowState
 from prefect_crew.budgets import Budget
 from prefect_crew.client.redaction import holds_secret
 from prefect_crew.client.webhooks import Webhooks
@@ -21,9 +20,6 @@ from prefect_crew.exceptions import ConfigurationError
 SHARE_AFTER = 20
 """Rows that must have ended before a share of failures stops a batch."""
 IN_FLIGHT = 100
-OF_ONE_CALL = {"retry_failed", "on_change"}
-"""Options that are about one call only."""
-
 
 RowFunction = Callable[[Mapping[str, Any]], Any]
 """A function of the row, which is a mapping of the columns."""
@@ -49,7 +45,6 @@ class BatchArguments(TypedDict, total=False):
     kickoffs_at_once: int
     on_failure: OnFailure
     on_bad_row: Literal["refuse", "skip"]
-    on_change: Literal["refuse", "continue"]
     on_cancel: Literal["stop", "drain", "leave"]
     breaker: int | None
     retries: int
@@ -80,7 +75,6 @@ class BatchOptions(BaseModel):
     kickoffs_at_once: Count = 64
     on_failure: OnFailure = "continue"
     on_bad_row: Literal["refuse", "skip"] = "refuse"
-    on_change: Literal["refuse", "continue"] = "refuse"
     on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20
     retries: Annotated[int, Field(strict=True, ge=0)] = 0
@@ -139,32 +133,17 @@ class BatchOptions(BaseModel):
             return f"{failed} of {ended} rows failed, more than {limit:.0%}." if over else None
         return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= limit else None
 
-    def is_retried(self, key: str) -> bool:
-        """Return whether a row that failed in an earlier call is started again."""
+    def is_asked_for(self, key: str) -> bool:
+        """Return whether a failed row gets one more attempt than `max_attempts` allows."""
         return self.retry_failed if isinstance(self.retry_failed, bool) else key in self.retry_failed
-
-    def starts_again(self, state: RowState, key: str, *, count: int, before: int, most: int, owed: int = 0) -> bool:
-        """Return whether a row is started once more.
-
-        Args:
-            state, key: The row's state and key.
-            count, before: The row's kickoffs so far, and the part of them that earlier calls made.
-            most: The kickoffs of a row that the crew's block allows.
-            owed: Further kickoffs that the row gets under any options.
-        """
-        is_lost, choice = state is RowState.LOST, self.retry_failed
-        is_asked_for = (choice and not is_lost) if isinstance(choice, bool) else key in choice
-        more = max(0 if is_lost else self.retries, owed)
-        return state in RETRYABLE and count < min((before + 1 if is_asked_for else 1) + more, most)
 
 
 def plain_call(
-    *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, export: str, ledger: str, options: BatchOptions
+    *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, export: str, options: BatchOptions
 ) -> dict[str, Any]:
     """Return a call as JSON values. If it cannot be stored, its only key is `why_not`, with the reason.
 
-    `crew` is the name of its stored block, and `ledger` the ledger's address without a password. A call that may hold
-    the value of a secret input is not stored.
+    `crew` is the name of its stored block. A call that may hold the value of a secret input is not stored.
     """
     address, inputs = dataset.address, options.inputs
     if crew is None:
@@ -185,7 +164,7 @@ def plain_call(
     if options.webhooks is not None:
         return {"why_not": "its webhooks were passed as a Python object"}
     try:
-        fields = options.model_dump(mode="json", exclude_defaults=True, exclude=OF_ONE_CALL)
+        fields = options.model_dump(mode="json", exclude_defaults=True, exclude={"retry_failed"})
     except (PydanticSerializationError, ValueError) as error:
         return {"why_not": f"an option cannot be stored as JSON: {error}"}
     if holds_secret(inputs) or holds_secret(options.meta):
@@ -194,10 +173,10 @@ def plain_call(
     # As a text, a constant would be the name of a column.
     if texts := [name for name in stored if isinstance(stored[name], str) and not isinstance(sources[name], str)]:
         return {"why_not": f"the constants of the inputs {', '.join(texts)} cannot be stored as JSON"}
-    where = {"dataset": whole_address(address), "export": whole_address(export), "ledger": ledger}
     return {
         "crew": crew,
-        **where,
+        "dataset": whole_address(address),
+        "export": whole_address(export),
         "format": dataset.format,
         "encoding": dataset.encoding,
         "delimiter": dataset.delimiter,

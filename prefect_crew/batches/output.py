@@ -1,13 +1,18 @@
-"""The output of a batch: an export of its ledger as JSON Lines or Parquet, or into a table."""
+"""The export of a batch: its rows as JSON Lines, CSV or Parquet, or in a table."""
 
 from __future__ import annotations
 
 import asyncio
+import csv
+import io
+import os
+import re
 import shutil
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, date, datetime
 from itertools import islice
@@ -21,13 +26,14 @@ import sqlalchemy as sa
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
-from prefect_crew.batches.database import create_private
 from prefect_crew.batches.dataset import COMPRESSED, error_text, is_remote, polars, shown_address, whole_address
-from prefect_crew.batches.ledger import PAGE, Ledger
-from prefect_crew.batches.outcomes import CONFLICT_REASON, RowState
 from prefect_crew.batches.rows import rejected_name
 from prefect_crew.batches.tables import SQL, SqlDatabase, is_there, table_of
-from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, ExportError
+from prefect_crew.client.models import CrewResult
+from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, ExportError, OutputTypeError
+from prefect_crew.runs.run import parse_data
+from prefect_crew.store.batches import Row
+from prefect_crew.store.decision import AttemptState
 
 T = TypeVar("T")
 _fsspec = cast("Any", fsspec)
@@ -35,28 +41,39 @@ COLUMNS = (
     *("key", "inputs", "state", "output", "data", "tasks"),
     *("kickoff_id", "seconds", "usage", "error", "crew_version"),
 )
-LINES, PARQUET = (".jsonl", ".ndjson"), (".parquet", ".pq")
-"""The endings of outputs. After an ending of lines may come the ending of a compression."""
-KEPT = "All results are in the ledger. Make the same call again, which writes them."
+LINES, CSV, PARQUET = (".jsonl", ".ndjson"), (".csv",), (".parquet", ".pq")
+"""The endings of exports. After an ending of lines or of CSV may come the ending of a compression."""
+PAGE = 200
+"""Rows that are read and written at once: a result has up to 5 MB."""
+KEPT = "All results are in the crew database. Make the same call again, which writes them."
 STRUCTURED = ("inputs", "data", "tasks", "usage")
-"""Columns that are JSON in Parquet and in a table."""
+"""Columns that are JSON in CSV, in Parquet and in a table."""
+CONFLICT_REASON = (
+    "Not started: this key has completed with other inputs. Give the row another key, or the batch another name."
+)
+NOT_KEPT = "The result is not kept here, since it may hold a secret. To read it, run: prefect-crew result"
+Pages = AsyncIterator[Sequence[Row]]
+"""The rows of a batch, a page at a time, in the order of the data set."""
+Guard = Callable[[], None]
+"""Raises BatchBusyError if the batch is another process's by now. Called in a thread, right before each change."""
 
 
-def open_output(address: str, *, output_type: type[BaseModel] | None = None) -> Output:
-    """Return the output at an address: a file, or the table `sql://BLOCK/TABLE`. Raises ConfigurationError."""
-    return (TableOutput if address.startswith(SQL) else Output)(address, output_type=output_type)
+def open_output(address: str, batch: str, *, output_type: type[BaseModel] | None = None) -> Output:
+    """Return a batch's output at an address: a file, or the table `sql://BLOCK/TABLE`. Raises ConfigurationError."""
+    return (TableOutput if address.startswith(SQL) else Output)(address, batch, output_type=output_type)
 
 
 class Output:
-    """The file of the lines of a batch: JSON Lines, compressed by its ending, or Parquet.
+    """The file of the lines of a batch: JSON Lines or CSV, compressed by its ending, or Parquet.
 
     `output_type` is the type of `data`; None leaves `data` as the crew's server gave it.
 
     Raises ConfigurationError if such an output cannot be written here.
     """
 
-    def __init__(self, address: str, *, output_type: type[BaseModel] | None = None) -> None:
+    def __init__(self, address: str, batch: str, *, output_type: type[BaseModel] | None = None) -> None:
         self.address = address
+        self.batch = batch
         self.name = shown_address(address)
         self._output_type = output_type
         self._path = None if is_remote(address) else Path(whole_address(address))
@@ -65,10 +82,11 @@ class Output:
         ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix
         is_http = address.startswith(("http://", "https://"))
         problem = "is an http address, and nothing can be written there." if is_http else None
-        if problem is None and not (self._is_flat or ending.lower() in LINES):
+        self._is_csv = ending.lower() in CSV
+        if problem is None and not (self._is_flat or self._is_csv or ending.lower() in LINES):
             problem = (
-                f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}, also compressed: "
-                f"{', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}) or Parquet "
+                f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}) or CSV, also "
+                f"compressed ({', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}), or Parquet "
                 f"({' or '.join(PARQUET)}). Give it such an ending."
             )
         try:
@@ -86,20 +104,16 @@ class Output:
     async def open(self) -> None:
         """Load the block of the output, if it needs one, before any other method. Raises ConfigurationError."""
 
-    def check(
-        self, batch: str, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started."
-    ) -> None:
+    def check(self, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started.") -> None:
         """Make sure that the file can be written, and that an existing file is of this batch. Raises ExportError.
 
         `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. The
         error names `remedy` and `consequence`, and another export if nothing was started.
         """
-        del batch  # a file is of one batch
         with self._reporting(consequence):
             if self._path is not None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
             if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
-                # Rows that have run are in the ledger next to this export: another export would begin another ledger.
                 advice = remedy if consequence == KEPT else f"choose another, or {remedy}"
                 raise ExportError(f"{self.name} exists already and is not from this batch: {advice}. {consequence}")
 
@@ -113,32 +127,31 @@ class Output:
         except (OSError, ImportError, ValueError):
             return False
 
-    async def write(self, ledger: Ledger) -> int:
-        """Write the lines of all rows that have ended, in the order of the data set; return how many there are.
+    async def write(self, pages: Pages, guard: Guard) -> Counter[str]:
+        """Write the lines of all rows that have ended, in the order of the data set; return their number by state.
 
         The new file is written on this machine, and replaces the old file once it is whole. A write that is cut off
-        leaves the old file. Raises ExportError, LedgerError.
+        leaves the old file. Raises ExportError, StoreError, BatchBusyError.
         """
         with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
             with lines.open("wb") if self._is_flat else self._opened(new) as file:
-                count = await self._write_lines(ledger, file)
+                counts = await self._write_lines(pages, file)
             if self._is_flat:
                 await asyncio.to_thread(self._write_parquet, lines, new)
-            await asyncio.to_thread(self._put, new)
-        return count
+            await asyncio.to_thread(self._put, new, guard)
+        return counts
 
-    def write_rejected(self, lines: IO[bytes] | None, batch: str) -> None:
-        """Write the bad rows of a batch next to the output; None removes those of an earlier call."""
-        del batch  # a file is of one batch
-        rejected = Output(rejected_name(self.address))
+    def write_rejected(self, lines: IO[bytes] | None) -> None:
+        """Write the bad rows of the batch next to the output; None removes those of an earlier call."""
+        rejected = Output(rejected_name(self.address), self.batch)
         with rejected._reporting():
             if lines is not None:
                 lines.seek(0)
                 with rejected._new() as new:
                     with rejected._opened(new) as target:
                         shutil.copyfileobj(lines, target)
-                    rejected._put(new)
+                    rejected._put(new, lambda: None)
             elif rejected.exists():
                 filesystem, path = _fsspec.core.url_to_fs(rejected.address)
                 filesystem.rm(path)
@@ -150,7 +163,7 @@ class Output:
             # Next to a local output, since a rename replaces that. Another process may write the same output now.
             new = Path(folder) / "new" if self._path is None else self._path
             new = new.with_name(f".{new.name}.{uuid4().hex[:8]}.new")
-            create_private(new)
+            os.close(os.open(new, os.O_WRONLY | os.O_CREAT, 0o600))  # for its owner only, under any umask
             try:
                 yield new
             finally:
@@ -160,8 +173,9 @@ class Output:
         name = self.address.partition("?")[0] if self._path is None else self._path.name
         return _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(name))
 
-    def _put(self, new: Path) -> None:
+    def _put(self, new: Path, guard: Guard) -> None:
         """Replace the output by a whole file in one thread, since an exception during an upload would commit a part."""
+        guard()
         if self._path is not None:
             new.replace(self._path)
             return
@@ -180,48 +194,66 @@ class Output:
     def _unwritten(self, problem: str, consequence: str) -> str:
         return f"The export {self.name} cannot be written: {problem}. {consequence}"
 
-    async def _write_lines(self, ledger: Ledger, file: IO[bytes]) -> int:
-        count = 0
-        async for page in ledger.lines():
-            count += await asyncio.to_thread(self._write_page, page, file)
-        return count
+    async def _write_lines(self, pages: Pages, file: IO[bytes]) -> Counter[str]:
+        counts = Counter[str]()
+        if self._is_csv:
+            file.write(b"\xef\xbb\xbf" + _csv_lines([self._columns()]))  # Excel reads UTF-8 only with this mark
+        async for page in pages:
+            counts += await asyncio.to_thread(self._write_page, page, file)
+        return counts
 
-    def _write_page(self, page: list[tuple[str, str, str, str | None, float | None]], file: IO[bytes]) -> int:
-        lines = [self._line(*row) for row in page if RowState(row[2]).has_line]
-        if self._is_flat:
+    def _write_page(self, page: Sequence[Row], file: IO[bytes]) -> Counter[str]:
+        lines = [self._line(row) for row in page if has_line(row)]
+        counts = Counter(line["state"] for line in lines)
+        if self._is_flat or self._is_csv:
             lines = [self._flat(line) for line in lines]
-        file.writelines(to_json(line, inf_nan_mode="null") + b"\n" for line in lines)
-        return len(lines)
+        if self._is_csv:
+            columns = self._columns()
+            file.write(_csv_lines([[line[name] for name in columns] for line in lines]))
+        else:
+            file.writelines(to_json(line, inf_nan_mode="null") + b"\n" for line in lines)
+        return counts
 
-    def _line(self, key: str, inputs: str, state: str, record: str | None, seconds: float | None) -> dict[str, Any]:
+    def _line(self, row: Row) -> dict[str, Any]:
         """Return the line of a row. `seconds` is the server's execution time, else the time from kickoff to end."""
-        fields: dict[str, Any] = {} if record is None else from_json(record)
-        result: Mapping[str, Any] = fields.get("result") or {}
+        result: Mapping[str, Any] = row.result or {}
         line: dict[str, Any] = dict.fromkeys(COLUMNS)
-        line |= {"key": key, "inputs": from_json(inputs), "state": state, "tasks": []}
-        line |= {"kickoff_id": fields.get("kickoff_id"), "crew_version": fields.get("crew_version")}
-        if state == RowState.CONFLICT:
-            return line | {"error": CONFLICT_REASON}
-        line["seconds"] = result.get("execution_time", None if seconds is None else round(seconds, 3))
-        line["error"] = fields.get("error") or ("it was stopped" if state == RowState.STOPPED else None)
-        if result:
-            line |= {"output": result["output"], "usage": result.get("usage"), "tasks": result.get("tasks", [])}
-            line["data"] = None if state == RowState.INVALID_OUTPUT else self._data(result)
+        line |= {"key": row.row_key, "inputs": row.inputs, "state": str(row.state).replace("_", "-"), "tasks": []}
+        line |= {"kickoff_id": row.kickoff_id, "crew_version": row.crew_version}
+        if row.is_conflict:
+            return line | {"state": "conflict", "error": CONFLICT_REASON}
+        took = row.ended_at - row.started_at if row.ended_at and row.started_at else None
+        line["seconds"] = result.get("execution_time") or (None if took is None else round(took, 3))
+        line |= {"usage": row.usage, "error": row.error}
+        if row.state is AttemptState.COMPLETED and not result:
+            line["error"] = f"{NOT_KEPT} {row.kickoff_id}"
+        elif row.state is AttemptState.COMPLETED:
+            line |= {"output": result["output"], "usage": row.usage or result.get("usage")}
+            line["tasks"] = result.get("tasks", [])
+            line["data"], line["error"] = self._typed(str(row.kickoff_id), result)
+            if line["error"] is not None:
+                line["state"] = "invalid-output"
+        elif row.error is None:
+            is_failed = row.state is AttemptState.FAILED
+            line["error"] = "The reason is not kept here." if is_failed else f"It was {row.state}."
         return line
 
-    def _data(self, result: Mapping[str, Any]) -> Any:
-        """Return the structured result as JSON values, in the form of `output_type` if the result fits."""
+    def _typed(self, kickoff_id: str, result: Mapping[str, Any]) -> tuple[Any, str | None]:
+        """Return the structured result as JSON values, in the form of `output_type`, or why it does not fit."""
         data = result.get("data")
         if self._output_type is None:
-            return data
+            return data, None
+        whole = CrewResult(kickoff_id=kickoff_id, output=result["output"], data=data)
         try:
-            if data is None:
-                return self._output_type.model_validate_json(result["output"]).model_dump(mode="json", by_alias=False)
-            return self._output_type.model_validate(data).model_dump(mode="json", by_alias=False)
-        except Exception:  # noqa: BLE001  a validator or a serializer of the user's raises anything
-            return data
+            typed = parse_data(whole, self._output_type).data
+        except OutputTypeError as error:
+            return None, str(error)
+        try:
+            return typed.model_dump(mode="json", by_alias=False), None
+        except Exception:  # noqa: BLE001  a serializer of the user's raises anything
+            return data, None
 
-    # Parquet and tables: `seconds` is a number and all else text; each field of `output_type` also has a column
+    # CSV, Parquet and tables: `seconds` is a number and all else text; each field of `output_type` also has a column
     # `data_NAME`, by its name in `data`, not by an alias.
 
     def _flat(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -231,6 +263,9 @@ class Output:
                 cast("dict[str, Any]", data).get(name) if isinstance(data, dict) else None, kind
             )
         return line | {name: None if line[name] is None else to_json(line[name]).decode() for name in STRUCTURED}
+
+    def _columns(self) -> list[str]:
+        return [*COLUMNS, *(f"data_{name}" for name in self._fields())]
 
     def _fields(self) -> dict[str, type]:
         fields = {} if self._output_type is None else self._output_type.model_fields
@@ -248,10 +283,13 @@ class Output:
 class TableOutput(Output):
     """The table `sql://BLOCK/TABLE`, with the columns of a Parquet file, and `batch`. Several batches may share it."""
 
-    _is_flat = True
+    _is_flat, _is_csv = True, False
 
-    def __init__(self, address: str, *, output_type: type[BaseModel] | None = None) -> None:  # no file: no super()
+    def __init__(  # no file: no super()
+        self, address: str, batch: str, *, output_type: type[BaseModel] | None = None
+    ) -> None:
         self.address = address
+        self.batch = batch
         self.name = shown_address(address)
         self._output_type = output_type
         self._block, _, table = address.removeprefix(SQL).partition("/")
@@ -271,9 +309,7 @@ class TableOutput(Output):
                 "and PostgreSQL. Choose another. Nothing was started."
             )
 
-    def check(
-        self, batch: str, *, is_new: bool, remedy: str = "delete them", consequence: str = "Nothing was started."
-    ) -> None:
+    def check(self, *, is_new: bool, remedy: str = "delete them", consequence: str = "Nothing was started.") -> None:
         """Make sure that the table can be written, and that rows of the batch's name are its own. Raises ExportError.
 
         Several batches may share a table, also with equal names on two Prefect servers. `is_new`: whether the batch has
@@ -284,7 +320,7 @@ class TableOutput(Output):
 
         def work(connection: sa.Connection) -> bool:
             self._prepare(connection, results, consequence)
-            has_rows = bool(connection.scalar(sa.select(sa.exists().where(results.c.batch == batch))))
+            has_rows = bool(connection.scalar(sa.select(sa.exists().where(results.c.batch == self.batch))))
             # A wrong type of a column or a missing privilege raises now. The end of the work rolls all of it back.
             row = dict.fromkeys(results.c.keys()) | {"key": ""}
             self._database.replace(connection, results, uuid4().hex, [[row]])
@@ -293,7 +329,7 @@ class TableOutput(Output):
         if self._run(work, consequence) and is_new:
             advice = remedy if consequence == KEPT else f"choose another name or table, or {remedy}"
             raise ExportError(
-                f"{self.name} has rows of another batch, which is also named {batch!r}: {advice}. {consequence}"
+                f"{self.name} has rows of another batch, which is also named {self.batch!r}: {advice}. {consequence}"
             )
 
     def exists(self) -> bool:
@@ -301,34 +337,40 @@ class TableOutput(Output):
         results = self._results()
         return self._run(lambda connection: is_there(connection, results))
 
-    async def write(self, ledger: Ledger) -> int:
-        """Write the lines of all rows that have ended, in one transaction; return how many there are.
+    async def write(self, pages: Pages, guard: Guard) -> Counter[str]:
+        """Write the lines of all rows that have ended, in one transaction; return their number by state.
 
-        They replace all rows of the batch. Raises ExportError, LedgerError.
+        They replace all rows of the batch. Raises ExportError, StoreError, BatchBusyError.
         """
         with self._reporting(), tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
             lines = Path(folder) / "lines.jsonl"
             with lines.open("wb") as file:
-                count = await self._write_lines(ledger, file)
+                counts = await self._write_lines(pages, file)
             # A cancellation closes the file, so that the thread cannot read on, and its transaction is rolled back.
             with lines.open("rb") as file:
-                await asyncio.to_thread(self._replace, self._results(), ledger.batch, self._pages(file))
-        return count
+                await asyncio.to_thread(self._replace, self._results(), self._pages(file), guard)
+        return counts
 
-    def write_rejected(self, lines: IO[bytes] | None, batch: str) -> None:
-        """Write the bad rows of a batch to the table `TABLE_rejected`, in place of those of an earlier call."""
+    def write_rejected(self, lines: IO[bytes] | None) -> None:
+        """Write the bad rows of the batch to the table `TABLE_rejected`, in place of those of an earlier call."""
         columns = {"line": sa.Integer(), "reason": sa.Text(), "row": sa.Text()}
         if lines is not None:
             lines.seek(0)
         bad = ({**row, "row": to_json(row["row"]).decode()} for row in map(from_json, lines or ()))
-        self._replace(table_of(f"{self._place}_rejected", columns), batch, _paged(bad))
+        self._replace(table_of(f"{self._place}_rejected", columns), _paged(bad), lambda: None)
 
-    def _replace(self, table: sa.Table, batch: str, pages: Iterator[list[dict[str, Any]]]) -> None:
+    def _replace(self, table: sa.Table, pages: Iterator[list[dict[str, Any]]], guard: Guard) -> None:
         """Replace all rows of the batch in one transaction. An error, also of `pages`, leaves the table as it was."""
+
+        def guarded() -> Iterator[list[dict[str, Any]]]:
+            for page in pages:
+                guard()
+                yield page
 
         def work(connection: sa.Connection) -> None:
             self._prepare(connection, table, KEPT)
-            self._database.replace(connection, table, batch, pages)
+            self._database.replace(connection, table, self.batch, guarded())
+            guard()
             connection.commit()
 
         self._run(work)
@@ -354,6 +396,27 @@ class TableOutput(Output):
             for line in page:
                 line |= {name: _moment(line[name], kind) for name, kind in kinds.items()}
             yield page
+
+
+def has_line(row: Row) -> bool:
+    """Return whether a row has ended, or its kickoff was refused for a reason."""
+    return row.state in _ENDED or (row.state is AttemptState.NOT_STARTED and row.error is not None)
+
+
+_ENDED = (AttemptState.COMPLETED, AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
+_NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.ASCII | re.IGNORECASE)
+
+
+def _csv_lines(lines: Sequence[Sequence[Any]]) -> bytes:
+    """Return lines of CSV. A text that a spreadsheet would run as a formula begins with an apostrophe."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([[_harmless(value) for value in line] for line in lines])
+    return text.getvalue().encode("utf-8", "replace")
+
+
+def _harmless(value: Any) -> Any:
+    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value
+    return f"'{value}" if is_formula and not _NUMBER.fullmatch(value) else value
 
 
 def _paged(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

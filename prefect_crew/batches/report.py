@@ -16,18 +16,19 @@ from prefect_crew._internal.prefect_api import flow_run_id
 from prefect_crew._text import by_reason, sparkline
 from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
-from prefect_crew.batches.ledger import LedgerRow
-from prefect_crew.batches.outcomes import RETRYABLE, RowState
 from prefect_crew.batches.rows import BadRow, BadRows
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
 from prefect_crew.prices import Spending, money
-from prefect_crew.records.keys import escape_name
+from prefect_crew.runs.keys import escape_name
+from prefect_crew.store.decision import AttemptState
 
 FAILURES = 100
 """Failed rows that the artifact shows at most; the output has all."""
 UNCERTAIN_KEYS = 1_000
+FAILED = (AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
+"""The states of rows that have ended without a result."""
 RECENT = 60.0
 """Seconds over which the rate is taken, at least."""
 SHOW_EVERY = 5.0
@@ -38,6 +39,28 @@ CHART = 60
 """Columns of the chart of the throughput, at most."""
 
 
+@dataclass(frozen=True, slots=True)
+class RowEnd:
+    """The end of a row in one call, with the class and the text of its error.
+
+    `state`: that of its run, or "uncertain", "conflict", "invalid-output" (a result that does not fit `output_type`),
+    "not-started" (its kickoff was refused) or "unfinished" (the wait for its run gave up). `is_new`: this call brought
+    it about.
+    """
+
+    key: str
+    state: str
+    kind: str | None = None
+    error: str | None = None
+    kickoff_id: str | None = None
+    is_new: bool = True
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the next call goes on with the row by itself, although the run may be fine or nothing was started."""
+        return self.state in ("unfinished", "not-started")
+
+
 @dataclass(frozen=True)
 class BatchReport:
     """The result of a batch, with all earlier calls of the same name.
@@ -46,9 +69,9 @@ class BatchReport:
         name: The batch.
         total: All rows, bad ones too.
         completed, failed, uncertain: Rows in these states. A person has to resolve the uncertain ones.
-        conflicts: The failed rows whose keys were kicked off before with other inputs, or for another crew.
-        unfinished: The failed rows that the next call continues: the wait for their runs has timed out, or the crew's
-            server refused their kickoffs.
+        conflicts: The failed rows that have completed before with other inputs.
+        unfinished: The failed rows that the next call continues: the wait for their runs gave up, or the crew's server
+            refused their kickoffs.
         skipped: Rows that were not run: bad rows, rows left in flight, and rows not reached because the batch stopped.
         seconds: The wall time of this call.
         export: The address of the lines.
@@ -169,7 +192,8 @@ class BatchProgress:
         name: The batch.
         phase: In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
         total: Rows that can be run; 0 while they are checked. `bad`: the bad rows.
-        counts: The number of rows in each state, when the ledger was last read.
+        counts: The number of rows by the state of their last attempt, when they were last counted.
+        conflicts, misfits, unfinished: Rows that have completed but count as failed, and rows that failed only here.
         in_flight: Runs in flight. `people`: how many of them wait for a person.
         ended_here: Rows that ended in this call.
         failures, uncertain_keys: The first failed rows, and the keys of the first uncertain ones.
@@ -180,12 +204,15 @@ class BatchProgress:
     phase: Literal["checking", "waiting", "running", "finishing", "done"] = "checking"
     total: int = 0
     bad: BadRows = field(default_factory=BadRows)
-    counts: Mapping[RowState, int] = field(default_factory=dict[RowState, int])
+    counts: Mapping[AttemptState | None, int] = field(default_factory=dict[AttemptState | None, int])
+    conflicts: int = 0
+    misfits: int = 0
+    unfinished: int = 0
     in_flight: int = 0
     people: int = 0
     ended_here: int = 0
     started: float = field(default_factory=time.monotonic)
-    failures: list[LedgerRow] = field(default_factory=list[LedgerRow])
+    failures: list[RowEnd] = field(default_factory=list[RowEnd])
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
     _curve: list[tuple[float, int]] = field(init=False)
@@ -196,23 +223,19 @@ class BatchProgress:
 
     @property
     def completed(self) -> int:
-        """Rows that have a result."""
-        return self.counts.get(RowState.COMPLETED, 0)
+        """Rows that have a result for their inputs."""
+        return max(0, self.counts.get(AttemptState.COMPLETED, 0) - self.conflicts - self.misfits)
 
     @property
     def failed(self) -> int:
-        """Rows that have ended without a result."""
-        return sum(count for state, count in self.counts.items() if state.is_failed)
-
-    @property
-    def retryable(self) -> int:
-        """Failed rows that a call with `retry_failed` starts again."""
-        return sum(count for state, count in self.counts.items() if state in RETRYABLE)
+        """Rows that have ended without a result, or that this call gave up."""
+        on_record = sum(self.counts.get(state, 0) for state in FAILED)
+        return on_record + self.conflicts + self.misfits + self.unfinished
 
     @property
     def uncertain(self) -> int:
         """Rows whose kickoff may or may not have started a run."""
-        return self.counts.get(RowState.UNCERTAIN, 0)
+        return self.counts.get(AttemptState.UNCERTAIN, 0)
 
     @property
     def done(self) -> int:
@@ -223,11 +246,6 @@ class BatchProgress:
     def whole(self) -> int:
         """All rows of the data set, also those that cannot be run."""
         return self.total + self.bad.count
-
-    @property
-    def is_over(self) -> bool:
-        """Whether every row has ended for good: another call would have nothing to do."""
-        return sum(count for state, count in self.counts.items() if state.is_final) == self.total
 
     @property
     def seconds(self) -> float:
@@ -264,10 +282,18 @@ class BatchProgress:
             return None
         return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
-    def add(self, error: str | None) -> None:
-        """Count a row that has ended in this call; `error` is the class of its error."""
-        self.ended_here += 1
-        self.errors.update([error] if error else [])
+    def add(self, end: RowEnd) -> None:
+        """Count a row that has ended in this call, or was found to have."""
+        self.ended_here += end.is_new
+        self.errors.update([end.kind] if end.kind else [])
+        self.conflicts += end.state == "conflict"
+        self.misfits += end.state == "invalid-output"
+        self.unfinished += end.is_unfinished
+        if end.state == "uncertain":
+            if len(self.uncertain_keys) < UNCERTAIN_KEYS:
+                self.uncertain_keys.append(end.key)
+        elif end.state != "completed" and len(self.failures) < FAILURES:
+            self.failures.append(end)
 
 
 OnProgress = Callable[[BatchProgress], None]
@@ -302,7 +328,7 @@ class BatchArtifact:
         parts: list[str] = []
         if progress.uncertain_keys:
             text = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
-            command = f"prefect-crew runs resolve {shlex.quote(f'batch/{escape_name(self._name)}/KEY')}"
+            command = f"prefect-crew runs resolve {shlex.quote(f'{escape_name(self._name)}/KEY')}"
             parts += [
                 "### Uncertain",
                 f"Nobody knows whether {progress.uncertain:,} kickoffs started a run. Look at the crew's page, then "
@@ -313,20 +339,15 @@ class BatchArtifact:
             rows = [
                 (
                     code(failure.key),
-                    code(failure.record.kickoff_id)
-                    if failure.record is not None and failure.record.kickoff_id
-                    else "–",
-                    cell(str(failure.state)),
+                    code(failure.kickoff_id) if failure.kickoff_id else "–",
+                    cell(failure.state),
                     cell((failure.error or "–") if self._crew.show != "none" else "not shown"),
                 )
                 for failure in progress.failures
             ]
             name = shlex.quote(self._name)
-            retry = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
-            to_do, again = "list", commands(f"prefect-crew batch failures {name}")
-            if progress.retryable:
-                to_do, again = "list or to retry", retry
-            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To {to_do} all:", again]
+            again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
+            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To list or to retry all:", again]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (bad := progress.bad).count:
             lines = [(f"{row.line:,}", cell(row.reason)) for row in bad.rows[:FAILURES]]

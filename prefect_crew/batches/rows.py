@@ -9,11 +9,10 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import islice
 from typing import IO, Any, cast
 
-from pydantic_core import PydanticSerializationError, to_json
+from pydantic_core import to_json
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._text import listed_names, with_guesses
@@ -33,20 +32,20 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ServerError,
 )
-from prefect_crew.runs.kickoff import check_is_crew
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.request import RunOptions
+from prefect_crew.runs.start import check_is_crew
 from prefect_crew.templates import compiled, names_in
 
 Values = Mapping[str, Any]
 BAD_ROWS = 1000
-"""Bad rows that are kept in memory and in the ledger."""
+"""Bad rows that are kept in memory and in the crew database."""
 MAX_KEY = 200
 """Characters of a row's key."""
 EXACT = 2**53
 """The least whole number that a float may have rounded."""
 _SHOWN = {
-    "key": "logs, artifacts and the ledger show keys",
-    "session": "logs and Variables of the Prefect server show sessions",
+    "key": "logs and artifacts show keys",
+    "session": "logs show sessions",
 }
 _UNSEARCHABLE = (RecursionError, TypeError)
 """The errors of a search in values that are nested too deeply, or have keys of a strange type."""
@@ -95,25 +94,12 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of the first reading of a data set. `order` depends on the rows' order, `fingerprint` does not.
-
-    `source` is the digest of the sources of the rows (`RowPlan.source`).
-    """
+    """The result of the first reading of a data set. `fingerprint` does not depend on the rows' order."""
 
     total: int
     fingerprint: str
-    order: str
     bad: Sequence[BadRow] = ()
     bad_count: int = 0
-    source: str | None = None
-
-    @property
-    def stored(self) -> dict[str, Any] | None:
-        """This result as plain values, for a later call of the same source; None if each call has to read the rows,
-        since there are bad rows or the source has no digest.
-        """
-        facts = {"total": self.total, "fingerprint": self.fingerprint, "order": self.order, "source": self.source}
-        return None if self.source is None or self.bad_count else facts
 
 
 class RowPlan:
@@ -153,20 +139,6 @@ class RowPlan:
                 "allow_extra_inputs=True on the block."
             )
 
-    def source(self) -> str | None:
-        """Return a digest of the sources of the rows; None if these contain a function or a secret."""
-        options, crew, data = self._options, self._crew, self.dataset
-        settings = (options.key, options.session, options.inputs, *self._mapping.values())
-        if data.digest is None or any(callable(setting) or holds_secret(setting) for setting in settings):
-            return None
-        how: list[Any] = [version("prefect-crew"), data.digest(), data.format, data.encoding, data.delimiter]
-        how += [options.key, options.session, options.inputs is None, self._mapping, options.rows, self._expected]
-        how += [crew.flow, crew.allow_extra_inputs, crew.secret_inputs]
-        try:
-            return hashlib.sha256(to_json(how)).hexdigest()
-        except PydanticSerializationError:
-            return None
-
     def check(self, rejected: IO[bytes] | None = None) -> Checked:
         """Read every row once. Count the bad rows, and write them to `rejected` as JSON.
 
@@ -175,7 +147,6 @@ class RowPlan:
         """
         bad: list[BadRow] = []
         bad_count = total = fingerprint = 0
-        order = hashlib.sha256()
         with closing(_Keys()) as secrets:
             for row, job in self._read():
                 if isinstance(job, RowJob):
@@ -183,7 +154,6 @@ class RowPlan:
                     total += 1
                     digest = hashlib.sha256(f"{job.key}\0{job.inputs.digest}".encode()).digest()
                     fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
-                    order.update(digest)
                     continue
                 bad_count += 1
                 if len(bad) < BAD_ROWS:
@@ -193,7 +163,7 @@ class RowPlan:
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
-        return Checked(total, f"{fingerprint:032x}", order.hexdigest(), bad, bad_count)
+        return Checked(total, f"{fingerprint:032x}", bad, bad_count)
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""
@@ -446,9 +416,8 @@ def _key_of(key: KeyFrom, values: Values) -> str:
         raise ConfigurationError("its key is empty")
     if len(text) > MAX_KEY:
         raise ConfigurationError(f"its key has {len(text)} characters, the limit is {MAX_KEY}")
-    # A ledger stores it: PostgreSQL takes no NUL, and no database half a character.
     if _UNFIT.search(text):
-        raise ConfigurationError(f"its key {text!r} holds a character that no ledger can keep")
+        raise ConfigurationError(f"its key {text!r} holds a control character or half a character")
     return text
 
 

@@ -1,35 +1,28 @@
-"""`run_batch`: run a crew for each row of a data set, with a ledger, an export and a report."""
+"""`run_batch`: run a crew for each row of a data set, with an export and a report."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import shlex
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial, wraps
-from hashlib import sha256
+from dataclasses import asdict, dataclass
+from functools import wraps
 from typing import IO, TYPE_CHECKING, Any, Literal, Unpack, cast
 
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import WorkerStatus
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel
-from pydantic.errors import PydanticUserError
-from pydantic_core import to_json
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
-from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, run_logger
+from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
-from prefect_crew.batches.database import LedgerAddress, ledger_address
+from prefect_crew.batches.batch import pages_of, since_pass
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address
-from prefect_crew.batches.ledger import BatchEntry, Ledger
+from prefect_crew.batches.hold import Hold
 from prefect_crew.batches.options import (
-    IN_FLIGHT,
     BatchArguments,
     BatchOptions,
     InputsFrom,
@@ -37,33 +30,15 @@ from prefect_crew.batches.options import (
     OnFailure,
     plain_call,
 )
-from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.output import KEPT, open_output
-from prefect_crew.batches.ownership import (
-    BatchLock,
-    begin_generation,
-    bind,
-    check_bound,
-    note_waiting_for_people,
-    read_binding,
-)
-from prefect_crew.batches.report import (
-    FAILURES,
-    UNCERTAIN_KEYS,
-    BatchArtifact,
-    BatchPlan,
-    BatchProgress,
-    BatchReport,
-    OnProgress,
-)
+from prefect_crew.batches.report import FAILURES, BatchArtifact, BatchPlan, BatchProgress, BatchReport, OnProgress
 from prefect_crew.batches.rows import BadRows, Checked, RowPlan, expected_inputs, rejected_name
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
-from prefect_crew.batches.turns import note_before_rows_leave
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
-from prefect_crew.client.models import CrewInput
+from prefect_crew.client.models import CrewInput, TokenUsage
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
     BadRowsError,
@@ -71,15 +46,15 @@ from prefect_crew.exceptions import (
     BatchChangedError,
     ConfigurationError,
     CrewError,
-    LedgerError,
-    LedgerMissingError,
+    StoreError,
 )
 from prefect_crew.prices import Spending, cost_of
-from prefect_crew.records.budgets import check_estimates
-from prefect_crew.records.keys import render_key, scheduled_start
-from prefect_crew.records.owners import Owner, crash_dead_owner, this_owner
-from prefect_crew.runs.limits import SlotPool
-from prefect_crew.webhooks import webhooks_for
+from prefect_crew.runs.budgets import allowances
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.keys import render_key, scheduled_start
+from prefect_crew.store import batches
+from prefect_crew.store.batches import Batch, BatchUse
+from prefect_crew.store.decision import PREPARING, AttemptState
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -89,8 +64,8 @@ MAX_NAME = 200
 """Characters of a batch's name."""
 EXPORT_WITHIN = 10.0
 """Seconds for writing the output of a batch that was cancelled. Later the output stays unwritten."""
-LOOK = 0.2
-"""Seconds, at most, for which a look at a batch holds its lock."""
+GUARD_WITHIN = 25.0
+"""Seconds for the look whether the batch is still this process's, before its export is changed."""
 
 
 @naming_prefect_away("Make the same call again, which goes on where this call stopped.")
@@ -100,7 +75,6 @@ async def arun_batch(
     *,
     name: str,
     export: str,
-    ledger: str | None = None,
     key: KeyFrom | None = None,
     session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
@@ -109,7 +83,6 @@ async def arun_batch(
     kickoffs_at_once: int = 64,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "skip"] = "refuse",
-    on_change: Literal["refuse", "continue"] = "refuse",
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
     retries: int = 0,
@@ -128,8 +101,9 @@ async def arun_batch(
 ) -> BatchReport:
     """Run a crew once for each row of a data set. A second call with the name goes on where the first stopped.
 
-    The call runs no row again that is done, waits for rows in flight, and lists uncertain rows, which can be resolved.
-    It checks every row before the first kickoff. Outside of a flow, the call runs a flow of its own.
+    Rows are matched by key. New ones run, completed ones keep their result, or are conflicts if their inputs are others
+    now, failed ones are started again up to the crew's `max_attempts`, and uncertain ones wait for a person. The call
+    checks every row before the first kickoff. Outside of a flow, it runs a flow of its own.
 
     Args:
         crew: A crew, or the name of a stored block.
@@ -139,12 +113,10 @@ async def arun_batch(
             stops the event loop while it is read, unless its connection has `check_same_thread=False`.
         name: The batch's name. The name, `export` and an address as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
-        export: The path or address of its lines, in the order of the rows: JSON Lines, compressed by its ending, or
-            Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end, and when
+        export: The path or address of its lines, in the order of the rows: JSON Lines or CSV, compressed by its
+            ending, or Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end, and when
             the batch stops; `prefect-crew batch export` writes it at any time. A line has key, inputs, state, output,
             data, tasks, kickoff_id, seconds, usage, error and crew_version.
-        ledger: A path, the URL of a PostgreSQL database, or `secret://NAME` for a Prefect Secret block that holds one;
-            left out, a file next to a local export.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
         session: A column or a function of the row that names the session of its run, as for `run_crew`; empty: none.
             The rows of one session run one after the other.
@@ -156,11 +128,10 @@ async def arun_batch(
         on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
             failed rows, or a share below 1 of the rows that have ended.
         on_bad_row: "refuse" the data set, or "skip" the rows that cannot be run.
-        on_change: "refuse" or "continue" when the rows or the crew differ from the last call.
         on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
         breaker: The batch stops after so many failed rows in a row; None: never. The same call goes on.
-        retries: Further runs of a failed row, never beyond the crew's `max_attempts`.
-        retry_failed: Start the failed rows of earlier calls again: all but lost rows, or the rows with these keys.
+        retries: Further runs of a failed row in this call, never beyond the crew's `max_attempts`.
+        retry_failed: One more attempt than `max_attempts` for the failed rows of earlier calls, or for these keys.
         max_kickoffs: A limit on the kickoffs of all calls together.
         wait: The policy to wait, in place of the crew's. Left out, the first poll comes when runs usually end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
@@ -182,14 +153,13 @@ async def arun_batch(
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
-        BatchChangedError, LedgerMissingError, BatchBusyError: The batch has changed, is in use, or has another ledger.
-            Nothing was started.
-        LedgerError, ExportError: The ledger or the export failed on the way; the same call goes on.
+        BatchChangedError, BatchBusyError: The batch is another crew's, or another process runs it now.
+        StoreError, ExportError: The crew database or the export failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, options, name, export, ledger, **file)
+    job = await _batch_job(crew, dataset, options, name, export, **file)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     # Prefect stores parameters. This function carries all that must not or cannot be stored.
@@ -220,31 +190,10 @@ async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> Ba
 
 @cancelled_once
 async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
-    await _check_ledger_is_shared(job)
     async with AsyncExitStack() as stack:
         batch = _Batch(job, on_progress)
         await batch.open(stack)
         return await batch.run()
-
-
-async def _check_ledger_is_shared(job: BatchJob) -> None:
-    """Refuse a new ledger in a file on a pool of several crew workers: another worker may take the flow run over.
-
-    A later call finds its ledger, or raises LedgerMissingError. Raises ConfigurationError.
-    """
-    held = held_flow_run.get()
-    if held is None or not held.pool or not job.ledger.is_local or await read_binding(job.name) is not None:
-        return
-    async with get_client() as client:
-        workers = await client.read_workers_for_work_pool(held.pool)
-    for worker in workers:
-        if worker.name != held.worker and worker.status == WorkerStatus.ONLINE:
-            raise ConfigurationError(
-                f"Batch {job.name!r} has its ledger in a file of this machine ({job.ledger.public}), but the work pool "
-                f"{held.pool} has a second worker, {worker.name}, which could not continue the batch. Give it a "
-                "ledger in PostgreSQL. If that worker was stopped, wait until Prefect shows it as offline. Nothing was "
-                "started."
-            )
 
 
 @naming_prefect_away("Nothing was started.")
@@ -254,7 +203,6 @@ async def aplan_batch(
     *,
     name: str = "plan",
     export: str = "batch.jsonl",
-    ledger: str | None = None,
     seconds_per_run: float | None = None,
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
@@ -263,7 +211,7 @@ async def aplan_batch(
 ) -> BatchPlan:
     """Read the data set, check every row, and return the number of rows, the time and the cost. Nothing is started.
 
-    `seconds_per_run` is the duration of one run; left out, the mean of the runs in the ledger. The rest is as for
+    `seconds_per_run` is the duration of one run; left out, the mean of the batch's completed runs. The rest is as for
     `arun_batch`. Rows that cannot be run are in the plan.
 
     Raises:
@@ -271,16 +219,17 @@ async def aplan_batch(
     """
     batch_options = BatchOptions(**options)
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, batch_options, name, export, ledger, **file)
+    job = await _batch_job(crew, dataset, batch_options, name, export, **file)
     async with CrewSession(job.crew) as session:
         plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session) or ())
     checked = await asyncio.to_thread(plan.check)
-    done, mean, spent = await _earlier_calls(job)
-    duration, each = mean if seconds_per_run is None else seconds_per_run, cost_of(job.crew.price, None)
-    if each is None and spent.cost is not None:
-        each = spent.cost / spent.priced
-    rest = max(checked.total - done, 0)
-    most = batch_options.max_in_flight or IN_FLIGHT
+    counts = await in_store(batches.count_rows, job.name)
+    use = await in_store(batches.use_of_batch, job.name)
+    duration, each = use.seconds if seconds_per_run is None else seconds_per_run, cost_of(job.crew.price, None)
+    if each is None and use.runs_with_cost:
+        each = use.cost / use.runs_with_cost
+    done = min(checked.total, counts.get(AttemptState.COMPLETED, 0))
+    rest, most = checked.total - done, rows_at_once(job.crew, batch_options)
     seconds = None if duration is None else -(-rest // most) * duration
     if batch_options.kickoffs_per_second is not None:
         seconds = max(seconds or 0.0, rest / batch_options.kickoffs_per_second)
@@ -299,25 +248,6 @@ async def aplan_batch(
 plan_batch = sync_version(aplan_batch)
 
 
-async def _earlier_calls(job: BatchJob) -> tuple[int, float | None, Spending]:
-    """Return the number of rows that have completed or failed, and the mean duration and the use of all ended runs.
-
-    Raises LedgerMissingError, LedgerError.
-    """
-    where = job.ledger
-    if where.is_missing and (binding := await read_binding(job.name)) is not None:
-        # The batch has run with another export or ledger. Without its ledger the plan would count its rows again.
-        where = await ledger_address(str(binding.get("ledger")), "")
-        if where.is_missing:
-            raise LedgerMissingError(name=job.name, ledger=where.public)
-    if where.is_missing:
-        return 0, None, Spending()
-    async with Ledger(where.full, job.name) as stored:
-        done = sum(count for state, count in (await stored.counts()).items() if state.is_final)
-        mean, _, _ = await stored.run_times()
-        return done, mean, await stored.spending()
-
-
 @dataclass(frozen=True)
 class BatchJob:
     """A call of a batch, with its templates filled."""
@@ -327,38 +257,10 @@ class BatchJob:
     options: BatchOptions
     name: str
     export: str
-    ledger: LedgerAddress
-
-    @property
-    def line_options(self) -> dict[str, Any]:
-        """The settings on which the lines of the export depend."""
-        kind = self.options.output_type
-        return {
-            "output_type": None if kind is None else f"{kind.__module__}.{kind.__qualname__} {_digest_of(kind)}",
-            "secret_inputs": sorted(self.crew.secret_inputs),
-        }
-
-
-def _digest_of(output_type: type[BaseModel]) -> str:
-    """Return a digest of the JSON schema of a type, which changes with its fields; empty if it has no schema.
-
-    The schema has no defaults, since a set among them has another order in each process.
-    """
-    with suppress(PydanticUserError, ValueError):
-        schema = to_json(output_type.model_json_schema())
-        fields = json.loads(schema, object_hook=lambda part: {name: part[name] for name in part if name != "default"})
-        return sha256(to_json(fields)).hexdigest()
-    return ""
 
 
 async def _batch_job(
-    crew: DeployedCrew | str,
-    dataset: Any,
-    options: BatchOptions,
-    name: str,
-    export: str,
-    ledger: str | None,
-    **file: Any,
+    crew: DeployedCrew | str, dataset: Any, options: BatchOptions, name: str, export: str, **file: Any
 ) -> BatchJob:
     """Return a call that is ready to be run or planned. `file` has the format, encoding and delimiter of a file.
 
@@ -368,7 +270,6 @@ async def _batch_job(
     full, where = render_key(name, moment), render_key(str(export), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
         raise ConfigurationError(f"A batch needs a printable name of 1 to {MAX_NAME} characters, not {full[:60]!r}.")
-    address = await ledger_address(ledger, where)
 
     def render(text: str) -> str:
         return render_key(text, moment) if "{scheduled_start" in text else text
@@ -385,122 +286,100 @@ async def _batch_job(
     else:
         rows = await aopen_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
-    await check_estimates(loaded_crew)
-    return BatchJob(loaded_crew, rows, options, full, where, address)
+    allowances(loaded_crew, full)  # raises for a budget without an estimate
+    return BatchJob(loaded_crew, rows, options, full, where)
 
 
 FILE_DEFAULTS = {"format": None, "encoding": "utf-8-sig", "delimiter": None}
 
 
-def _version_in(entry: BatchEntry | None) -> str | None:
-    """Return the version of the crew at the last call of a batch, None if it is not known."""
-    return None if entry is None or entry.call is None else entry.call.get("crew_version")
-
-
 class _Batch:
-    """One call of a batch: its rows are checked and its lock is held once it is open."""
+    """One call of a batch."""
 
     def __init__(self, job: BatchJob, on_progress: OnProgress | None) -> None:
         self.job = job
         self.on_progress = on_progress
-        self.progress = BatchProgress(job.name)
         self.throttle = Throttle(job.options)
-        self.session = CrewSession(job.crew, partial(BatchClient, throttle=self.throttle))
-        self.ledger = Ledger(job.ledger.full, job.name)
-        self.lock = BatchLock(self.ledger.database, job.name)
-        self.output = open_output(job.export, output_type=job.options.output_type)
+        self.session = CrewSession(job.crew, lambda crew: BatchClient(crew, self.throttle))
+        self.output = open_output(job.export, job.name, output_type=job.options.output_type)
+        self.hold = Hold(job.name)
+        self.progress = BatchProgress(job.name)
         self.artifact = BatchArtifact(job.name, job.crew)
         self.refresh_after = 0.0
-        self.people_noted: bool | None = None
-        self.is_lock_lost = False
+        self.call: dict[str, Any] = {}
+        self.is_seen_whole = False
 
     async def open(self, stack: AsyncExitStack) -> None:
-        """Check the rows, take the lock, and bind the batch's name to its ledger. Raises CrewError."""
-        job, ledger = self.job, self.ledger
-        webhooks_for(job.crew, job.name)  # raises if settings make no sense, before anything is started
+        """Check the rows, and take the batch. Raises CrewError."""
+        job = self.job
+        self.most = rows_at_once(job.crew, job.options)
         self._tell("checking")
         await stack.enter_async_context(self.session)
         expected = await expected_inputs(self.session)
         self.plan = RowPlan(job.dataset, job.options, job.crew, expected or ())
-        # Whether the batch is ours is known before its rows are read, which may take minutes.
-        await stack.enter_async_context(ledger)
-        await stack.enter_async_context(self.lock)
-        if not (await self.lock.take() or await self.lock.take(after=LOOK)):
-            raise BatchBusyError(name=job.name)
-        ledger.is_exclusive = True
-        self.before = before = await ledger.entry()  # what the ledger knew before this call
-        check_bound(before, await read_binding(job.name), ledger)
+        before = await in_store(batches.get_batch, job.name)
+        if before is not None:  # known before its rows are read, which may take minutes
+            await self._take(stack, before)
         version = await self.session.version()
-        owner = this_owner().model_dump(mode="json")
-        by = {"flow_run_id": flow_run_id(), "owner": owner, "names_inputs": self._names_inputs(before, expected)}
-        if before is not None and before.call is not None:
-            if "owner" in before.call:
-                await crash_dead_owner(Owner.model_validate(before.call["owner"]), work="batch")
-            await ledger.note(call={**before.call, **by})  # reading the rows may take minutes
-        self.exported = {} if before is None else before.exported or {}
+        names_inputs = self._names_inputs(before, expected)
         rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
-        self.checked = await self._check_rows(rejected)
+        self.checked = await self._check_rows(before, rejected)
         if version != await self.session.version():
-            version = None  # each answer differs, such as by a time, so another digest means no other deployment
+            version = None  # each answer differs, such as by a time, so another one means no other deployment
         self.progress.total = self.checked.total
-        if before is not None and job.options.on_change == "refuse":
-            await self._refresh()
-            self._refuse_changes(before, self.checked, version if self._may_start else None)
-        await self._enter({**by, "crew_version": version or _version_in(before)}, rejected)
+        facts: dict[str, Any] = {"fingerprint": self.checked.fingerprint, "total": self.checked.total}
+        if before is None:
+            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, call=None, **facts)
+            await self._take(stack, before)
+        before = self.hold.batch
+        self._say_changes(before, version)
+        call: Mapping[str, Any] = before.call or {}
+        kept = {name: call[name] for name in ("whole_pass", "missing", "conflicts") if name in call}
+        self.call = {
+            **plain_call(
+                crew=job.crew.block,
+                secret_inputs=job.crew.secret_inputs,
+                dataset=job.dataset,
+                export=job.export,
+                options=job.options,
+            ),
+            **kept,
+            "names_inputs": names_inputs,
+            "crew_version": version or call.get("crew_version"),
+        }
+        await self._note_bad_rows(before, rejected, facts)
 
-    async def _check_rows(self, rejected: IO[bytes]) -> Checked:
-        """Check the output, and every row unless the last export had the same rows. Raises CrewError."""
-        job, earlier = self.job, self.exported.get("checked")
+    async def _take(self, stack: AsyncExitStack, before: Batch) -> None:
+        if before.crew_url != self.job.crew.url:
+            raise BatchChangedError(name=self.job.name, difference=f"crew {before.crew_url}, not {self.job.crew.url}")
+        await stack.enter_async_context(self.hold)
+
+    async def _check_rows(self, before: Batch | None, rejected: IO[bytes]) -> Checked:
+        """Check the output, and every row. Raises CrewError."""
+        job = self.job
         await self.output.open()
-        is_new = whole_address(job.export) not in self.exported.get("exports", ())
-        await asyncio.to_thread(self.output.check, job.name, is_new=is_new)
-        source = await asyncio.to_thread(self.plan.source)
-        if earlier is not None and earlier["source"] == source and "order" in earlier:
-            checked = Checked(**earlier)
-        else:
-            checked = replace(await asyncio.to_thread(self.plan.check, rejected), source=source)
+        known = () if before is None else before.exported or ()
+        await asyncio.to_thread(self.output.check, is_new=whole_address(job.export) not in known)
+        checked = await asyncio.to_thread(self.plan.check, rejected)
         if checked.bad and (job.options.on_bad_row == "refuse" or not checked.total):
-            alone = not checked.total
-            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=alone)
-        if not await self.lock.still_held():
-            raise BatchBusyError(name=job.name)
+            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=not checked.total)
+        self.hold.check()
         return checked
 
-    async def _enter(self, facts: Mapping[str, Any], rejected: IO[bytes]) -> None:
-        """Write the call to the ledger, with these further facts, and the rows that cannot run. Raises CrewError."""
-        job, ledger, checked, before = self.job, self.ledger, self.checked, self.before
-        call = plain_call(
-            crew=job.crew.block,
-            secret_inputs=job.crew.secret_inputs,
-            dataset=job.dataset,
-            export=job.export,
-            ledger=job.ledger.public,
-            options=job.options,
-        )
-        entry = await ledger.enter(
-            crew_url=job.crew.url,
-            fingerprint=checked.fingerprint,
-            total=checked.total,
-            call={**call, **facts},
-            line_options=job.line_options,
-        )
-        await bind(entry, ledger, job.ledger.public)
+    async def _note_bad_rows(self, before: Batch, rejected: IO[bytes], facts: Mapping[str, Any]) -> None:
+        """Write the call to the crew database, and the rows that cannot run next to the export. Raises CrewError."""
+        checked = self.checked
         bad = BadRows(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
         self.progress.bad = bad
-        if bad.count or entry.bad.count:
-            await asyncio.to_thread(self.output.write_rejected, rejected if bad.count else None, job.name)
-            await ledger.note(bad=asdict(bad) if bad.count else None)
-        if before is not None:
-            await ledger.note_orphaned()
-            self.throttle.kickoffs = await ledger.kickoffs()
-            is_same = (before.fingerprint, before.crew_url) == (entry.fingerprint, entry.crew_url)
-            if not is_same or self.exported.get("order") != checked.order:
-                if job.options.session is not None:
-                    await note_before_rows_leave(ledger)
-                await ledger.enter_changed(self.plan.jobs(), job.crew)
-        self.kickoffs_before = self.throttle.kickoffs
+        if bad.count or before.bad_rows:
+            await asyncio.to_thread(self.output.write_rejected, rejected if bad.count else None)
+        await self._change(**facts, call=self.call, bad_rows=asdict(bad) if bad.count else None)
 
-    def _names_inputs(self, before: BatchEntry | None, expected: Sequence[CrewInput] | None) -> bool:
+    async def _change(self, **values: Any) -> None:
+        if not await in_store(batches.change_batch, self.job.name, self.hold.owner, **values):
+            raise BatchBusyError(name=self.job.name)
+
+    def _names_inputs(self, before: Batch | None, expected: Sequence[CrewInput] | None) -> bool:
         """Return whether the crew names its inputs, by this call or an earlier one.
 
         Raises ConfigurationError if the crew named the inputs of the rows before, and cannot name them now.
@@ -516,77 +395,59 @@ class _Batch:
             )
         return has_named
 
-    def _refuse_changes(self, before: BatchEntry, checked: Checked, version: str | None) -> None:
-        """Raise BatchChangedError if the crew, its version or the rows are not those of the last call."""
-        name, url, version_before = self.job.name, self.job.crew.url, _version_in(before)
-        if before.crew_url != url:
-            raise BatchChangedError(name=name, difference=f"crew {before.crew_url}, not {url}")
-        if version and version_before and version != version_before:
-            difference = f"version {version_before} of the crew, not {version}"
-            raise BatchChangedError(name=name, difference=difference)
-        if before.fingerprint != checked.fingerprint:
-            difference = f"{before.total} rows, not these {checked.total}"
-            if checked.total == before.total:
-                difference = (
-                    f"the same number of rows, {before.total}, with another key or another input in at least one"
-                )
-            raise BatchChangedError(name=name, difference=difference)
+    def _say_changes(self, before: Batch, version: str | None) -> None:
+        """Log what differs from the last call, a line each."""
+        call: Mapping[str, Any] = before.call or {}
+        earlier = call.get("crew_version")
+        if version and earlier and version != earlier:
+            text = "Batch %s: its crew was deployed anew (version %s, before %s). Rows that have completed stay."
+            run_logger().info(text, self.job.name, version, earlier)
+        if before.fingerprint and call and before.fingerprint != self.checked.fingerprint:
+            text = "Batch %s: its rows are others than in the last call (%d, before %d)."
+            run_logger().info(text, self.job.name, self.checked.total, before.total)
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""
         await self._refresh()
+        use = await in_store(batches.use_of_batch, self.job.name)
+        self.throttle.kickoffs = self.kickoffs_before = use.runs
         try:
-            if not self._is_done:
-                await self._run_rows()
+            self.hold.check()
+            await self._run_rows()
+            self.hold.check()
         except BaseException as error:
-            if not isinstance(error, LedgerError) and not self.is_lock_lost:
+            self.hold.stopped_because = str(error) or type(error).__name__
+            if not isinstance(error, StoreError | BatchBusyError):
                 await self._export_in_time()
             await self.artifact.update(self.progress, await self._report())
             raise
+        self.hold.stopped_because = self.throttle.stopped
         self._tell("finishing")
         await self._refresh()
-        if not self.is_lock_lost:
-            await self._export()
-            await self._note_people(bool([record async for record in self.ledger.may_ask()]))
+        await self._export()
         report = await self._report()
         self._tell("done")
         await self.artifact.update(self.progress, report)
         run_logger().info("%s", report)
         return report
 
-    @property
-    def _is_done(self) -> bool:
-        """Whether every row has ended for good, so that only the output is left to write."""
-        # A turn of a row may have to be noted as over.
-        is_over = not self._may_start and self.job.options.session is None
-        return self.before is not None and self._lines_stay and is_over
-
-    @property
-    def _may_start(self) -> bool:
-        """Whether a row is left to start."""
-        options = self.job.options
-        retries = bool((options.retry_failed or options.retries) and self.progress.failed)
-        return not self.progress.is_over or retries
-
-    @property
-    def _lines_stay(self) -> bool:
-        """Whether this call judges and shows the results of earlier calls as they did."""
-        return self.before is None or self.before.line_options == self.job.line_options
-
     async def _export(self) -> None:
-        """Write the output, unless it is up to date."""
-        address = whole_address(self.job.export)
-        counts = {str(state): count for state, count in self.progress.counts.items()}
-        now = {"output": address, "counts": counts, "lines": self.job.line_options, "checked": self.checked.stored}
-        now |= {"order": self.checked.order, "kickoffs": await self.ledger.kickoffs()}
-        if now.items() <= self.exported.items() and await asyncio.to_thread(self.output.exists):
-            return
+        """Write the output, while the batch is this process's."""
+        address, loop, progress = whole_address(self.job.export), asyncio.get_running_loop(), self.progress
+
+        def guard() -> None:
+            asyncio.run_coroutine_threadsafe(self.hold.renew(), loop).result(GUARD_WITHIN)
+
         # The file may have come into being since the start, by another batch, or by `batch export` of this one.
-        is_new = address not in (await self.ledger.exported()).get("exports", ())
-        await asyncio.to_thread(self.output.check, self.job.name, is_new=is_new, consequence=KEPT)
-        await self.ledger.note_export(address, {})  # before the file exists: it is then known to be this batch's
-        await self.output.write(self.ledger)
-        await self.ledger.note_export(address, now)
+        entry = await in_store(batches.get_batch, self.job.name)
+        is_new = entry is None or address not in (entry.exported or ())
+        await asyncio.to_thread(self.output.check, is_new=is_new, consequence=KEPT)
+        await in_store(batches.note_export, self.job.name, address)  # before the file exists: it is then known
+        lines = await self.output.write(pages_of(entry or self.hold.batch, self.session), guard)
+        progress.conflicts, progress.misfits = lines["conflict"], max(progress.misfits, lines["invalid-output"])
+        if self.call.get("conflicts", 0) != progress.conflicts:
+            self.call["conflicts"] = progress.conflicts
+            await self._change(call=self.call)
 
     async def _export_in_time(self) -> None:
         """Write the output of a batch that was cancelled or has failed, within `EXPORT_WITHIN` seconds: Prefect soon
@@ -594,7 +455,7 @@ class _Batch:
         try:
             await self._refresh()
             await asyncio.wait_for(self._export(), EXPORT_WITHIN)
-        except (CrewError, TimeoutError) as error:
+        except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
             run_logger().warning(
                 "The export of batch %s was not written (%s). To write it, run: prefect-crew batch export %s",
                 self.job.name,
@@ -603,16 +464,13 @@ class _Batch:
             )
 
     async def _refresh(self) -> None:
-        """Read the progress from the ledger."""
-        began, progress = time.monotonic(), self.progress
-        counts = await self.ledger.counts()
-        if counts != progress.counts:
-            progress.counts = counts
-            failed = self.ledger.rows_in([state for state in RowState if state.is_failed], limit=FAILURES)
-            progress.failures = [row async for row in failed]
-            uncertain = self.ledger.rows_in([RowState.UNCERTAIN], limit=UNCERTAIN_KEYS)
-            progress.uncertain_keys = [row.key async for row in uncertain]
-        self.refresh_after = time.monotonic() + 20 * (time.monotonic() - began)
+        """Count the rows by state."""
+        began = time.monotonic()
+        since = since_pass(self.hold.batch) if not self.is_seen_whole else self.call.get("whole_pass", 0)
+        if self.is_seen_whole and not self.call.get("missing"):
+            since = 0
+        self.progress.counts = await in_store(batches.count_rows, self.job.name, since_pass=since)
+        self.refresh_after = time.monotonic() + max(1.0, 20 * (time.monotonic() - began))
 
     def _tell(self, phase: Literal["checking", "waiting", "running", "finishing", "done"]) -> None:
         self.progress.phase = phase
@@ -620,79 +478,72 @@ class _Batch:
             self.on_progress(self.progress)
 
     async def _run_rows(self) -> None:
-        options = self.job.options
-        async with AsyncExitStack() as stack:
-            runner = Runner(
-                self.session,
-                self.throttle,
-                self.ledger,
-                options,
-                max_in_flight=await rows_at_once(self.session.crew, options),
-                on_end=self.progress.add,
-                judge_again=not self._lines_stay,
-            )
-            if self.session.crew.concurrency_limit is not None:
-                self.throttle.slots = await stack.enter_async_context(SlotPool(self.session.crew))
-            self.lock.generation = await begin_generation(self.ledger, self.job.ledger.public)
-            try:
-                await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
-            finally:
-                self.progress.in_flight = len(runner.waiting)
+        options, hold = self.job.options, self.hold
+        runner = Runner(self.session, self.throttle, hold, options, max_in_flight=self.most, on_end=self.progress.add)
+        hold.on_end = lambda: (
+            runner.stop("another process has taken the batch over.", shut=True) if hold.is_lost else None
+        )
+        try:
+            await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
+        finally:
+            self.progress.in_flight = len(runner.waiting)
+        if runner.is_whole and not hold.is_lost:
+            passes = hold.batch.passes
+            missing = await in_store(batches.count_missing, self.job.name, passes) if passes > 1 else 0
+            self.call |= {"whole_pass": passes, "missing": missing}
+            self.is_seen_whole = True
+            await self._change(call=self.call)
 
     async def _tick(self, runner: Runner) -> None:
         """Show the progress, about once a second."""
         progress = self.progress
         progress.in_flight = len(runner.waiting)
-        progress.people = sum(record.human_since is not None for record in runner.waiting.values())
+        runs = [*runner.waiting.values()]
+        progress.people = sum(run.attempt is not None and run.attempt.human_since is not None for run in runs)
         progress.tick()
         if time.monotonic() > self.refresh_after:
             await self._refresh()
-        self._tell("waiting" if self.throttle.waits_for_slot and not runner.waiting else "running")
+        waits = self.throttle.under_way and not runner.waiting and self.session.crew.concurrency_limit is not None
+        self._tell("waiting" if waits else "running")
         await self.artifact.update(progress)
         await self.session.version(if_due=True)
-        if progress.people:
-            await self._note_people(True)
-        if not await self.lock.still_held():
-            self.is_lock_lost = True  # the ledger, the output and the name are another process's
-            runner.stop(
-                "its lock was lost: another process has taken the batch over, or a file of its ledger was removed or "
-                "replaced.",
-                shut=True,
-            )
-
-    async def _note_people(self, waits: bool) -> None:
-        if waits is self.people_noted:
-            return
-        try:
-            await note_waiting_for_people(self.job.name, waits)
-            self.people_noted = waits
-        except PREFECT_ERRORS as error:
-            log = "The Prefect server could not record whether rows of batch %s wait for people: %s"
-            run_logger().debug(log, self.job.name, error)
 
     async def _report(self) -> BatchReport:
-        progress, bad = self.progress, self.progress.bad
-        try:
-            kickoffs, spent = await self.ledger.kickoffs(), await self.ledger.spending()
-        except LedgerError:
-            kickoffs, spent = self.throttle.kickoffs, Spending()  # the error that ended the batch is raised
+        progress, bad, use = self.progress, self.progress.bad, None
+        with suppress(StoreError, *PREFECT_ERRORS):  # the error that ended the batch is raised
+            use = await in_store(batches.use_of_batch, self.job.name)
+        kickoffs = (self.throttle.kickoffs if use is None else use.runs) - self.kickoffs_before
+        # Only a process that has died left them: once their deadline is over, nobody knows whether they started.
+        uncertain = progress.uncertain + sum(progress.counts.get(state, 0) for state in PREPARING)
         return BatchReport(
             name=self.job.name,
             total=progress.whole,
             completed=progress.completed,
             failed=progress.failed,
-            uncertain=progress.uncertain,
-            skipped=progress.whole - progress.done,
+            uncertain=uncertain,
+            skipped=max(0, progress.whole - progress.completed - progress.failed - uncertain),
             seconds=progress.seconds,
             export=self.output.name,
             stopped=self.throttle.stopped,
-            kickoffs=kickoffs - self.kickoffs_before,
+            kickoffs=kickoffs,
             bad_count=bad.count,
             bad=tuple(bad.rows[:FAILURES]),
             bad_export=bad.export,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
-            conflicts=progress.counts.get(RowState.CONFLICT, 0),
-            unfinished=sum(count for state, count in progress.counts.items() if state.is_unfinished),
-            spending=spent,
+            conflicts=progress.conflicts,
+            unfinished=progress.unfinished,
+            spending=_spending(use),
         )
+
+
+def _spending(use: BatchUse | None) -> Spending:
+    if use is None:
+        return Spending()
+    return Spending(
+        runs=use.runs,
+        reported=use.runs_with_tokens,
+        priced=use.runs_with_cost,
+        usage=TokenUsage(total_tokens=use.tokens) if use.runs_with_tokens else None,
+        cost=use.cost if use.runs_with_cost else None,
+    )

@@ -1,83 +1,72 @@
-"""Runs rows concurrently: claim, kick off, poll, record."""
+"""Runs rows concurrently: start a row's run or find it, wait for it, and retry."""
 
 from __future__ import annotations
 
 import asyncio
 import shlex
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from uuid import uuid4
-
-from prefect.context import FlowRunContext
+from typing import Any
 
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, left_behind, run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, prefect_error
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.events import emit
-from prefect_crew.batches.ledger import PAGE, Ledger
+from prefect_crew.batches.hold import Hold
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.outcomes import (
-    CORRECTABLE,
-    ERROR_CAP,
-    RETRYABLE,
-    STOPPED_WITH_BATCH,
-    RowState,
-    end_of_row,
-    explain_lost,
-    is_masked,
-    kickoffs_of,
-    misfit,
-    owed_to,
-    state_of,
-)
+from prefect_crew.batches.report import RowEnd
 from prefect_crew.batches.rows import RowJob
 from prefect_crew.batches.throttle import FirstPoll, Throttle
-from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
-from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
+    BatchBusyError,
     BatchCancelledError,
     BudgetExceededError,
+    ConfigurationError,
     CrewError,
-    CrewLostError,
+    CrewFailedError,
+    CrewStoppedError,
     DatasetError,
     FlowRunCancelledError,
     IdempotencyConflictError,
     KickoffUncertainError,
-    LedgerError,
+    OutputTypeError,
     SessionBlockedError,
+    StoreError,
 )
-from prefect_crew.records.budgets import note_exceeded
-from prefect_crew.records.decision import Caller, latest_start
-from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import RecordPhase, RunRecord, secret_mark
-from prefect_crew.records.sessions import Turn
-from prefect_crew.runs.kickoff import start_run
-from prefect_crew.runs.listener import Waker, waker_for
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.keys import Nonce, RunIdentity, escape_name
+from prefect_crew.runs.news import Subscription, news_of
+from prefect_crew.runs.owners import this_process
 from prefect_crew.runs.polling import Phases, Watcher, poll
+from prefect_crew.runs.request import BatchRow, RunOptions, RunRequest
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import LiveRun, close_run, read_status
-from prefect_crew.runs.stop import cancelled_on_server, close_stopped, is_cancelled, newest_id
-from prefect_crew.runs.turns import EarlierTurnError
+from prefect_crew.runs.run import LiveRun, parse_data, read_status, write_end
+from prefect_crew.runs.start import start_run
+from prefect_crew.runs.stop import PERSON, cancelled_on_server, is_cancelled, stop_once
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
+from prefect_crew.store import attempts
+from prefect_crew.store.batches import NewRow, Row, put_rows, rows_of_keys
+from prefect_crew.store.decision import PREPARING, STARTS, TIMEOUT, Attempt, AttemptState, Decision
+from prefect_crew.webhooks import UNLIMITED
 
-FORCED = (RowState.INVALID_OUTPUT, RowState.LOST)
-"""States after which a row starts again only by force: its run has completed, or the server has lost it."""
+PAGE = 500
+"""Rows that are read and written at once."""
 WAITING_ROWS = 1_000
 """Rows of sessions, at most, that wait for the rows before them, and have no place of `max_in_flight` yet."""
+HELD_UP_AFTER = 1.0
+"""Seconds after which a row that has sent nothing lets others kick off: it waits for a turn, a limit or another call."""
 LOG_EVERY = 60.0
 """Seconds between two log lines of the same kind, for any number of rows."""
-RowEnd = tuple[RowState, str | None]
-"""The state of a row at its end in this call, and the class of its error, if any."""
 TICK = 1.0
 """Seconds between two looks at the progress of the batch."""
 LOOK_EVERY = 2.0
@@ -86,49 +75,65 @@ ASK_WITHIN = 5.0
 KICK_OFF_WITHIN = 10.0
 STOP_WITHIN = 12.0
 """Seconds for each step of a cancellation: Prefect kills a cancelled process after about 30."""
+MISFIT_WITHOUT_REASONS = "The result does not fit the output type. The reasons may quote secrets and are not shown."
+"""A user's validator may quote a secret in other words than the crew."""
+
+
+def row_key(batch: str, key: str) -> str:
+    """Return the idempotency key of a row."""
+    return f"{escape_name(batch)}/{key}"
+
+
+@dataclass
+class _Work:
+    """A row on its way to its end. `found`: the attempt of an earlier call, while its run is in flight."""
+
+    job: RowJob
+    row: Row
+    found: Attempt | None = None
+    tries: int = 0
+    end: RowEnd | None = None
+    is_over: bool = False
 
 
 class Runner:
     """Runs the rows of one batch. Each call of `run_batch` has one runner, on one event loop.
 
-    `on_end` is called at the end of each row with the name of its error's class, if any. `judge_again`: whether to
-    judge the results of earlier calls again, since `line_options` have changed. `waiting` has the runs in flight by row
-    key. `shut`: whether the runner ends its waits for runs too.
+    `on_end` is called for each row that has ended, or was found to have. `waiting` has the runs in flight by row key.
+    `shut`: whether the runner ends its waits for runs too. `is_whole`: whether it has read the whole data set.
     """
 
     def __init__(
         self,
         session: CrewSession,
         throttle: Throttle,
-        ledger: Ledger,
+        hold: Hold,
         options: BatchOptions,
         *,
         max_in_flight: int,
-        on_end: Callable[[str | None], None],
-        judge_again: bool = False,
+        on_end: Callable[[RowEnd], None],
     ) -> None:
         self.session = session
         self.throttle = throttle
-        self.ledger = ledger
-        self.shut = False
-        self.waiting: dict[str, RunRecord] = {}
-        self._options = options
+        self.hold = hold
+        self.shut = self.is_whole = False
+        self.waiting: dict[str, LiveRun] = {}
         self.policy = options.wait or session.crew.wait
         self.first_poll = FirstPoll() if options.wait is None else None
+        self._options = options
         self._on_end = on_end
-        self._judge_again = judge_again
         self._failed = self._ended = 0
         self._logged_at: dict[str, float] = {}
         self._places = asyncio.Semaphore(max_in_flight)
         self._rows_of_sessions = asyncio.Semaphore(max_in_flight + WAITING_ROWS)
+        self._turns: dict[str, asyncio.Event] = {}
+        self._blocked = set[str]()
         self._running: set[asyncio.Task[None]] = set()
-        self._turns = RowTurns(session.crew, ledger, throttle, self._places)
         self._settings = CrewSettings()
-        meta = {**(options.meta or {}), "batch": ledger.batch}
+        meta = {**(options.meta or {}), "batch": hold.name}
         self._run_options = RunOptions.of(meta=meta, wait=options.wait, webhooks=options.webhooks)
-        context = FlowRunContext.get()
-        flow_run = None if context is None else context.flow_run
-        self._flow_run = (None, 0) if flow_run is None else (str(flow_run.id), flow_run.run_count)
+        # Without its number: a retry of the flow run goes on with rows that were stopped.
+        self._identity = RunIdentity("", flow_run_id=flow_run_id(), process=this_process())
 
     def stop(self, reason: str, *, shut: bool = False) -> None:
         """Kick off nothing more; with `shut`, end the waits too. The next call reattaches to the runs in flight."""
@@ -138,13 +143,14 @@ class Runner:
             for row in self._running - {asyncio.current_task()}:
                 row.cancel()
 
-    async def run_until_cancelled(self, jobs: Iterator[RowJob], tick: Callable[[], Awaitable[None]]) -> None:
-        """Run all rows. If the flow run is cancelled, obey `on_cancel`; if only the task is cancelled, leave the runs.
+    # Cancellation
 
-        This calls `tick` about once a second, until the rows have ended.
+    async def run_until_cancelled(self, jobs: Iterator[RowJob], tick: Callable[[], Awaitable[None]]) -> None:
+        """Run all rows. If a person cancels the batch or its flow run, obey `on_cancel`; if only the task is cancelled,
+        leave the runs. This calls `tick` about once a second, until the rows have ended.
 
         Raises:
-            BatchCancelledError: This flow run was cancelled, and nobody else ends it.
+            BatchCancelledError: The batch or its flow run was cancelled, and nobody else ends it.
             asyncio.CancelledError: The task was cancelled, or outlives its flow run. The runs in flight were stopped or
                 left.
             CrewError: A row or a tick raised it.
@@ -152,7 +158,7 @@ class Runner:
         own, on_cancel = flow_run_id(), self._options.on_cancel
         rows = asyncio.ensure_future(self.run(jobs))
         try:
-            await _tick_during(rows, tick, own)
+            await self._tick_during(rows, tick, until_cancelled=True)
             held = held_flow_run.get()
             if held is not None and held.is_left:
                 await self._end(rows, tick, "leave")
@@ -161,7 +167,7 @@ class Runner:
                 await self._end(rows, tick, on_cancel)
             elif self.throttle.stopped is None or not await is_cancelled(own):
                 return
-            raise BatchCancelledError(name=self.ledger.batch)
+            raise BatchCancelledError(name=self.hold.name)
         except asyncio.CancelledError:
             if not rows.done():
                 await self._end(rows, tick, on_cancel if await _is_flow_run_cancelled(own) else "leave")
@@ -172,47 +178,79 @@ class Runner:
     async def _end(self, rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], on_cancel: str) -> None:
         """Kick off nothing more; stop the runs in flight, wait for them (drain) or leave them."""
         self.stop("the batch was cancelled.")
+        name = self.hold.name
         if on_cancel == "drain":
-            run_logger().info(
-                "Batch %s was cancelled. It waits for its %d runs in flight.", self.ledger.batch, len(self.waiting)
-            )
-            await _tick_during(rows, tick, None)
+            run_logger().info("Batch %s was cancelled. It waits for its %d runs in flight.", name, len(self.waiting))
+            await self._tick_during(rows, tick)
             return
         # A kickoff under way gets its id first. If it were cut off, it would be uncertain.
         await _is_done_within(KICK_OFF_WITHIN, self.throttle.idle())
         if on_cancel == "stop":
-            if not await _is_done_within(STOP_WITHIN, self.stop_runs(STOPPED_WITH_BATCH)):
+            if not await _is_done_within(STOP_WITHIN, self.stop_runs()):
                 run_logger().warning("Not every run in flight could be stopped in %.0f s.", STOP_WITHIN)
         else:
             run_logger().warning(
                 "%d runs of batch %s are left in flight. The same call waits for them. To stop them, run: "
                 "prefect-crew batch cancel %s",
-                len(self.waiting),
-                self.ledger.batch,
-                shlex.quote(self.ledger.batch),
+                *(len(self.waiting), name, shlex.quote(name)),
             )
         await cancel_and_wait(rows)
+
+    async def stop_runs(self) -> None:
+        """Ask the crew's server once for each run in flight to stop it."""
+        stopped = await asyncio.gather(*(self.stop_run(run, PERSON) for run in [*self.waiting.values()]))
+        failed = len(stopped) - sum(stopped)
+        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(stopped), failed)
+
+    async def stop_run(self, run: LiveRun, by: str) -> bool:
+        """Ask the crew's server to stop a run, write the outcome, and return whether the server accepted it."""
+        try:
+            return await stop_once(run, by)
+        except CrewError as error:
+            self.log_seldom("stop", "Run %s could not be stopped: %s", run.kickoff_id, error)
+            return False
+
+    async def _tick_during(
+        self, rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], *, until_cancelled: bool = False
+    ) -> None:
+        """Call `tick` about once a second until the rows have ended.
+
+        Return earlier if the crew worker has ended the coroutine of the flow run, and with `until_cancelled` if the
+        batch or the flow run is cancelled: the caller then has to end the rows. Raises the errors of the rows, else of
+        `tick`.
+        """
+        own, held = flow_run_id(), held_flow_run.get()
+
+        async def look() -> None:
+            while not (held is not None and held.is_left):
+                if until_cancelled and (self.hold.is_cancelled or await is_cancelled(own, every=LOOK_EVERY)):
+                    return
+                await asyncio.sleep(TICK)
+                await tick()
+
+        looking = asyncio.ensure_future(look())
+        try:
+            await asyncio.wait((rows, looking), return_when=asyncio.FIRST_COMPLETED)
+            (rows if rows.done() else looking).result()
+        finally:
+            await cancel_and_wait(looking)
+
+    # Rows
 
     async def run(self, jobs: Iterator[RowJob]) -> None:
         """Run all rows, read each when there is room for it, and return when all have ended or were left.
 
-        Raises CrewError if the ledger or the data set failed, and leaves the runs in flight.
+        Raises CrewError if the crew database or the data set failed, and leaves the runs in flight.
         """
         try:
             async with asyncio.TaskGroup() as group:
-                if self._options.session is not None:
-                    for record in await self.ledger.left_out(self.session.crew.url):
-                        if self.shut:
-                            break
-                        self._running.add(waiting := group.create_task(self._wait_for_left_out(record)))
-                        waiting.add_done_callback(self._running.discard)
-                async for job, attempts in self._rows_to_run(jobs):
-                    room = self._places if job.inputs.session is None else self._rows_of_sessions
+                async for work in self._rows_to_run(jobs):
+                    room = self._places if work.job.inputs.session is None else self._rows_of_sessions
                     await room.acquire()
                     if self.shut:
                         room.release()
                         break
-                    row = group.create_task(self._run_row(job, attempts))
+                    row = group.create_task(self._run_row(work))
                     self._running.add(row)
                     row.add_done_callback(partial(self._row_done, room))
         except BaseExceptionGroup as errors:
@@ -226,323 +264,281 @@ class Runner:
         self._running.discard(row)
         room.release()
 
-    async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[tuple[RowJob, Sequence[RunRecord]]]:
-        """Yield the rows that are not done, with their attempts; only rows in flight once the batch has stopped."""
-        is_new = await self.ledger.is_empty()
+    async def _rows_to_run(self, jobs: Iterator[RowJob]) -> AsyncGenerator[_Work]:
+        """Write the rows page by page, and yield those that are not done; only those in flight once the batch has
+        stopped. Last come the rows whose kickoff a dead process may have on its way: they wait for its deadline."""
+        hold, later = self.hold, list[_Work]()
         while page := await asyncio.to_thread(lambda: list(islice(jobs, PAGE))):
-            if self.shut:  # another process may own the ledger by now
+            if self.shut:
                 return
-            states = await self.ledger.enter_rows(
-                page, self.session.crew, anew=self._judge_again, is_retried=self._options.is_retried
-            )
-            for _ in (state for state in states.values() if state is RowState.CONFLICT):
-                self._on_end(IdempotencyConflictError.__name__)
-            # An earlier call may have been killed before it did so.
-            await self._turns.note(job for job in page if states[job.key] is not RowState.PENDING)
-            page = [job for job in page if not self._has_nothing_to_do(states[job.key])]
-            begun = [job.key for job in page if states[job.key] is not RowState.PENDING]
-            by_row = await self.ledger.attempts_of(begun) if begun else {}
+            crew = self.session.crew
+            new = [
+                NewRow(
+                    row_key=job.key,
+                    position=job.number,
+                    inputs=job.inputs.storable(crew.redactor(job.inputs)),
+                    inputs_digest=job.inputs.digest,
+                )
+                for job in page
+            ]
+            if not await in_store(put_rows, hold.name, hold.owner, new):
+                raise BatchBusyError(name=hold.name)
+            rows = await in_store(rows_of_keys, hold.name, [job.key for job in page])
             for job in page:
-                attempts = by_row.get(job.key, ())
-                latest = latest_start(attempts)
-                if latest is not None and latest.phase is RecordPhase.ENDED:
-                    state, count = await self._judge(job, latest), kickoffs_of(attempts)
-                    if not self._starts_again(job, state, count=count, before=count, owed=owed_to(attempts)):
-                        continue
-                if self.throttle.stopped is None or (latest is not None and latest.phase is RecordPhase.STARTED):
-                    yield job, attempts
-            if is_new and self.throttle.stopped is not None:
+                work = _Work(job, rows[job.key])
+                if self._is_over(work.row):
+                    continue
+                if work.row.state in PREPARING:
+                    later.append(work)
+                elif self.throttle.stopped is None or work.row.state is AttemptState.STARTED:
+                    yield work
+            if self.throttle.stopped is not None and hold.batch.passes == 1:
                 return
+        self.is_whole = True
+        for work in later:
+            yield work
 
-    def _has_nothing_to_do(self, state: RowState) -> bool:
-        """Whether this call has surely nothing to do for a row in this state."""
-        if state in (RowState.UNCERTAIN, RowState.CONFLICT):
+    def _is_over(self, row: Row) -> bool:
+        """Return whether this call has nothing to do for a row, and note a row that needs a person."""
+        if row.state is AttemptState.UNCERTAIN:
+            self._on_end(RowEnd(row.row_key, "uncertain", is_new=False))
             return True
-        retries = self._options.retries or self._options.retry_failed
-        return state.is_final and not self._judge_again and (state is RowState.COMPLETED or not retries)
+        if row.is_conflict:
+            kind = IdempotencyConflictError.__name__
+            self._on_end(RowEnd(row.row_key, "conflict", kind, kickoff_id=row.kickoff_id, is_new=False))
+        return row.state is AttemptState.COMPLETED
 
-    async def _run_row(self, job: RowJob, attempts: Sequence[RunRecord]) -> None:
+    async def _run_row(self, work: _Work) -> None:
         """Bring one row to its end. If the batch stops before, the row is left without an end."""
-        try:
-            async with self._turns.of(job):
-                end = await self._to_its_end(job, attempts)
-        finally:
-            self.throttle.left(job.key)
-        if end is not None:
+        session = work.job.inputs.session
+        if session is None:
+            await self._to_its_end(work)
+        else:
+            # One after the other, in the order of the data set.
+            before, own = self._turns.get(session), asyncio.Event()
+            self._turns[session] = own
+            try:
+                if before is not None:
+                    await before.wait()
+                async with self._places:
+                    await self._to_its_end(work)
+            finally:
+                own.set()
+                if self._turns.get(session) is own:
+                    del self._turns[session]
+        if (end := work.end) is None:
+            return
+        if session is not None and end.is_unfinished:
+            self._blocked.add(session)
+        if end.is_new:
             self._ended += 1
-            is_blocked = end[1] == SessionBlockedError.__name__  # one session must not stop the batch
-            self._failed += end[0] is not RowState.COMPLETED and not is_blocked
+            is_blocked = end.kind == SessionBlockedError.__name__  # one session must not stop the batch
+            self._failed += end.state != "completed" and not is_blocked
             if reason := self._options.why_stop(self._failed, self._ended):
                 self.stop(reason)
-            self._on_end(end[1])
+        self._on_end(end)
 
-    async def _wait_for_left_out(self, record: RunRecord) -> None:
-        """Wait for a run whose row no call runs any more, so that the rows of its session can go on."""
-        inputs = self.session.crew.take(Inputs.of({}), session=record.session)
-        job = RowJob(-1, self.ledger.row_key(record.idempotency_key), inputs)
-        async with self._turns.of(job):
-            try:
-                await self.throttle.take_slot(job.key)
-                await self._wait(job, record, first_look=True, counts=False)
-            finally:
-                self.throttle.left(job.key)
+    async def _to_its_end(self, work: _Work) -> None:
+        """Find or start a row's run and wait for it, then retry as often as allowed; set the end of the last run.
 
-    async def _to_its_end(self, job: RowJob, attempts: Sequence[RunRecord]) -> RowEnd | None:
-        """Find or start a row's run and wait for it, then retry as often as allowed; return the end of the last run.
-
-        None if there is no end, since the batch starts nothing more or the token was refused.
+        There is no end if the batch starts nothing more or the token was refused.
         """
-        before = count = kickoffs_of(attempts)
-        owed, record, place, end = owed_to(attempts), latest_start(attempts), None, None
-        if record is not None and record.crew_url != self.session.crew.url:
-            record = None
-        if record is not None and record.phase is not RecordPhase.STARTED:
-            record, place = None, self._place(job, record, state_of(record))
-        is_found = record is not None
+        row, job = work.row, work.job
+        if row.state is AttemptState.STARTED and row.attempt_id is not None:
+            work.found = await in_store(attempts.get, row.attempt_id)
         while True:
-            if record is None:
-                if (blocked := self._turns.blocked(job)) is not None:
-                    return await self._no_run(job, blocked)
-                if not await self.throttle.admit(job.key):
-                    return end
-                owner = str(uuid4())
-                start = await self._kick_off(job, place, owner)
-                if start is None:
-                    self.throttle.left(job.key)
+            attempt, is_found = work.found, work.found is not None
+            if attempt is None:
+                if job.inputs.session in self._blocked:
+                    advice = "The same call goes on with it."
+                    reason = "an earlier row of it has no end in this call"
+                    self._without_run(
+                        work,
+                        SessionBlockedError(
+                            session=str(job.inputs.session), turn=0, run=job.key, reason=reason, advice=advice
+                        ),
+                    )
+                    return
+                if not await self.throttle.admit():
+                    return
+                decision = await self._kick_off(work)
+                if decision is None:
+                    if work.is_over:
+                        return
                     continue
-                if not isinstance(start, RunRecord):
-                    return start
-                record, is_found = start, start.owner != owner
-                count += not is_found
-            else:
-                await self.throttle.take_slot(job.key)
-            end = await self._wait(job, record, first_look=is_found)
+                attempt, is_found = decision.attempt, decision.step not in STARTS
+            assert attempt is not None  # noqa: S101  a run has one
+            work.tries += 1
+            if attempt.ended_at is not None:
+                if work.end is None:
+                    work.end = RowEnd(
+                        job.key, str(attempt.state), error=attempt.error, kickoff_id=attempt.first_id, is_new=False
+                    )
+                return
+            end = await self._wait(job, attempt, is_found=is_found)
+            work.found = None
             if end is None:
-                return None
-            state, _ = end
-            if state is RowState.COMPLETED:
+                return
+            work.end = end
+            if end.state == "completed":
                 self.throttle.completed()
-            if not self._starts_again(job, state, count=count, before=before, owed=owed):
-                return end
-            self.throttle.left(job.key)
-            record, place = None, self._place(job, record, state)
+            elif end.error is not None:
+                self.throttle.failed(end.error)
+            is_retried = end.state in ("failed", "stopped") and work.tries <= self._options.retries
+            if not is_retried or self.throttle.stopped is not None:
+                return
 
-    def _place(self, job: RowJob, record: RunRecord, state: RowState) -> str | None:
-        """Return the name of a forced start after this attempt, None if the start needs no force."""
-        is_corrected = state in CORRECTABLE and record.inputs_digest != job.inputs.digest
-        return f"{self.ledger.batch}/{job.key}/{record.attempt}" if state in FORCED or is_corrected else None
+    def _request(self, work: _Work | None, job: RowJob) -> RunRequest:
+        crew = self.session.crew
+        if work is not None and self._options.is_asked_for(job.key):
+            crew = replace(crew, max_attempts=max(crew.max_attempts, (work.row.number or 0) + 1))
+        row = BatchRow(self.hold.name, job.key, self.hold.owner)
+        return RunRequest(crew, job.inputs, self._run_options, row=row, settings=self._settings)
 
-    def _starts_again(self, job: RowJob, state: RowState, *, count: int, before: int, owed: int) -> bool:
-        most = self.session.crew.max_attempts
-        return self.throttle.stopped is None and self._options.starts_again(
-            state, job.key, count=count, before=before, most=most, owed=owed
-        )
+    async def _kick_off(self, work: _Work) -> Decision | None:
+        """Start a row's run, or find the run that it has. None: `work.end` says why there is none, or the row is tried
+        again."""
+        key, nonce, throttle = row_key(self.hold.name, work.job.key), Nonce(), self.throttle
+        identity, is_under_way = replace(self._identity, idempotency_key=key, nonce=nonce), True
 
-    def _request(self, job: RowJob, *, force_new: bool = False) -> RunRequest:
-        options = self._run_options.model_copy(update={"force_new": True}) if force_new else self._run_options
-        return RunRequest(self.session.crew, job.inputs, options, is_row=True, settings=self._settings)
+        def leave() -> None:
+            nonlocal is_under_way
+            if is_under_way:
+                is_under_way = False
+                throttle.leave()
 
-    async def _kick_off(self, job: RowJob, place: str | None, owner: str) -> RunRecord | RowEnd | None:
-        """Start a row's run, or find the run that it has; None if surely no run started, and a new try is allowed.
-
-        With a `place`, which identifies it, the start is forced; None starts only where the record allows it. The
-        record of a run that this call starts has `owner`.
-        """
-        flow_run_id, flow_run_count = self._flow_run
-        identity = RunIdentity(
-            idempotency_key=self.ledger.idempotency_key(job.key),
-            place=place or self.ledger.batch,
-            caller=Caller(owner=owner, flow_run_id=flow_run_id, flow_run_count=flow_run_count),
-        )
-        request = self._request(job, force_new=place is not None)
-        may_get_room, record, turn = self._may_get_room(), None, None
+        early = asyncio.get_running_loop().call_later(HELD_UP_AFTER, lambda: None if nonce.has_sent else leave())
+        may_get_room = self._may_get_room()
         try:
-            _, record = await start_run(request, identity, self.ledger, self.session)
-        except LedgerError:
-            raise
-        except EarlierTurnError as earlier:
-            turn = earlier.turn
-        except asyncio.CancelledError:
-            if self.throttle.slots is not None:
-                self.throttle.slots.leave(job.key)  # its kickoff may have been accepted
+            decision = await start_run(self._request(work, work.job), identity, self.session)
+        except (StoreError, BatchBusyError):
             raise
         except BudgetExceededError as error:
             # Also if the last other row has ended since the budget was read: its room is free only now.
             if (may_get_room or self._may_get_room()) and error.measure != "kickoffs":
-                self.throttle.refused(error)
+                throttle.refused(error)
             else:
-                note_exceeded(error, self.session.crew)
                 self.stop(str(error))
             return None
         except CrewError as error:
-            return await self._no_run(job, error)
-        except PREFECT_ERRORS as error:
-            self.throttle.refused(prefect_error(error, "A budget or a session could not be read, so rows wait."))
+            self._without_run(work, error)
             return None
         finally:
-            self.throttle.leave()
-        if turn is not None:
-            return await self._after_turn(job, turn, identity.caller)
-        if record is not None and record.owner == owner:
-            self.throttle.accepted()
-        return record
-
-    async def _after_turn(self, job: RowJob, turn: Turn, caller: Caller) -> RowEnd | None:
-        """Wait until an earlier turn of a row's session is over; return the row's end if that cannot be waited for."""
-        self.throttle.left(job.key)
-        try:
-            await self._turns.wait(job, turn, caller, self.policy)
-        except CrewError as error:
-            return await self._no_run(job, error)
-        except PREFECT_ERRORS as error:
-            self.throttle.refused(prefect_error(error, "A session could not be read, so its rows wait."))
-        return None
+            early.cancel()
+            leave()
+        if decision.step in STARTS:
+            throttle.accepted()
+        return decision
 
     def _may_get_room(self) -> bool:
         """Return whether other rows, in flight or being kicked off, may use less of a budget than their estimates."""
         return bool(self.waiting) or self.throttle.under_way > 1
 
-    async def _no_run(self, job: RowJob, error: CrewError) -> RowEnd | None:
-        """Return the end of a row whose kickoff gave no run.
+    def _without_run(self, work: _Work, error: CrewError) -> None:
+        """Set the end of a row whose kickoff gave no run, unless this call tries it again or leaves it for a later one.
 
-        Return None if this call tries the row again, or leaves it for a later call.
+        Raises:
+            ConfigurationError: The settings are wrong, so that no row can start.
         """
+        throttle = self.throttle
+        if type(error) is ConfigurationError:
+            raise error
         if isinstance(error, FlowRunCancelledError):
-            self.throttle.stop(str(error))
-            return None
-        is_refused_token, is_first = isinstance(error, AuthenticationError), self.throttle.stopped is None
-        if is_refused_token:
-            self.throttle.stop(str(error))  # before the next await: other kickoffs under way are refused as well
-            if not is_first:
-                return None
-        if isinstance(error, KickoffUncertainError):
-            self.throttle.kickoffs += 1
-            if self.throttle.slots is not None:
-                self.throttle.slots.leave(job.key)
-        elif kickoff_fate(error) is KickoffFate.RETRY:
-            self.throttle.refused(error)
-            return None
-        attempts = await self.ledger.attempts(self.ledger.idempotency_key(job.key))
-        end = await self._without_result(job, attempts[-1] if attempts else None, error)
-        if is_refused_token:
+            throttle.stop(str(error))
+            return
+        if isinstance(error, AuthenticationError):
+            # Other kickoffs under way are refused as well: the first one counts.
+            if throttle.stopped is None:
+                self._set_end(work, error, "not-started")
             self.stop(str(error), shut=True)
-        return end
-
-    async def _wait(self, job: RowJob, record: RunRecord, *, first_look: bool, counts: bool = True) -> RowEnd | None:
-        """Wait for a run and return its end; None if the token is refused, which leaves the run in flight.
-        `counts`: whether a failure is one of the failures in a row that stop the batch."""
-        is_judged = is_lost = False
-        if record.phase is not RecordPhase.ENDED:
-            self.waiting[job.key] = record
-            self.throttle.wait_for(len(self.waiting))
-            try:
-                if record.error is not None:
-                    # An earlier call noted this error and left the run. This call waits for the run again.
-                    record.error = None
-                    record.reason = record.reason if record.reason == STOPPED_WITH_BATCH else None
-                    await self.ledger.save(record)
-                await self._poll(job, record, first_look=first_look)
-                is_judged = True
-            except LedgerError:
-                raise
-            except AuthenticationError as error:
-                self.stop(str(error), shut=True)
-                return None
-            except CrewError as error:
-                is_lost = isinstance(error, CrewLostError)
-                if record.ended_at is None:
-                    return await self._without_result(job, record, error, counts=counts)
-            finally:
-                if self.throttle.slots is not None and not is_lost and record.ended_at is None:
-                    self.throttle.slots.leave(job.key)  # the run is in flight, as after a wait that timed out
-                del self.waiting[job.key]
-                self.throttle.wait_for(len(self.waiting))
-        state = state_of(record) if is_judged else await self._judge(job, record)
-        if counts and state is not RowState.COMPLETED and record.reason != STOPPED_WITH_BATCH:
-            self.throttle.failed(record.error or "the crew gave no reason")
-        return state, RETRYABLE.get(state)
-
-    async def _judge(self, job: RowJob, record: RunRecord) -> RowState:
-        """Return the state of a row whose run has ended, and save whether its result fits `output_type`.
-
-        The masks of a result may be the reason why it fits or does not: such a row stays in its state.
-        """
-        kind = self._options.output_type
-        if record.state is CrewState.COMPLETED and (kind is None or not is_masked(record.result)):
-            run = LiveRun(self.session, str(record.kickoff_id), record, self._request(job))
-            if (error := misfit(run, record, kind)) != record.error:
-                record.error = error
-                await self.ledger.save(record)
-        return state_of(record)
-
-    async def _without_result(
-        self, job: RowJob, record: RunRecord | None, error: CrewError, *, counts: bool = True
-    ) -> RowEnd:
-        """Return the end of a row without a result, and write the reason to the ledger."""
-        if counts and not isinstance(error, SessionBlockedError):  # one session must not stop the batch
-            self.throttle.failed(str(error))
-        if isinstance(error, KickoffUncertainError):
-            return RowState.UNCERTAIN, None
-        kind = type(error).__name__
-        if isinstance(error, IdempotencyConflictError):
-            await self.ledger.note_conflict(job.key)
-            return RowState.CONFLICT, kind
-        is_over = record is not None and record.phase in (RecordPhase.NOT_STARTED, RecordPhase.ENDED)
-        if record is None or not (is_over or job.key in self.waiting):
-            return RowState.NOT_STARTED, kind
-        if record.error is None:
-            is_lost = isinstance(error, CrewLostError)
-            record.error = (explain_lost(error, job.key, self.ledger.batch) if is_lost else str(error))[:ERROR_CAP]
-            record.reason = kind if is_lost else record.reason or kind
-            await self.ledger.save(record)
-        return state_of(record), kind
-
-    # The wait for the run of a row: the loop of `runs.polling`, and around it only what the record needs.
-
-    async def _poll(self, job: RowJob, record: RunRecord, *, first_look: bool) -> None:
-        """Wait until a run has ended, and write its end. `first_look`: poll at once. Raises the errors of `poll`."""
-        kickoff_id, phases = str(record.kickoff_id), Phases.of(record)
-        crew = self.session.crew
-        # A row that was started with other secrets may repeat them, and nobody knows them here.
-        mark = secret_mark(crew.token.get_secret_value(), job.inputs.encoded, job.inputs.secret_names)
-        is_found, request = first_look and record.secret_mark != mark, self._request(job)
-        run = LiveRun(self.session, kickoff_id, record, request, records=self.ledger, owned=True, is_found=is_found)
-        with withholding(run.redact_text):
-            async with waker_for(record.idempotency_key, crew.url) if record.has_webhooks else nullcontext() as waker:
-                status = await poll(
-                    lambda: read_status(run),
-                    was_alive=first_look,
-                    kickoff_id=kickoff_id,
-                    crew=record.crew,
-                    policy=self.policy,
-                    phases=phases,
-                    watcher=_RowWatcher(self, run, record, waker),
-                    first_look=first_look,
-                )
-                status = status if waker is None else await waker.with_usage(status, run.current_id)
-        end = end_of_row(run, record, status, phases.human_seconds, self._options.output_type)
-        if record.phase is RecordPhase.ENDED:  # our stop has closed it, and the status has more facts about the end
-            for name, value in end.items():
-                setattr(record, name, value)
-            await self.ledger.save(record)
+        elif isinstance(error, KickoffUncertainError):
+            throttle.kickoffs += error.__cause__ is not None  # else a process that has died sent it
+            self._set_end(work, error, "uncertain")
+        elif kickoff_fate(error) is KickoffFate.RETRY:
+            throttle.refused(error)
+        elif isinstance(error, IdempotencyConflictError):
+            self._set_end(work, error, "conflict")
         else:
-            await close_run(record, self.ledger, end)
-        if status.state is CrewState.COMPLETED and self.first_poll is not None:
-            self.first_poll.add(record)
+            self._set_end(work, error, "not-started")
 
-    async def stop_runs(self, reason: str) -> None:
-        """Ask the crew's server once for each run in flight to stop it."""
-        stopped = await asyncio.gather(*(self.stop_run(record, reason) for record in self.waiting.values()))
-        failed = len(stopped) - sum(stopped)
-        run_logger().info("Stop requested for %d runs, %d could not be stopped.", len(stopped), failed)
+    def _set_end(self, work: _Work, error: CrewError, state: str) -> None:
+        kind = None if state == "uncertain" else type(error).__name__
+        work.end, work.is_over = RowEnd(work.job.key, state, kind, str(error)), True
+        if not isinstance(error, SessionBlockedError):  # one session must not stop the batch
+            self.throttle.failed(str(error))
 
-    async def stop_run(self, record: RunRecord, reason: str | None = None) -> bool:
-        """Ask the crew's server to stop a run, write the outcome, and return whether the server accepted it."""
+    # The wait for a row's run
+
+    async def _wait(self, job: RowJob, attempt: Attempt, *, is_found: bool) -> RowEnd | None:
+        """Wait for a run and return its end; None if the token is refused, which leaves the run in flight."""
+        run = LiveRun(
+            self.session,
+            str(attempt.first_id),
+            attempt,
+            self._request(None, job),
+            owned=not is_found,
+            is_found=is_found,
+        )
+        self.waiting[job.key] = run
+        self.throttle.wait_for(len(self.waiting))
         try:
-            return await stop_row(self.session, record, reason, self.ledger)
+            with withholding(run.redact_text):
+                status = await self._poll(run)
+        except StoreError:
+            raise
+        except AuthenticationError as error:
+            self.stop(str(error), shut=True)
+            return None
         except CrewError as error:
-            self.log_seldom("stop", "Run %s could not be stopped: %s", record.kickoff_id, error)
-            return False
+            return RowEnd(job.key, "unfinished", type(error).__name__, str(error), run.kickoff_id)
+        finally:
+            del self.waiting[job.key]
+            self.throttle.wait_for(len(self.waiting))
+        return self._judge(job, run, status)
+
+    async def _poll(self, run: LiveRun) -> CrewStatus:
+        """Wait until a run has ended, and write its end. Raises the errors of `poll`."""
+        attempt = run.attempt
+        assert attempt is not None  # noqa: S101  a row's run has one
+        async with AsyncExitStack() as stack:
+            news = await stack.enter_async_context(news_of(attempt.id)) if run.has_webhooks else None
+            watcher = _RowWatcher(self, run, news)
+            if run.is_found and run.crew.concurrency_limit is not None:
+                await watcher.hold_slot()
+            status = await poll(
+                lambda: read_status(run),
+                **run.names,
+                policy=self.policy,
+                phases=watcher.phases,
+                watcher=watcher,
+                first_look=run.is_found,
+                was_alive=run.is_found,
+            )
+            if status.usage is None and news is not None:
+                status = status.model_copy(update={"usage": news.usage})
+        await write_end(run, status)
+        if status.state is CrewState.COMPLETED and self.first_poll is not None:
+            ended = run.attempt
+            seen_after = ended.ended_at - ended.started_at if ended and ended.ended_at and ended.started_at else None
+            self.first_poll.add(status.execution_time, seen_after)
+        return status
+
+    def _judge(self, job: RowJob, run: LiveRun, status: CrewStatus) -> RowEnd:
+        """Return the end of a row by the last status of its run."""
+        end = partial(RowEnd, job.key, kickoff_id=run.kickoff_id)
+        if status.state is not CrewState.COMPLETED:
+            failed = status.state is CrewState.FAILED
+            error = run.redact_text(status.error or "The crew gave no reason.")
+            kind = (CrewFailedError if failed else CrewStoppedError).__name__
+            return end(state="failed" if failed else "stopped", kind=kind, error=error)
+        if run.attempt is not None and run.attempt.inputs_digest != job.inputs.digest:
+            return end(state="conflict", kind=IdempotencyConflictError.__name__)
+        try:
+            parse_data(status.result(), self._options.output_type, run=run)
+        except OutputTypeError as error:
+            text = MISFIT_WITHOUT_REASONS if job.inputs.secret_names else str(error)
+            return end(state="invalid-output", kind=OutputTypeError.__name__, error=text)
+        return end(state="completed")
 
     def log_seldom(self, kind: str, message: str, *args: object) -> None:
         """Log a warning, but not again for a minute."""
@@ -555,11 +551,11 @@ class Runner:
 class _RowWatcher(Watcher):
     """Acts on each poll of one row's run."""
 
-    def __init__(self, runner: Runner, run: LiveRun, record: RunRecord, waker: Waker | None) -> None:
+    def __init__(self, runner: Runner, run: LiveRun, news: Subscription | None) -> None:
+        self.phases = Phases.of(run.attempt)
         self._runner = runner
         self._run = run
-        self._record = record
-        self._waker = waker
+        self._news = news
         self._people: People | None = None
         self._first_pause = 0.0 if runner.first_poll is None else runner.first_poll.seconds
 
@@ -567,116 +563,66 @@ class _RowWatcher(Watcher):
     def people(self) -> People:
         """The part that waits for people. Most rows ask nobody, so it is made when it is needed."""
         if self._people is None:
-            runner = self._runner
-            self._people = People(
-                self._run,
-                runner.policy,
-                None,
-                stop=lambda: runner.stop_run(self._record),
-                waker=self._waker,
-                quiet=True,
-            )
+            self._people = People(self._run, self._runner.policy, None, stop=self._stop, news=self._news, quiet=True)
         return self._people
 
+    async def _stop(self) -> bool:
+        return await self._runner.stop_run(self._run, TIMEOUT)
+
     async def on_status(self, status: CrewStatus) -> None:
-        runner, record = self._runner, self._record
-        self._run.notify(status)
+        runner, run = self._runner, self._run
+        run.notify(status)
         if status.state is CrewState.WAITING:
-            task = record.human_task
             await self.people.see_status(status)
-            if record.human_task != task:
-                await runner.ledger.save(record)
+            await self.people.answer()
             runner.log_seldom(
                 "person",
-                "Row %r of batch %s waits for a person: task %s of run %s. prefect-crew reviews ls lists all that do.",
-                runner.ledger.row_key(record.idempotency_key),
-                runner.ledger.batch,
-                record.human_task,
-                record.kickoff_id,
+                "A row of batch %s waits for a person: run %s. prefect-crew reviews ls lists all that do.",
+                *(runner.hold.name, run.kickoff_id),
             )
         elif status.state.ended:
-            if record.human_since is not None:
-                emit("resumed", record)  # the crew went on and ended between two polls
-            if record.human_since is not None or self._people is not None:
+            if self._people is not None or self.phases.human_seconds:
                 await self.people.aclose(ended=True)
         elif self._people is not None:
             await self._people.see_status(status)
 
     async def pause(self, seconds: float) -> bool:
-        return await (super().pause if self._waker is None else self._waker.pause)(seconds)
+        pause = super().pause if self._news is None else self._news.pause
+        return await (pause(seconds) if self._people is None else self._people.pause(pause, seconds))
 
     def next_pause(self, delay: float) -> float:
         first, self._first_pause = self._first_pause, 0.0
-        return max(delay, first)
+        delay = max(delay, first)
+        return delay if self._people is None else self._people.next_pause(delay)
+
+    def has_answered(self) -> bool:
+        return self._people is not None and self._people.has_answered()
 
     async def more_time(self) -> float:
         return await self.people.more_time()
 
     async def stop(self, phase: str) -> bool:
-        return self._runner.policy.stops(phase) and await self._runner.stop_run(self._record)
+        return self._runner.policy.stops(phase) and await self._stop()
 
     async def on_human_wait(self, phases: Phases) -> None:
-        phases.note_in(self._record)
-        await self._runner.ledger.save(self._record)
-        if phases.human_since is None:
-            emit("resumed", self._record)
+        await self.hold_slot(is_human=phases.human_since is not None)
+        if phases.human_since is None and self._run.attempt is not None:
+            emit("resumed", self._run.attempt)
+
+    async def hold_slot(self, *, is_human: bool | None = None) -> None:
+        """Say that this call waits for the run, and whether the run waits for a person."""
+        policy, run = self._runner.policy, self._run
+        limit = policy.human_timeout if is_human else policy.timeout
+        if run.attempt is not None:
+            seconds = UNLIMITED if limit is None else limit
+            run.attempt = await in_store(attempts.waited_for, run.attempt, seconds, is_human=is_human) or run.attempt
 
     async def on_unknown(self, seconds: float) -> None:
         text = "Run %s is not known to its server now. Such runs are polled for %g s."
-        self._runner.log_seldom("unknown", text, self._record.kickoff_id, seconds)
+        self._runner.log_seldom("unknown", text, self._run.kickoff_id, seconds)
 
     async def on_error(self, error: CrewError) -> None:
         self._runner.log_seldom("trouble", "%s The runs may be fine; they are polled again.", error)
-
-
-async def stop_row(session: CrewSession, record: RunRecord, reason: str | None, ledger: Ledger) -> bool:
-    """Ask the crew's server to stop a run of a row, write the outcome, and return whether the server accepted it.
-
-    `reason` stays in the record unless the server surely did not accept. Raises CrewError.
-    """
-
-    async def note(why: str | None) -> None:
-        if reason is not None and record.reason != why:
-            record.reason = why
-            await ledger.save(record)
-
-    before = record.reason
-    # First: a poll may see the end before the answer comes, or the answer may be lost. The end then has this reason.
-    await note(reason)
-    try:
-        newest = await newest_id(record, ledger)
-        answer = await session.call(lambda client: client.stop(newest))
-    except CrewError as error:
-        if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
-            await note(before)
-        raise
-    if reason is not None and not answer.accepted:
-        await note(before)
-    else:
-        await close_stopped(session.client, session.crew, record, answer, ledger)
-    return answer.accepted
-
-
-async def _tick_during(rows: asyncio.Future[None], tick: Callable[[], Awaitable[None]], own: str | None) -> None:
-    """Call `tick` about once a second until the rows have ended.
-
-    Return earlier if the flow run `own` is cancelled, or if its crew worker has ended its coroutine: the caller then
-    has to end the rows. The end of the rows cuts off a `tick` that takes long. Raises the errors of the rows, else of
-    `tick`.
-    """
-
-    async def look() -> None:
-        held = held_flow_run.get()
-        while not (await is_cancelled(own, every=LOOK_EVERY) or (held is not None and held.is_left)):
-            await asyncio.sleep(TICK)
-            await tick()
-
-    looking = asyncio.ensure_future(look())
-    try:
-        await asyncio.wait((rows, looking), return_when=asyncio.FIRST_COMPLETED)
-        (rows if rows.done() else looking).result()
-    finally:
-        await cancel_and_wait(looking)
 
 
 async def _is_flow_run_cancelled(own: str | None) -> bool:
@@ -686,7 +632,7 @@ async def _is_flow_run_cancelled(own: str | None) -> bool:
         return False
 
 
-async def _is_done_within(seconds: float, work: Awaitable[None]) -> bool:
+async def _is_done_within(seconds: float, work: Awaitable[Any]) -> bool:
     with suppress(TimeoutError):
         await asyncio.wait_for(work, seconds)
         return True

@@ -17,7 +17,6 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.batches.database import lock_key
 from prefect_crew.batches.dataset import PART, Dataset, Spool, error_text, shown_address
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError
@@ -103,7 +102,9 @@ class SqlDatabase:
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
         if not is_there(connection, table):
             if self.kind == "postgresql":  # of two that make the table at once, the second waits, and has it
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock_key(f"prefect-crew/{table}"))))
+                connection.execute(
+                    sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"prefect-crew/{table}", 0)))
+                )
             table.create(connection, checkfirst=True)
         inspector, place = sa.inspect(connection), (table.name, table.schema)
         there = [str(column["name"]) for column in inspector.get_columns(*place)]
@@ -130,7 +131,7 @@ class SqlDatabase:
 
 
 async def open_query(address: str, render: Callable[[str], str] = str) -> Dataset:
-    """Return the rows of a query as a data set. `render` completes the text of the query. The digest is of the rows.
+    """Return the rows of a query as a data set. `render` completes the text of the query.
 
     The query runs when the rows are first read, once. A second read reads the temporary file, so it does not matter
     whether the query has an order. The query is a text for the driver as it is, and its transaction is rolled back.
@@ -164,7 +165,7 @@ async def open_query(address: str, render: Callable[[str], str] = str) -> Datase
         database.run(read, lambda problem: DatasetError(f"cannot be read: {problem}.", source=name))
 
     spool = Spool(name, fetch)
-    return Dataset(name, spool.rows, f"{SQL}{block}?query={quote(query)}", digest=spool.digest)
+    return Dataset(name, spool.rows, f"{SQL}{block}?query={quote(query)}")
 
 
 def table_of(place: str, columns: Mapping[str, sa.types.TypeEngine[Any]]) -> sa.Table:

@@ -8,15 +8,12 @@ from collections import deque
 from contextlib import suppress
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client._transport import Answer, Call
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewError, RateLimitedError, ServerError
-from prefect_crew.records.model import RunRecord
-from prefect_crew.runs.limits import SlotPool, most_at_once
 
 REFUSED_PAUSE = 5.0
 """Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
@@ -28,18 +25,15 @@ REQUESTS_AT_ONCE = 256
 """Status calls at a time, and likewise stops: where answers take 0.2 s, 256 are 1,280 polls a second."""
 
 
-async def rows_at_once(crew: Crew, options: BatchOptions) -> int:
-    """Return how many rows may be in flight at once.
-
-    Raises ConfigurationError if the crew's limit does not exist, or is below `max_in_flight`.
-    """
-    most, limit = options.max_in_flight, await most_at_once(crew)
+def rows_at_once(crew: Crew, options: BatchOptions) -> int:
+    """Return how many rows may be in flight at once. Raises ConfigurationError if the crew's limit is lower."""
+    most, limit = options.max_in_flight, crew.concurrency_limit
     if limit is None:
         return most or IN_FLIGHT
     if most is not None and most > limit:
         raise ConfigurationError(
-            f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight "
-            f"(concurrency limit {crew.concurrency_limit!r}). Set max_in_flight to {limit} or less."
+            f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight (concurrency_limit). "
+            f"Nothing was started. Set max_in_flight to {limit} or less."
         )
     return most or min(IN_FLIGHT, limit)
 
@@ -54,7 +48,6 @@ class Throttle:
     - After a refused kickoff the batch pauses for the time that the server names, or for 5 seconds. The end of a run
       ends the pause early, since a server or a budget that was full then has room. After 10 minutes of refusals with
       nothing in flight the batch stops.
-    - A row takes a slot of the crew's limit, where the crew has one.
     - After `breaker` failed rows in a row the batch stops.
 
     Attributes:
@@ -62,16 +55,12 @@ class Throttle:
         kickoffs: Kickoffs that all calls have sent, or may have sent.
         under_way: Kickoffs under way.
         in_flight: Runs in flight.
-        slots: The slots of the crew's limit, None if it has none.
-        waits_for_slot: Whether the next row waits for a slot of the crew's limit.
     """
 
     def __init__(self, options: BatchOptions) -> None:
         self.stopped: str | None = None
         self.kickoffs = 0
         self.under_way = self.in_flight = 0
-        self.waits_for_slot = self._has_waited = False
-        self.slots: SlotPool | None = None
         self.kickoffs_at_once = options.kickoffs_at_once
         self._options = options
         self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
@@ -83,50 +72,21 @@ class Throttle:
         self._queue = asyncio.Lock()
         self._changed = asyncio.Event()
 
-    async def admit(self, row: str) -> bool:
+    async def admit(self) -> bool:
         """Wait until the run of a row may be kicked off, first come, first served.
 
         Return True, after which the caller has to call `leave`, or False if the batch kicks off nothing more.
         """
         async with self._queue:
-            try:
-                while self.stopped is None:
-                    if (seconds := self._seconds_to_wait()) <= 0:
-                        if await self._has_slot(row):
-                            break
-                        seconds = SlotPool.pause()
-                    self._changed.clear()
-                    await _wait(self._changed, seconds)
-            finally:
-                self.waits_for_slot = False
+            while self.stopped is None and (seconds := self._seconds_to_wait()) > 0:
+                self._changed.clear()
+                await _wait(self._changed, seconds)
             if self.stopped is not None:
                 return False
             self.under_way += 1
             now, next_one = asyncio.get_running_loop().time(), self._next_kickoff
             self._next_kickoff = (next_one if now - next_one < self._interval else now) + self._interval
             return True
-
-    async def _has_slot(self, row: str) -> bool:
-        """Return whether a row has a slot of the crew's limit, and may be kicked off now."""
-        if self.slots is None:
-            return True
-        try:
-            has_slot = await self.slots.take(row)
-        except ConfigurationError as error:
-            self.stop(str(error))
-            return False
-        except PREFECT_ERRORS as error:
-            run_logger().debug("The Prefect server could not be asked for a slot: %s", error)
-            has_slot = False
-        if not has_slot and not self._has_waited:
-            self._has_waited = True
-            run_logger().info("The batch waits for a slot of the crew's concurrency limit.")
-        self.waits_for_slot = not has_slot
-        # In the meantime another row may have stopped the batch, or made it wait.
-        may_go = has_slot and self.stopped is None and self._seconds_to_wait() <= 0
-        if not may_go:
-            self.slots.give_back(row)  # others need it while the batch waits
-        return may_go
 
     def _seconds_to_wait(self) -> float:
         """Return the seconds until the next kickoff, infinity if the wait lasts until something changes."""
@@ -212,18 +172,6 @@ class Throttle:
         if self._options.breaker is not None and self._failed_in_a_row >= self._options.breaker:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
 
-    async def take_slot(self, row: str) -> None:
-        """Take a slot for a row in flight, which goes on without one if that fails."""
-        if self.slots is not None:
-            with suppress(*PREFECT_ERRORS, ConfigurationError):
-                await self.slots.take(row)
-
-    def left(self, row: str) -> None:
-        """Note that a row has ended, or is left, so that its slot is free."""
-        if self.slots is not None:
-            self.slots.give_back(row)
-            self._changed.set()
-
 
 class FirstPoll:
     """The time of a run's first poll, in `seconds`: the fastest tenth of runs took so long; 0 while none has ended."""
@@ -233,12 +181,11 @@ class FirstPoll:
         self._times: deque[float] = deque(maxlen=200)
         self._count = 0
 
-    def add(self, record: RunRecord) -> None:
+    def add(self, took: float | None, seen_after: float | None) -> None:
         """Add the execution time of a completed run or, if the server gives none, the time until we saw its end."""
-        took = None if record.result is None else record.result.execution_time
-        if took is None and record.ended_at is not None and record.kicked_off_at is not None:
+        if took is None and seen_after is not None:
             # We saw the end up to a pause too late. A tenth less each time approaches the truth from above.
-            took = 0.9 * (record.ended_at - record.kicked_off_at).total_seconds()
+            took = 0.9 * seen_after
         if took is None:
             return
         self._times.append(took)

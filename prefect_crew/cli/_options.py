@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prefect_crew.blocks import DeployedCrew
     from prefect_crew.client._client import CrewClient
     from prefect_crew.crew import Crew, WaitPolicy
-    from prefect_crew.records.model import RunRecord
+    from prefect_crew.store.decision import Attempt
 
 
 CrewName = Annotated[str, Parameter(name="CREW", help="The name of a stored crew, or the crew's URL.")]
@@ -147,45 +147,45 @@ class CrewAccess:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class CrewOfRun(CrewAccess):
-    """The crew of a run on record: the crew of --crew, else the stored crew."""
+    """The crew of a run: the crew of --crew, else the stored crew."""
 
     crew: Annotated[
         str | None, Parameter(help="The run's crew, if it is not stored: its URL, or the name of another.")
     ] = None
 
-    async def find(self, record: RunRecord) -> Crew | None:
+    async def find(self, attempt: Attempt) -> Crew | None:
         """Return the crew of a run. Without --crew: None if no stored crew has its name and URL.
 
         Raises:
             ConfigurationError: The crew of --crew is not the crew of the run.
         """
         try:
-            loaded_crew = await self.load(self.crew or record.crew)
+            loaded_crew = await self.load(self.crew or attempt.crew)
         except ConfigurationError:
             if self.crew is not None:
                 raise
             return None
-        if loaded_crew.url == record.crew_url:
+        if loaded_crew.url == attempt.crew_url:
             return loaded_crew
         if self.crew is None:
             return None
         raise ConfigurationError(
-            f"Run {record.idempotency_key!r} is of the crew at {record.crew_url}, not of {loaded_crew.url}. Give "
+            f"Run {attempt.key!r} is of the crew at {attempt.crew_url}, not of {loaded_crew.url}. Give "
             "--crew with the URL of the run."
         )
 
-    async def need(self, record: RunRecord) -> Crew:
+    async def need(self, attempt: Attempt) -> Crew:
         """Return the crew of a run. Raises ConfigurationError if --crew has to name it."""
-        loaded_crew = await self.find(record)
+        loaded_crew = await self.find(attempt)
         if loaded_crew is None:
-            raise ConfigurationError(self.missing(record))
+            raise ConfigurationError(self.missing(attempt))
         return loaded_crew
 
     @staticmethod
-    def missing(record: RunRecord) -> str:
+    def missing(attempt: Attempt) -> str:
         """Return the sentence that asks for the crew of a run."""
         return (
-            f"The crew of run {record.kickoff_id}, {record.crew}, is not stored with the URL {record.crew_url}. Give "
+            f"The crew of run {attempt.first_id}, {attempt.crew}, is not stored with the URL {attempt.crew_url}. Give "
             "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
         )
 

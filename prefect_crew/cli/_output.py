@@ -263,7 +263,7 @@ class Progress(AbstractContextManager["Progress"]):
         if watched is None or watched.kickoff_id != run.kickoff_id:
             from prefect_crew._internal.prefect_api import flow_run_id  # Prefect is loaded by now
 
-            in_flow_run = flow_run_id() or (run.record.flow_run_id if run.record else None)
+            in_flow_run = flow_run_id() or (run.attempt.flow_run_id if run.attempt else None)
             watched = SeenRun(run.crew.label, run.kickoff_id, run.idempotency_key, in_flow_run)
             self.seen = current.seen = watched
             note(f"Crew {watched.label}: {'kicked off' if run.owned else 'found'} run {watched.kickoff_id}")

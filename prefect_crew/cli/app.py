@@ -48,11 +48,12 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=_shown),
 )
 LAZY = {
-    "runs": ("runs:app", "Runs on record: list, stop, resolve and prune them."),
+    "runs": ("runs:app", "Runs: list, stop, resolve and prune them."),
     "reviews": ("reviews:app", "Runs that wait for a person: list them, and answer."),
     "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow or batch."),
     "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
     "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
+    "database": ("database:app", "Show where runs are recorded, or choose this place."),
     "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs."),
     "automations": (
         "deploy:automations",
@@ -65,7 +66,7 @@ GROUPS: dict[str, Sequence[Any]] = {
     "Try and check": (serve.demo, serve.init, serve.serve, doctor.doctor, documentation.docs),
     "Run a crew": (run_commands.run, run_commands.result, run_commands.inputs),
     "Follow and decide": ("runs", "reviews", "batch", "costs"),
-    "Set up": ("crews", "deploy", "automations", "receiver"),
+    "Set up": ("crews", "deploy", "database", "automations", "receiver"),
 }
 for number, (title, commands) in enumerate(GROUPS.items()):
     group = Group(title, sort_key=number)

@@ -19,23 +19,18 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import listed_rows
 from prefect_crew.artifacts.escape import duration
-from prefect_crew.batches.ledger import LedgerRow
-from prefect_crew.batches.outcomes import STOPPED_WITH_BATCH, RowState, state_of
-from prefect_crew.batches.ownership import BatchLock
+from prefect_crew.batches.batch import BatchStatus, StoredBatch, find_batch, list_batches, state_of, stop_runs
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import aplan_batch, arun_batch
-from prefect_crew.batches.runner import stop_row
-from prefect_crew.batches.stored import BatchStatus, StoredBatch, list_batches, open_stored_batch
+from prefect_crew.batches.runner import row_key
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import OTHER, ROWS
 from prefect_crew.cli._options import (
     CrewAccess,
     CrewName,
     CrewOfRun,
-    Ledger,
     Output,
     Timeout,
     Yes,
@@ -46,12 +41,10 @@ from prefect_crew.cli._options import (
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
-from prefect_crew.exceptions import CrewError, UnreadableRecordError
-from prefect_crew.records.model import RunRecord
-from prefect_crew.records.sessions import note_over
+from prefect_crew.exceptions import CrewError
+from prefect_crew.runs.database import in_store
+from prefect_crew.store.batches import Row, cancel_batch
 
-STOPS_AT_ONCE = 50
-"""Requests to stop a run, at a time."""
 SHOWN = 100
 """Failed rows in the table of `failures`."""
 DataSet = Annotated[
@@ -73,8 +66,6 @@ class BatchChoices:
     """How rows become runs.
 
     Args:
-        ledger: A path, secret://NAME, or a PostgreSQL URL, whose password other users of this machine can see; if left
-            out, a file next to a local export.
         key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
         session_column: The column that names the session of a CrewAI Flow; rows of a session run one after the other.
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
@@ -83,7 +74,6 @@ class BatchChoices:
         rows: Only these rows: START:STOP from 0, without STOP itself, such as 0:500000.
     """
 
-    ledger: str | None = None
     key_column: str | None = None
     session_column: str | None = None
     map: Annotated[list[str] | None, Parameter(negative=())] = None
@@ -110,14 +100,12 @@ class RunChoices(BatchChoices):
 
     Args:
         on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
-        on_change: Whether to refuse or to continue if the rows or the crew have changed.
-        retries: How many more times to kick off a failed row.
-        retry_failed: Start the failed rows of earlier calls again.
+        retries: How many more times to kick off a failed row in this call.
+        retry_failed: Give failed rows of earlier calls one more attempt than the crew's max_attempts.
         max_kickoffs: A limit on kickoffs, of all calls together.
     """
 
     on_failure: float | Literal["continue", "stop"] = "continue"
-    on_change: Literal["refuse", "continue"] = "refuse"
     retries: int = 0
     retry_failed: bool = False
     max_kickoffs: int | None = None
@@ -141,7 +129,7 @@ def run(
 
     Args:
         name: The batch's name. The same call with it goes on where it stopped.
-        export: The file or address for the results, JSON Lines or .parquet, or sql://BLOCK/TABLE; written when the
+        export: The file or address for the results, .jsonl, .csv or .parquet, or sql://BLOCK/TABLE; written when the
             batch ends or stops.
     """
     options = choices.options()
@@ -229,8 +217,8 @@ async def plan(
 
     Args:
         name: The batch's name, to count only the rows that are left.
-        export: The batch's file of results. Its ledger is next to that file.
-        seconds_per_run: How long one run takes; if left out, the mean of the runs in the ledger.
+        export: The batch's file of results.
+        seconds_per_run: How long one run takes; if left out, the mean of the batch's completed runs.
     """
     loaded_crew = await access.load(crew)
     arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
@@ -246,14 +234,18 @@ async def ls(
     *,
     output: Output = None,
 ) -> None:
-    """List the batches on the Prefect server, and the addresses of their ledgers. `batch inspect` shows a status."""
+    """List the batches, the one that ran last first. `batch inspect` shows a status."""
     batches = await _list(pattern)
-    as_json = output and [{"name": name, "ledger": ledger} for name, ledger in batches]
-    _output.put_rows(("Batch", "Ledger"), batches, empty=NONE, json=as_json)
+    as_json = output and [
+        {"name": batch.name, "crew_url": batch.entry.crew_url, "rows": batch.entry.total} for batch in batches
+    ]
+    rows = [(batch.name, f"{batch.entry.total:,}", batch.entry.crew_url) for batch in batches]
+    _output.put_rows(("Batch", "Rows", "Crew"), rows, empty=NONE, json=as_json)
 
 
-async def _list(pattern: str) -> list[tuple[str, str]]:
-    return [(name, ledger) for name, ledger in await list_batches() if pattern == name or fnmatchcase(name, pattern)]
+async def _list(pattern: str) -> list[StoredBatch]:
+    batches = await list_batches()
+    return [StoredBatch(batch) for batch in batches if pattern == batch.name or fnmatchcase(batch.name, pattern)]
 
 
 @app.command
@@ -261,42 +253,30 @@ async def inspect(
     name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all batches that match.")],
     /,
     *,
-    ledger: Ledger = None,
     output: Output = None,
 ) -> int:
     """Show the status of a batch, also while another process runs it."""
     fitting = await _list(name) if any(sign in name for sign in "*?[") else []
-    if not fitting or name in dict(fitting):  # a name may have such signs in it
-        async with open_stored_batch(name, ledger) as batch:
-            status = await batch.status()
+    if not fitting or name in [batch.name for batch in fitting]:  # a name may have such signs in it
+        status = await (await find_batch(name)).status()
         _output.put("\n".join(_about(status)), json=output and asdict(status))
         return 0
-    statuses, missed = list[BatchStatus](), list[str]()
-    for fitting_name, _ in fitting:
-        try:
-            async with open_stored_batch(fitting_name, ledger) as batch:
-                statuses.append(await batch.status())
-        except CrewError as error:
-            missed.append(f"Batch {fitting_name!r} is not counted: {error}")
-    _put_sum(statuses, missed, output)
-    for sentence in missed:
-        _output.note(sentence, "yellow")
-    return 0 if statuses else OTHER
+    _put_sum([await batch.status() for batch in sorted(fitting, key=lambda batch: batch.name)], output)
+    return 0
 
 
-NONE = "The Prefect server knows no such batch."
+NONE = "The crew database has no such batch."
 SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "bad_count", "kickoffs")
 
 
-def _put_sum(statuses: list[BatchStatus], missed: list[str], output: str | None) -> None:
-    """Print the status of several batches, and their sums. `missed` has a sentence for each batch without a ledger."""
+def _put_sum(statuses: list[BatchStatus], output: str | None) -> None:
+    """Print the status of several batches, and their sums."""
     whole = {count: sum(getattr(status, count) for status in statuses) for count in SUMMED}
     rows = [(status.name, *(f"{getattr(status, count):,}" for count in SUMMED)) for status in statuses]
-    if statuses:
-        rows.append(("together", *(f"{count:,}" for count in whole.values())))
+    rows.append(("together", *(f"{count:,}" for count in whole.values())))
     header = ("Batch", *(_word(count).capitalize() for count in SUMMED))
-    as_json = output and {**whole, "batches": [asdict(status) for status in statuses], "missing": missed}
-    _output.put_rows(header, rows, empty="No ledger of these batches can be opened here.", json=as_json)
+    as_json = output and {**whole, "batches": [asdict(status) for status in statuses]}
+    _output.put_rows(header, rows, empty=NONE, json=as_json)
 
 
 def _word(count: str) -> str:
@@ -305,7 +285,7 @@ def _word(count: str) -> str:
 
 def _how_to_go_on(status: BatchStatus) -> str:
     """Return how to continue a batch; empty if it has run every row."""
-    if not (status.left or status.in_flight or status.owed):
+    if not (status.left or status.in_flight or status.stopped):
         return ""
     again = f"prefect-crew batch resume {shlex.quote(status.name)}"
     return f"To go on where it stopped: {f'make the same call again ({status.why_not})' if status.why_not else again}"
@@ -322,135 +302,102 @@ def _about(status: BatchStatus) -> Iterator[str]:
         yield "  A process runs it now"
     elif again := _how_to_go_on(status):
         yield f"  No process runs it. {again}"
-    if status.waiting:
-        yield f"  {status.waiting:,} in flight wait for a person: prefect-crew reviews ls"
+    if status.stopped_because and not status.running:
+        yield f"  It stopped: {status.stopped_because}"
     if status.bad_count:
         listed = listed_rows(status.bad, status.bad_count)
         yield f"  Bad rows: {listed}. All are in {status.bad_export}"
-    seconds = ""
-    if status.median is not None and status.longest is not None:
-        seconds = f" · a row takes {duration(status.median)} (median), at most {duration(status.longest)}"
+    seconds = "" if status.seconds is None else f" · a row takes {duration(status.seconds)} (mean)"
     yield f"  {status.kickoffs:,} kickoffs{seconds}"
     if status.export:
         yield f"  Export: {status.export}"
-    yield f"  Ledger: {status.ledger}"
 
 
 @app.command
-async def failures(name: Name, /, *, ledger: Ledger = None, output: Output = None) -> None:
+async def failures(name: Name, /, *, output: Output = None) -> None:
     """List the rows that failed, are uncertain or cannot be run, with their runs and the reason."""
-    async with open_stored_batch(name, ledger) as batch:
-        rows_of_ledger, bad = [row async for row in batch.failures(None if output else SHOWN)], batch.entry.bad
+    batch = await find_batch(name)
+    found, status = await batch.failures(None if output else SHOWN), await batch.status()
     if output:
-        lines = [{"key": None, "line": row.line, "state": "bad", "error": row.reason} for row in bad.rows]
-        _output.put_json([*map(_as_json, rows_of_ledger), *lines])
+        lines = [{"key": None, "line": row.line, "state": "bad", "error": row.reason} for row in status.bad]
+        _output.put_json([*(_as_json(batch.name, row) for row in found), *lines])
         return
-    rows = [
-        (row.key, (row.record and row.record.kickoff_id) or "", str(row.state), row.error or "")
-        for row in rows_of_ledger
-    ]
-    rows += [(f"line {row.line}", "", "bad", row.reason) for row in bad.rows[:SHOWN]]
+    rows = [(row.row_key, row.kickoff_id or "", state_of(row), row.error or "") for row in found]
+    rows += [(f"line {row.line}", "", "bad", row.reason) for row in status.bad[:SHOWN]]
     _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
-    if len(rows_of_ledger) == SHOWN:
+    if len(found) == SHOWN:
         _output.note(f"The first {SHOWN}; -o json shows all.")
-    if bad.count:
-        _output.note(f"Bad rows cannot be run. All {bad.count:,} are in {bad.export}.")
-    if first := next((row.record for row in rows_of_ledger if str(row.state) in ("uncertain", "claimed")), None):
+    if status.bad_count:
+        _output.note(f"Bad rows cannot be run. All {status.bad_count:,} are in {status.bad_export}.")
+    if first := next((row for row in found if state_of(row) in ("uncertain", "posting")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
-            f"{shlex.quote(first.idempotency_key)} --kickoff-id ID, or --never-started."
+            f"{shlex.quote(row_key(name, first.row_key))} --kickoff-id ID, or --never-started."
         )
 
 
-def _as_json(row: LedgerRow) -> dict[str, Any]:
-    fields = {"idempotency_key", "kickoff_id", "attempt", "kicked_off_at", "ended_at"}
-    about = {} if row.record is None else row.record.model_dump(mode="json", include=fields)
-    return {"key": row.key, "state": str(row.state), "error": row.error or None, **about}
+def _as_json(batch: str, row: Row) -> dict[str, Any]:
+    return {
+        "key": row.row_key,
+        "state": state_of(row),
+        "error": row.error,
+        "idempotency_key": row_key(batch, row.row_key),
+        "kickoff_id": row.kickoff_id,
+        "attempt": row.number,
+        "started_at": row.started_at,
+        "ended_at": row.ended_at,
+    }
 
 
 @app.command
-async def retry(
-    name: Name,
-    /,
-    *,
-    row: list[str] | None = None,
-    on_change: Literal["refuse", "continue"] = "refuse",
-    ledger: Ledger = None,
-    yes: Yes = False,
-    output: Output = None,
-) -> int:
-    """Start the failed rows of a batch again, with the options of its last call, and go on with the rows that are left.
+async def retry(name: Name, /, *, row: list[str] | None = None, yes: Yes = False, output: Output = None) -> int:
+    """Go on with a batch, and give its failed rows one more attempt, whatever the crew's max_attempts says.
 
     Args:
         row: Only the row with this key; can be repeated.
-        on_change: Whether to refuse or to continue if the rows or the crew have changed.
     """
     _confirm_retry(name, yes)
-    return await _go_on(name, ledger, tuple(row) if row else True, output, on_change=on_change)
+    return await _go_on(name, tuple(row) if row else True, output)
 
 
 @app.command
-async def resume(
-    name: Name,
-    /,
-    *,
-    on_change: Literal["refuse", "continue"] = "refuse",
-    ledger: Ledger = None,
-    output: Output = None,
-) -> int:
-    """Go on with a batch where it stopped, with the options of its last call.
-
-    Args:
-        on_change: Whether to refuse or to continue if the rows or the crew have changed.
-    """
-    return await _go_on(name, ledger, False, output, on_change=on_change)
+async def resume(name: Name, /, *, output: Output = None) -> int:
+    """Go on with a batch where it stopped, with the options of its last call."""
+    return await _go_on(name, False, output)
 
 
-async def _go_on(
-    name: str,
-    ledger: str | None,
-    retry_failed: bool | tuple[str, ...],
-    output: str | None,
-    *,
-    on_change: Literal["refuse", "continue"] = "refuse",
-) -> int:
+async def _go_on(name: str, retry_failed: bool | tuple[str, ...], output: str | None) -> int:
     """Call a batch again by its name."""
 
     async def call(progress: Progress) -> BatchReport:
-        async with open_stored_batch(name, ledger) as batch:
-            if isinstance(retry_failed, tuple):
-                await batch.check_failed(retry_failed)
-            again = batch.call(retry_failed=retry_failed, on_change=on_change)
-        report = await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=progress.watch_batch, **again)
-        if retry_failed and report.failed and not report.kickoffs and report.stopped is None:
-            _output.note(
-                "No row was started again: each had as many kickoffs as the crew's max_attempts allows, is lost and "
-                "not named by --row, or has a result for other inputs."
-            )
-        return report
+        batch = await find_batch(name)
+        if isinstance(retry_failed, tuple):
+            await batch.check_failed(retry_failed)
+        again = batch.call(retry_failed=retry_failed)
+        return await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=progress.watch_batch, **again)
 
     return await _run(name, call, output)
 
 
 @app.command
-async def cancel(name: Name, /, *, ledger: Ledger = None, crew: CrewOfRun = CrewOfRun()) -> int:
+async def cancel(name: Name, /, *, crew: CrewOfRun = CrewOfRun()) -> int:
     """Cancel the flow run that runs a batch. If no process runs the batch, stop the batch's runs in flight."""
-    async with open_stored_batch(name, ledger) as batch, BatchLock(batch.ledger.database, name) as lock:
-        code = 0
-        if await lock.take():
-            batch.ledger.is_exclusive = True
-            records = [record for record in await batch.ledger.in_flight() if state_of(record) is not RowState.LOST]
-            stopped = 0
-            for url in sorted({record.crew_url for record in records}):
-                stopped += await _stop_runs(batch, [record for record in records if record.crew_url == url], crew)
-            code = 0 if stopped else OTHER
-            counts = f"{stopped:,} of {len(records):,} runs in flight were asked to stop."
-            if stopped < len(records):
-                counts += " The crew's server did not stop the others, which may have ended."
-            done = counts if records else "no run is in flight."
-        else:
-            done = await _cancel_flow_run(batch.flow_run_id)
-        _output.put(f"Batch {name}: {done} {_how_to_go_on(await batch.status())}".rstrip())
+    batch, code = await find_batch(name), 0
+    if await batch.is_running():
+        done = await _cancel_flow_run(batch.entry.flow_run_id)
+        await in_store(cancel_batch, name)
+    elif in_flight := await batch.in_flight():
+        session = CrewSession(await crew.need(in_flight[0]))
+        stopped, problems = await stop_runs(session, in_flight)
+        for problem in problems:
+            _output.note(problem)
+        code = 0 if stopped else OTHER
+        done = f"{stopped:,} of {len(in_flight):,} runs in flight were asked to stop."
+        if stopped < len(in_flight):
+            done += " The crew's server did not stop the others, which may have ended."
+    else:
+        code, done = OTHER, "no run is in flight."
+    _output.put(f"Batch {name}: {done} {_how_to_go_on(await (await find_batch(name)).status())}".rstrip())
     return code
 
 
@@ -465,34 +412,7 @@ async def _cancel_flow_run(run_id: str | None) -> str:
                     why = getattr(answer.details, "reason", None) or answer.status
                     raise CrewError(f"Prefect does not cancel flow run {run.name}, which runs this batch: {why}.")
                 return f"flow run {run.name} is being cancelled."
-    raise CrewError(
-        "A process runs this batch, and no unfinished flow run is on record for it. Find that flow run on Prefect's "
-        "page and cancel it."
-    )
-
-
-async def _stop_runs(batch: StoredBatch, records: list[RunRecord], crew: CrewOfRun) -> int:
-    """Ask one crew's server to stop runs that nobody waits for, many at a time; return how many it stops."""
-    gate = asyncio.Semaphore(STOPS_AT_ONCE)
-    try:
-        crew_of_runs = await crew.need(records[0])
-    except CrewError as error:
-        _output.note(f"{len(records):,} runs on {records[0].crew_url} were not stopped: {error}")
-        return 0
-    async with CrewSession(crew_of_runs) as session:
-
-        async def stop(record: RunRecord) -> bool:
-            async with gate:
-                try:
-                    return await stop_row(session, record, STOPPED_WITH_BATCH, batch.ledger)
-                except CrewError as error:
-                    _output.note(f"Run {record.kickoff_id} was not stopped: {error}")
-                    return False
-
-        stopped = await asyncio.gather(*map(stop, records))
-    with suppress(*PREFECT_ERRORS, UnreadableRecordError):  # a later call of the batch does it
-        await note_over(records)
-    return sum(stopped)
+    return "the process that runs it is asked to stop."
 
 
 @app.command
@@ -502,13 +422,12 @@ async def export(
         str | None,
         Parameter(
             name="FILE",
-            help="A .jsonl or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export.",
+            help="A .jsonl, .csv or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export.",
         ),
     ] = None,
     /,
     *,
     overwrite: bool = False,
-    ledger: Ledger = None,
 ) -> None:
     """Write the results of all rows that have ended, also while the batch runs.
 
@@ -516,6 +435,5 @@ async def export(
         overwrite: Replace a file, or rows of a table, that are not an export of this batch.
     """
     _look_here()
-    async with open_stored_batch(name, ledger) as batch:
-        where, count = await batch.export(file, overwrite=overwrite)
+    where, count = await (await find_batch(name)).export(file, overwrite=overwrite)
     _output.put(f"{count:,} lines of batch {name} are in {where}.")

@@ -32,7 +32,7 @@ class BlockFields:
         flow: It is a Flow: no input is required, and inputs keep their JSON types.
         allow_extra_inputs: Also send inputs that the crew does not name.
         max_attempts: How many runs one idempotency key may start.
-        concurrency_limit: The Prefect concurrency limit of its runs.
+        concurrency_limit: How many of its runs may be in flight.
         show: How much artifacts show of inputs and outputs.
         secret_inputs: An input whose value is hidden; can be repeated.
         price: The price of one run.
@@ -42,7 +42,7 @@ class BlockFields:
     flow: bool | None = None
     allow_extra_inputs: Annotated[bool | None, Parameter(name="--allow-extra")] = None
     max_attempts: int | None = None
-    concurrency_limit: str | None = None
+    concurrency_limit: int | None = None
     show: Literal["full", "summary", "none"] | None = None
     secret_inputs: Annotated[list[str] | None, Parameter(name="--secret-input")] = None
     price: float | None = None
@@ -151,16 +151,6 @@ async def _read_stored(name: str) -> dict[str, Any] | None:
 
 
 async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
-    if block.concurrency_limit is not None:
-        async with get_client() as prefect:
-            try:
-                await prefect.read_global_concurrency_limit_by_name(block.concurrency_limit)
-            except ObjectNotFound:
-                limit = shlex.quote(block.concurrency_limit)
-                raise ConfigurationError(
-                    f"The crew {name!r} was not stored: there is no concurrency limit {limit} in Prefect. Create "
-                    f"it: prefect gcl create {limit} --limit N."
-                ) from None
     try:
         async with block.client() as client:
             inputs = await client.inputs()

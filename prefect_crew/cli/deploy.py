@@ -43,7 +43,7 @@ from prefect_crew.cli._options import (
 )
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
-from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow, read_deployment
+from prefect_crew.deployments import crew_flow, describe_schedule, note_on_database, pipeline_flow, read_deployment
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
@@ -207,8 +207,9 @@ async def _apply(deployment: RunnerDeployment) -> str:
     """Store a deployment, and return its id."""
     try:
         if deployment.work_pool_name:
-            async with get_client() as client:
-                await client.read_work_pool(deployment.work_pool_name)
+            note = await note_on_database(deployment.work_pool_name)
+            if note is not None:
+                _output.note(note, "yellow")
         return str(await deployment.aapply())
     except ObjectNotFound:
         pool = shlex.quote(deployment.work_pool_name or "")

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
-from uuid import uuid4
 
 from prefect_crew._text import version_numbers
 from prefect_crew.cli import _errors, _output
@@ -141,12 +140,12 @@ async def check_crew(client: CrewClient, findings: Findings) -> None:
         findings.add("ok", "token", "it is accepted")
         names = ", ".join(f"{item.name}{'' if item.required else ' (optional)'}" for item in inputs)
         findings.add("ok", "inputs", f"the crew takes {names or 'none that it names'}")
-        version = await client.version() or "its server does not report it, so no record has it"
+        version = await client.version() or "its server does not report it, so no run has it"
         findings.add("ok", "version", version)
 
 
 async def check_prefect(findings: Findings) -> None:
-    """Look at Prefect, whose API is known to answer: versions, the block type, records, pools of crew workers.
+    """Look at Prefect, whose API is known to answer: versions, block type, crew database, pools of crew workers.
 
     Raises:
         PREFECT_ERRORS, ValueError: The API does not answer as it should after all.
@@ -170,44 +169,37 @@ async def check_prefect(findings: Findings) -> None:
         except ObjectNotFound:
             fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew crews save NAME --url URL."
             findings.add("warning", "block type", "deployed-crew is not registered.", fix)
-        await _check_records(findings)
+        await _check_database(findings)
         await _check_pools(client, findings)
         await _check_forms(client, findings)
 
 
-async def _check_records(findings: Findings) -> None:
-    """Check that a record can be written, and that a second record of its name cannot."""
-    from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-    from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-    from prefect_crew.records.store import PrefectRecords
+async def _check_database(findings: Findings) -> None:
+    """Check that the crew database can be opened and written to, and that the Prefect server knows it."""
+    from prefect_crew.runs.database import open_store
+    from prefect_crew.store.workers import release
 
-    records = PrefectRecords()
-    about = {"idempotency_key": f"prefect-crew doctor {uuid4()}", "attempt": 1, "crew": "doctor", "crew_url": ""}
-    # Not started: were this program killed here, the record would hold no key, and be pruned.
-    state = {"phase": RecordPhase.NOT_STARTED, "inputs_digest": "", "claimed_at": utcnow()}
-    first, second = (RunRecord.model_validate({**about, **state, "owner": str(uuid4())}) for _ in range(2))
     try:
-        claimed = await records.claim(first), await records.claim(second)
-        read = [record.owner for record in await records.attempts(first.idempotency_key)]
-        await records.delete(first)
-    except PREFECT_ERRORS as error:
-        failed = f"A Variable could not be written, read and removed: {type(error).__name__}: {error}".splitlines()[0]
-        fix = "Runs are recorded in Prefect Variables: the API key needs the permission to write them."
-        findings.add("problem", "records", failed, fix)
+        store = await open_store()
+        await store.run(release, "", "")  # a change of nothing
+        own = await store.registration()
+    except CrewError as error:
+        findings.add("problem", "crew database", str(error))
         return
-    if (claimed, read) == ((True, False), [first.owner]):
-        findings.add("ok", "records", "a record was claimed once, read and removed")
+    if own.host is None:
+        fact = f"{own.where}, id {own.id}. Another machine has to show the same id"
+        findings.add("ok", "crew database", fact)
     else:
-        fix = "Do not run crews with this Prefect API: two calls with one key could start two runs."
-        findings.add("problem", "records", "A record could be claimed twice, or was not read back.", fix)
+        fix = "For several machines or containers, set PREFECT_INTEGRATIONS_CREW_DATABASE_URL to the same PostgreSQL."
+        findings.add("ok", "crew database", f"{own.where}, id {own.id}, on this machine only", fix)
 
 
 async def _check_pools(client: PrefectClient, findings: Findings) -> None:
     """Check each pool of crew workers: the workers online, and the flow runs that workers left when they ended."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
+    from prefect_crew._internal.clock import utcnow
     from prefect_crew.pool import BEGUN, UNOWNED_FOR, is_left, read_flow_runs, read_workers, worker_name
-    from prefect_crew.records.model import utcnow
 
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
     # A flow run that a worker is about to take has no owner for a moment.

@@ -87,7 +87,7 @@ def run(
 
     async def run_it() -> None:
         from prefect_crew.flows import run_loaded_crew
-        from prefect_crew.runs.options import RunOptions
+        from prefect_crew.runs.request import RunOptions
 
         with Progress() as progress:
             loaded_crew = replace(await access.load(crew), on_status=progress.watch)
@@ -141,7 +141,7 @@ async def result(
     output: Output = None,
     crew: CrewOfRun = CrewOfRun(),
 ) -> None:
-    """Write the whole result of a run that has completed, from its record or from the crew's server."""
+    """Write the whole result of a run that has completed, from the crew database or from the crew's server."""
     from prefect_crew.flows import aget_result
 
     loaded_crew: Any = None if crew.crew is None else await crew.load(crew.crew)

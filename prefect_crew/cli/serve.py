@@ -138,12 +138,7 @@ def start(
     logger.propagate = False
     app = create_receiver(max_body=int(max_body * 1024 * 1024))
     with _listening(host, port):
-        code = serve_receiver(app, host=host, port=port)
-    if app.state.forwarder.has_unsent_events:
-        # While it exits, Python waits for Prefect's thread, which tries to send each event for 7 s.
-        logging.shutdown()
-        os._exit(code)
-    return code
+        return serve_receiver(app, host=host, port=port)
 
 
 INPUTS = {
@@ -181,7 +176,7 @@ def demo() -> None:
         from prefect_crew.crew import WaitPolicy
         from prefect_crew.devserver import CrewServer
         from prefect_crew.flows import run_loaded_crew
-        from prefect_crew.runs.options import RunOptions
+        from prefect_crew.runs.request import RunOptions
 
         # Often enough to see each task; a crew on the network is asked less often.
         often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)

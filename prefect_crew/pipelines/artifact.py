@@ -68,7 +68,7 @@ def render_pipeline(
     for step in pipeline.order:
         view, needs = views[step], ", ".join(map(cell, sorted(pipeline.needs[step])))
         if view.error is not None:
-            attempt = f" ({view.run.attempt})" if view.run and view.run.attempt else ""
+            attempt = f" ({view.run.attempt_number})" if view.run and view.run.attempt_number else ""
             errors.append(f"### Step {prose(step)} failed{attempt}\n\n{fenced(view.error)}")
         state = _MARKS[view.state].replace(" ", "\u00a0", 1)  # so that the newer interface does not break the line
         crew = link(view.crew, view.page_url) if view.page_url else cell(view.crew)
@@ -79,9 +79,9 @@ def render_pipeline(
 
 def _time(view: StepView) -> str:
     """Return the duration of a step: of its run, also if an earlier call has started that."""
-    record = view.run and view.run.record
-    if record and record.kicked_off_at and record.ended_at:
-        return duration((record.ended_at - record.kicked_off_at).total_seconds())
+    attempt = view.run and view.run.attempt
+    if attempt and attempt.started_at and attempt.ended_at:
+        return duration(attempt.ended_at - attempt.started_at)
     return "–" if view.started is None else duration((view.ended or time.time()) - view.started)
 
 

@@ -22,9 +22,10 @@ from prefect_crew.client.models import CrewInput, CrewResult
 from prefect_crew.client.redaction import MASK, Redactor, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError, NotFoundError
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.request import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
+from prefect_crew.store import attempts
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
 
 InputOfStep = Callable[["PipelineContext"], Any] | object
@@ -270,7 +271,7 @@ class Pipeline:
         if any(step.inputs is None and self._expected_by(step) is None for step in self.steps):
             return False  # it is unknown which of the pipeline's inputs the step takes
         keys = [step_key(idempotency_key, step) for step in self.steps]
-        return any(await asyncio.gather(*map(PrefectRecords().attempts, keys)))
+        return any([await in_store(attempts.of_key, key) for key in keys])
 
     # Secrets
 

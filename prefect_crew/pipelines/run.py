@@ -32,8 +32,8 @@ from prefect_crew.flows import run_tasks
 from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import PIPELINE, CrewStep, Pipeline, PipelinePlan, step_key
-from prefect_crew.records.keys import identify, scheduled_key
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.keys import identify, scheduled_key
+from prefect_crew.runs.request import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun
 

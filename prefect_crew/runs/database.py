@@ -7,6 +7,7 @@ Variable once, so the first process that uses a store with a server registers it
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import VariableCreate
 from prefect.exceptions import ObjectAlreadyExists
-from prefect.settings import get_current_settings
+from prefect.settings import Settings, get_current_settings
 from prefect.variables import Variable
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
@@ -35,11 +36,15 @@ T = TypeVar("T")
 NAME = "crew_database"
 """The Variable that names the store of a Prefect server."""
 FILE = "crew.db"
+URL_SETTING = "PREFECT_INTEGRATIONS_CREW_DATABASE_URL"
 
 # One store for each address, for all event loops and threads of the process: two of one SQLite file would only wait for
 # each other. And the pairs of a Prefect API and a store that were compared.
 _stores: dict[str, Store] = {}
 _compared: set[tuple[str | None, str]] = set()
+# The last store, with the settings that led to it: reading these takes a millisecond, and a row of a batch asks for
+# the store four times.
+_last: tuple[Settings, str | None, Store] | None = None
 
 
 def database_url() -> tuple[str, bool]:
@@ -71,8 +76,12 @@ def _temporary_folder() -> str:
 
 def find_store() -> Store:
     """Return the crew database of this process without a look at the Prefect server. Raises ConfigurationError."""
-    url, _ = database_url()
-    return _stores.get(url) or _stores.setdefault(url, Store(url))
+    global _last  # noqa: PLW0603
+    now = get_current_settings(), os.environ.get(URL_SETTING)
+    if _last is None or _last[0] is not now[0] or _last[1] != now[1]:
+        url, _ = database_url()
+        _last = (*now, _stores.get(url) or _stores.setdefault(url, Store(url)))
+    return _last[2]
 
 
 async def open_store() -> Store:
@@ -164,6 +173,8 @@ async def use_this_store() -> tuple[Registration, Registration | None]:
 
 def forget_stores() -> None:
     """Close all crew databases of this process. The next use opens them again: for tests, and before a move."""
+    global _last  # noqa: PLW0603
+    _last = None
     for store in [*_stores.values()]:
         store.close()
     _stores.clear()

@@ -18,6 +18,7 @@ from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, ResolveError, RunNotFoundError
 from prefect_crew.runs.database import in_store
+from prefect_crew.runs.keys import normalize_key
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.attempts import Started
@@ -32,7 +33,7 @@ LOOK_AGAIN = 2.0
 
 async def find_attempts(name: str) -> list[Attempt]:
     """Return the attempts of an idempotency key, or the one with a kickoff id. Raises RunNotFoundError."""
-    found = await in_store(attempts.of_key, name) or await in_store(attempts.of_kickoff_id, name)
+    found = await in_store(attempts.of_key, normalize_key(name)) or await in_store(attempts.of_kickoff_id, name)
     if not found:
         raise RunNotFoundError(name=name)
     return found

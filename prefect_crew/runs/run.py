@@ -35,6 +35,7 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.prices import cost_of
 from prefect_crew.runs.database import in_store
+from prefect_crew.runs.prune import prune_in_passing
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
@@ -434,6 +435,7 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
     emit(
         str(status.state), ended, once=True, state=str(status.state), error=error, execution_time=status.execution_time
     )
+    await prune_in_passing()
     return True
 
 

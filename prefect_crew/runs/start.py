@@ -283,7 +283,8 @@ class _Start:
                         window = new_window
                         continue
                 else:
-                    await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner))
+                    reason = self._reason(problem)
+                    await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner, reason))
                 self._raise_if_cancelled()
                 if not isinstance(problem, _NotSentError) and pause is None:
                     raise
@@ -300,6 +301,14 @@ class _Start:
     async def _uncut(self, writing: Awaitable[T]) -> T:
         with self.work.uncut():
             return await writing
+
+    def _reason(self, problem: Exception) -> str | None:
+        """Return why the crew's server refused a row; None if it is tried again, or the text may hold a secret."""
+        request = self.request
+        if request.row is None or request.inputs.secret_names or request.crew.show != "full":
+            return None
+        is_refused = isinstance(problem, CrewError) and kickoff_fate(problem) is not KickoffFate.RETRY
+        return str(problem)[:500] if is_refused else None
 
     def _give_up_after(self, now: float) -> None:
         self.lost_since = now if self.lost_since is None else self.lost_since

@@ -226,19 +226,22 @@ def _renew(transaction: Transaction, attempt: Attempt, old: AttemptState, new: A
 
 
 @transaction("write", started="no")
-def not_started(transaction: Transaction, key: str, owner: str) -> bool:
-    """Say, as its owner, that a kickoff surely started nothing. The call may not know its attempt, if it was cancelled
-    in `begin`."""
+def not_started(transaction: Transaction, key: str, owner: str, reason: str | None = None) -> bool:
+    """Say, as its owner, that a kickoff surely started nothing, and why. The call may not know its attempt, if it was
+    cancelled in `begin`."""
     now = transaction.lock(_key_lock(key))
     attempts_ = _read(transaction, _BY_KEY, key=key)
     own = (attempt for attempt in attempts_ if attempt.owner == owner and attempt.state in PREPARING)  # at most one
-    return any(_end_unsent(transaction, attempt, now) for attempt in own)
+    return any(_end_unsent(transaction, attempt, now, reason=reason) for attempt in own)
 
 
-def _end_unsent(transaction: Transaction, attempt: Attempt, now: float, by: str | None = None) -> bool:
+def _end_unsent(
+    transaction: Transaction, attempt: Attempt, now: float, by: str | None = None, reason: str | None = None
+) -> bool:
     """Write that an attempt started nothing, if it is in the state that the caller read."""
     guards = {"id": attempt.id, "state": attempt.state}
-    if not _change(transaction, guards, state=S.NOT_STARTED, ended_at=now, deadline=None, resolved_by=by):
+    values = {"state": S.NOT_STARTED, "ended_at": now, "deadline": None, "resolved_by": by, "error": reason}
+    if not _change(transaction, guards, **values):
         return False
     book(transaction, attempt.estimates, day_of(attempt.begun_at), sign=-1)
     return True
@@ -472,14 +475,16 @@ def list_attempts(
     *,
     states: Collection[AttemptState] | None = None,
     is_in_flight: bool = False,
-    crew_url: str | None = None,
+    crew: str | None = None,
     session: str | None = None,
     batch: str | None = None,
+    with_rows: bool = True,
     flow_run_ids: Collection[str] | None = None,
     before: tuple[float, str] | None = None,
     limit: int = 100,
 ) -> list[Attempt]:
-    """Return attempts, the latest first. `before`: the `begun_at` and `id` of the last one of the page before."""
+    """Return attempts, the latest first. `crew`: its name or its URL. `with_rows`: whether also those of rows of
+    batches. `before`: the `begun_at` and `id` of the last one of the page before."""
     where: list[sa.ColumnElement[bool]] = []
     if states is not None:
         where.append(A.state.in_([*states]))
@@ -489,9 +494,9 @@ def list_attempts(
         where.append(A.flow_run_id.in_([*flow_run_ids]))
     if before is not None:
         where.append(sa.tuple_(A.begun_at, A.id) < sa.tuple_(*map(sa.literal, before)))
-    where += [
-        column == value
-        for column, value in ((A.crew_url, crew_url), (A.session, session), (A.batch, batch))
-        if value is not None
-    ]
+    if crew is not None:
+        where.append(sa.or_(A.crew == crew, A.crew_url == crew))
+    if not with_rows:
+        where.append(A.batch.is_(None))
+    where += [column == value for column, value in ((A.session, session), (A.batch, batch)) if value is not None]
     return _read(transaction, _ATTEMPT.where(*where).order_by(A.begun_at.desc(), A.id.desc()).limit(limit))

@@ -70,6 +70,8 @@ class Row:
     ended_at: float | None
     tokens: int | None
     cost: float | None
+    usage: Any
+    crew_version: str | None
     result: Any
 
 
@@ -107,9 +109,19 @@ def open_batch(
 
 @transaction("write")
 def change_batch(transaction: Transaction, name: str, owner: str, **values: Any) -> bool:
-    """Write `call`, `fingerprint`, `total`, `bad_rows` or `exported` of a batch that the owner holds."""
+    """Write `call`, `fingerprint`, `total` or `bad_rows` of a batch that the owner holds."""
     transaction.lock(f"batch:{name}")
     return transaction.changed(sa.update(batches).where(B.name == name, B.owner == owner).values(values)) == 1
+
+
+@transaction("write")
+def note_export(transaction: Transaction, name: str, address: str) -> None:
+    """Write that the file or the table of an address is this batch's."""
+    transaction.lock(f"batch:{name}")
+    batch = _get(transaction, name)
+    known: list[str] = [] if batch is None else batch.exported or []
+    if batch is not None and address not in known:
+        transaction.changed(sa.update(batches).where(B.name == name).values(exported=[*known, address]))
 
 
 @transaction("write")
@@ -212,27 +224,14 @@ def read_rows(
     *,
     after: tuple[int, str] = (-1, ""),
     states: Collection[AttemptState | None] | None = None,
+    or_conflicts: bool = False,
     with_results: bool = False,
     limit: int = 500,
 ) -> list[Row]:
     """Return a page of the rows of a batch, in the order of its data set. `after`: `position` and `row_key` of the last
-    row of the page before. A row without an attempt has the state None."""
-    c = attempts.c
-    last_id = (
-        sa.select(kickoff_ids.c.kickoff_id)
-        .where(kickoff_ids.c.attempt_id == rows.c.attempt_id)
-        .order_by(kickoff_ids.c.number.desc())
-        .limit(1)
-        .scalar_subquery()
-    )
-    is_conflict = sa.and_(c.state == AttemptState.COMPLETED, c.inputs_digest != rows.c.inputs_digest)
-    columns: list[Any] = [rows.c.row_key, rows.c.position, rows.c.passes, rows.c.inputs, rows.c.attempt_id]
-    columns += [
-        sa.func.coalesce(is_conflict, sa.false(), type_=sa.Boolean).label("is_conflict"),
-        last_id.label("kickoff_id"),
-    ]
-    columns += [c.number, c.state, c.error, c.started_at, c.ended_at, c.tokens, c.cost]
-    source: sa.FromClause = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
+    row of the page before. A row without an attempt has the state None. `or_conflicts`: rows in one of the states, and
+    conflicts."""
+    source, columns = _rows_with_attempts()
     if with_results:
         source = source.outerjoin(results, results.c.attempt_id == rows.c.attempt_id)
     columns.append(results.c.body.label("result") if with_results else sa.null().label("result"))
@@ -242,16 +241,101 @@ def read_rows(
         query.where(place > sa.tuple_(*map(sa.literal, after))).order_by(rows.c.position, rows.c.row_key).limit(limit)
     )
     if states is not None:
-        is_one = c.state.in_([state for state in states if state is not None])
-        query = query.where(sa.or_(is_one, rows.c.attempt_id.is_(None)) if None in states else is_one)
+        is_one = attempts.c.state.in_([state for state in states if state is not None])
+        also = [rows.c.attempt_id.is_(None)] * (None in states) + [_IS_CONFLICT] * or_conflicts
+        query = query.where(sa.or_(is_one, *also))
     return [Row(**row) for row in transaction.connection.execute(query).mappings()]
 
 
+_IS_CONFLICT = sa.and_(attempts.c.state == AttemptState.COMPLETED, attempts.c.inputs_digest != rows.c.inputs_digest)
+
+
 @transaction("read")
-def count_rows(transaction: Transaction, name: str) -> dict[AttemptState | None, int]:
-    """Return the number of a batch's rows by the state of their last attempt; None counts those without one."""
+def rows_of_keys(transaction: Transaction, name: str, keys: Collection[str]) -> dict[str, Row]:
+    """Return rows of a batch by their keys, a page of them at most."""
+    source, columns = _rows_with_attempts()
+    where = (rows.c.batch == name, rows.c.row_key.in_([*keys]))
+    query = sa.select(*columns, sa.null().label("result")).select_from(source).where(*where)
+    return {row["row_key"]: Row(**row) for row in transaction.connection.execute(query).mappings()}
+
+
+def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
     c = attempts.c
+    last_id = (
+        sa.select(kickoff_ids.c.kickoff_id)
+        .where(kickoff_ids.c.attempt_id == rows.c.attempt_id)
+        .order_by(kickoff_ids.c.number.desc())
+        .limit(1)
+        .scalar_subquery()
+    )
+    columns: list[Any] = [rows.c.row_key, rows.c.position, rows.c.passes, rows.c.inputs, rows.c.attempt_id]
+    columns += [
+        sa.func.coalesce(_IS_CONFLICT, sa.false(), type_=sa.Boolean).label("is_conflict"),
+        last_id.label("kickoff_id"),
+    ]
+    columns += [c.number, c.state, c.error, c.started_at, c.ended_at, c.tokens, c.cost]
+    columns += [c.usage, c.crew_version]
+    return rows.outerjoin(attempts, c.id == rows.c.attempt_id), columns
+
+
+@transaction("read")
+def count_rows(transaction: Transaction, name: str, *, since_pass: int = 0) -> dict[AttemptState | None, int]:
+    """Return the number of a batch's rows by the state of their last attempt; None counts those without one.
+
+    `since_pass`: without the rows that no data set of this pass or a later one had, which takes longer to count.
+    """
+    c = attempts.c
+    if since_pass:
+        source = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
+        query = sa.select(c.state, sa.func.count().label("number")).select_from(source)
+        query = query.where(rows.c.batch == name, rows.c.passes >= since_pass).group_by(c.state)
+        return {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
     query = sa.select(c.state, sa.func.count().label("number")).where(c.batch == name, is_current).group_by(c.state)
     counts = {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
     total = transaction.connection.scalar(sa.select(sa.func.count()).where(rows.c.batch == name)) or 0
     return {**counts, None: total - sum(counts.values())}
+
+
+@transaction("read")
+def count_missing(transaction: Transaction, name: str, since_pass: int) -> int:
+    """Return the number of rows that no data set of a pass or a later one had."""
+    where = (rows.c.batch == name, rows.c.passes < since_pass)
+    return transaction.connection.scalar(sa.select(sa.func.count()).where(*where)) or 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchUse:
+    """The use of all runs of a batch. `seconds`: the mean time of up to 1,000 completed ones, None without any."""
+
+    runs: int
+    runs_with_tokens: int
+    runs_with_cost: int
+    tokens: int
+    cost: float
+    seconds: float | None
+
+
+@transaction("read")
+def use_of_batch(transaction: Transaction, name: str) -> BatchUse:
+    """Add up all attempts of a batch that started a run, or may have."""
+    c = attempts.c
+    sums = (
+        sa.func.count(),
+        sa.func.count(c.tokens),
+        sa.func.count(c.cost),
+        sa.func.coalesce(sa.func.sum(c.tokens), 0),
+        sa.func.coalesce(sa.func.sum(c.cost, type_=c.cost.type), 0, type_=c.cost.type),
+    )
+    query = sa.select(*sums).where(c.batch == name, c.state != AttemptState.NOT_STARTED)
+    runs, with_tokens, with_cost, tokens, cost = transaction.connection.execute(query).one()
+    completed = (c.batch == name, is_current, c.state == AttemptState.COMPLETED)
+    times = sa.select((c.ended_at - c.started_at).label("seconds")).where(*completed).limit(1000).subquery()
+    seconds = transaction.connection.scalar(sa.select(sa.func.avg(times.c.seconds)))
+    return BatchUse(
+        runs=runs,
+        runs_with_tokens=with_tokens,
+        runs_with_cost=with_cost,
+        tokens=int(tokens),
+        cost=cost or 0.0,
+        seconds=None if seconds is None else float(seconds),
+    )

@@ -219,7 +219,9 @@ def decide(attempts: Sequence[Attempt], request: Request, now: float) -> Decisio
     if not counting:
         return Decision(step=Step.START, now=now)
     last = counting[-1]
-    if differences := _differences(last, request):
+    # A row of a batch that failed is started with its new inputs.
+    is_corrected = request.batch is not None and last.state in _FAILURES and last.crew_url == request.crew_url
+    if not is_corrected and (differences := _differences(last, request)):
         return Decision(step=Step.CONFLICT, now=now, attempt=last, differences=differences)
     return Decision(step=_step(last, request, now, len(counting)), now=now, attempt=last)
 
@@ -227,6 +229,9 @@ def decide(attempts: Sequence[Attempt], request: Request, now: float) -> Decisio
 def is_own(attempt: Attempt, request: Request) -> bool:
     """Return whether this very call made the attempt, and lost the answer of the store: nothing was sent for it."""
     return attempt.owner == request.owner and attempt.state in PREPARING
+
+
+_FAILURES = (AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
 
 
 def _step(last: Attempt, request: Request, now: float, count: int) -> Step:

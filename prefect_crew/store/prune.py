@@ -40,12 +40,25 @@ def keys_to_prune(transaction: Transaction, before: float) -> list[str]:
     return [*transaction.connection.scalars(_old_keys(before).limit(PIECE))]
 
 
+@transaction("read")
+def count_old(transaction: Transaction, before: float) -> tuple[int, int]:
+    """Return the number of attempts and of batches that pruning would delete."""
+    runs = sa.select(sa.func.count()).select_from(attempts).where(A.key.in_(_old_keys(before)))
+    going = sa.select(sa.func.count()).select_from(batches).where(*_is_old_batch(before))
+    return transaction.connection.scalar(runs) or 0, transaction.connection.scalar(going) or 0
+
+
 @transaction("write")
 def prune_keys(transaction: Transaction, keys: list[str], before: float) -> int:
     """Delete the attempts of keys, with their results and questions. A key that has changed since stays. Return the
     number of attempts."""
     transaction.lock(*(f"key:{key}" for key in keys))
     return transaction.changed(sa.delete(attempts).where(A.key.in_(keys), A.key.in_(_old_keys(before))))
+
+
+def _is_old_batch(before: float) -> tuple[sa.ColumnElement[bool], ...]:
+    open_runs = sa.exists().where(A.batch == B.name, A.state.in_(IS_OPEN)).correlate(batches)
+    return B.owner.is_(None), B.owner_seen < before, ~open_runs
 
 
 @transaction("write")
@@ -55,8 +68,7 @@ def prune_batch(transaction: Transaction, before: float) -> str | None:
     transaction.lock("prune")
     name = transaction.connection.scalar(sa.select(B.name).where(B.is_going).limit(1))
     if name is None:
-        open_runs = sa.exists().where(A.batch == B.name, A.state.in_(IS_OPEN)).correlate(batches)
-        where = (B.owner.is_(None), B.owner_seen < before, ~open_runs)
+        where = _is_old_batch(before)
         name = transaction.connection.scalar(sa.select(B.name).where(*where).limit(1))
         if name is None or not transaction.changed(
             sa.update(batches).where(B.name == name, *where).values(is_going=True)
@@ -88,3 +100,14 @@ def counts(transaction: Transaction) -> dict[str, int]:
         name.removeprefix("crew_"): transaction.connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
         for name, table in METADATA.tables.items()
     }
+
+
+@transaction("read")
+def size(transaction: Transaction) -> int:
+    """Return the bytes that the tables and their indexes take."""
+    if transaction.connection.dialect.name == "sqlite":
+        query = sa.text("SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()")
+    else:
+        sizes = (sa.func.pg_total_relation_size(name) for name in METADATA.tables)
+        query = sa.select(sum(sizes, sa.literal(0)))
+    return int(transaction.connection.scalar(query) or 0)

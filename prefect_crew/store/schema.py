@@ -152,14 +152,18 @@ attempts = _table(
     sa.UniqueConstraint("crew_url", "session", "turn"),  # NULLs do not collide
     _index("attempts_in_flight", "crew_url", "counts_until", where="ended_at IS NULL"),
     _index("attempts_begun", "begun_at"),
-    _index("attempts_costs", "ended_at", "crew_url", "batch", "state", "tokens", "cost", "flow_run_id"),
+    _index("attempts_costs", "ended_at", "crew", "crew_url", "batch", "state", "tokens", "cost", "flow_run_id"),
     _index("attempts_flow_run", "flow_run_id", where="flow_run_id IS NOT NULL"),
 )
 """A row for each try to start a run, of a batch's row as well. `replaced`: the key has a later attempt. `deadline`:
 until then nobody else may touch an attempt without a kickoff id. `counts_until`: it holds a slot of the limit."""
 is_current = sa.not_(attempts.c.replaced)
+_is_of_batch = attempts.c.batch.is_not(None)
 sa.Index(
-    "crew_attempts_batch", attempts.c.batch, attempts.c.state, sqlite_where=is_current, postgresql_where=is_current
+    "crew_attempts_batch",
+    *(attempts.c[name] for name in ("batch", "replaced", "state", "tokens", "cost")),
+    sqlite_where=_is_of_batch,
+    postgresql_where=_is_of_batch,
 )
 
 kickoff_ids = _table(
@@ -182,7 +186,11 @@ questions = _table(
     _number("number"),
     _text("task"),
     _text("text"),
+    _text("message"),
+    sa.Column("options", Json),
+    sa.Column("marks", Json, nullable=False),
     _time("asked_at", nullable=False),
+    _time("expires_at"),
     sa.Column("answer", Json),
     _text("answered_by"),
     _time("answered_at"),
@@ -191,7 +199,8 @@ questions = _table(
     _time("sent_at"),
     sa.UniqueConstraint("attempt_id", "number"),
 )
-"""Questions to people. The id is random: the link that answers carries it."""
+"""Questions to people. The id is random: the link that answers carries it, until `expires_at`. `message` and `options`:
+of a Flow. `marks`: the digests that tell a question from the others of its run."""
 
 batches = _table(
     "batches",

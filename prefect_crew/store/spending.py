@@ -112,16 +112,20 @@ def costs(
     *,
     crew_url: str | None = None,
 ) -> list[CostLine]:
-    """Add up the runs that ended from `since` to before `until` (days in UTC): a line for each crew's URL, day, batch
+    """Add up the runs that ended from `since` to before `until` (days in UTC): a line for each crew's name, day, batch
     or flow run."""
     c = attempts.c
+    first = transaction.connection.scalar(sa.select(sa.func.min(c.ended_at)))
+    if first is None:
+        return []
+    since = max(since, date.fromisoformat(day_of(first)))
     days = [date.fromordinal(number) for number in range(since.toordinal(), until.toordinal())]
     if by == "day":
         lines = [
             line for day in days for line in _cost_lines(transaction, day, day, sa.literal(day.isoformat()), crew_url)
         ]
     else:
-        column = {"crew": c.crew_url, "batch": c.batch, "flow_run": c.flow_run_id}[by]
+        column = {"crew": c.crew, "batch": c.batch, "flow_run": c.flow_run_id}[by]
         lines = _cost_lines(transaction, days[0], days[-1], column, crew_url) if days else []
     return lines
 

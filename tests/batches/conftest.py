@@ -1,17 +1,15 @@
 """What the tests of batches share."""
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from prefect_crew.batches.ledger import Ledger
 from prefect_crew.devserver import CrewServer
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, postgres_ledger
-from support.postgres import Postgres
+from support.batches import Batches
 from support.scripts import script
 
 
@@ -49,34 +47,6 @@ def httpserver() -> Iterator[FileServer]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
-
-
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def ledger_address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Give the address of an empty ledger, in SQLite and in PostgreSQL."""
-    if request.param == "sqlite":
-        return str(tmp_path / "ledger.db")
-    return postgres_ledger(request.getfixturevalue("postgres"))
-
-
-@pytest.fixture
-async def ledger(ledger_address: str) -> AsyncIterator[Ledger]:
-    """Give the open ledger of a batch "b", in SQLite and in PostgreSQL."""
-    async with Ledger(ledger_address, "b") as ledger:
-        yield ledger
-
-
-@pytest.fixture
-async def other(ledger_address: str) -> AsyncIterator[Ledger]:
-    """Give the same one as another process has it open."""
-    async with Ledger(ledger_address, "b") as ledger:
-        yield ledger
-
-
-@pytest.fixture
-def postgres_address(postgres: Postgres) -> str:
-    """Give the address of an empty ledger in PostgreSQL."""
-    return postgres_ledger(postgres)
 
 
 @pytest.fixture

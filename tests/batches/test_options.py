@@ -1,4 +1,4 @@
-"""The options of a batch: what is refused, when it stops, what is started again, and what is stored of a call."""
+"""The options of a batch: what is refused, when it stops, and what is stored of a call."""
 
 import json
 from decimal import Decimal
@@ -10,9 +10,6 @@ from pydantic import BaseModel, SecretStr
 import prefect_crew as pc
 from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.options import BatchOptions, plain_call
-from prefect_crew.batches.outcomes import RowState, state_of
-from prefect_crew.records.model import RecordPhase
-from support.records import new_record
 
 WRONG: dict[str, list[Any]] = {
     "max_in_flight": [0, 1.5, True],
@@ -55,7 +52,7 @@ def test_when_a_policy_stops(policy: Any, failed: int, ended: int, stops: bool):
 def call(**options: Any) -> dict[str, Any]:
     given = {"dataset": open_dataset("https://files.test/rows.csv"), "export": "out.jsonl", **options}
     chosen = BatchOptions(**{name: given.pop(name) for name in [*given] if name in BatchOptions.model_fields})
-    return plain_call(crew="payer", secret_inputs=["pin"], ledger="out.db", options=chosen, **given)
+    return plain_call(crew="payer", secret_inputs=["pin"], options=chosen, **given)
 
 
 @pytest.mark.parametrize(
@@ -98,54 +95,3 @@ def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():
         ({"webhooks": pc.Webhooks(crew="https://hooks.test/x")}, "its webhooks were passed as a Python object"),
     ):
         assert why in call(**options)["why_not"]
-
-
-@pytest.mark.parametrize(
-    ("phase", "facts", "state"),
-    [
-        ("claimed", {}, "claimed"),
-        ("uncertain", {"reason": "cut off"}, "uncertain"),
-        ("not-started", {"reason": "RateLimitedError"}, "pending"),
-        ("not-started", {"error": "the input is refused"}, "not-started"),
-        ("started", {}, "started"),
-        ("started", {"error": "x", "reason": "CrewTimeoutError"}, "timed-out"),
-        ("started", {"error": "x", "reason": "CrewLostError"}, "lost"),
-        ("started", {"error": "x", "reason": "CrewConnectionError"}, "no-answer"),
-        ("ended", {"state": pc.CrewState.COMPLETED}, "completed"),
-        ("ended", {"state": pc.CrewState.COMPLETED, "error": "does not fit"}, "invalid-output"),
-        ("ended", {"state": pc.CrewState.FAILED, "error": "x"}, "failed"),
-        ("ended", {"state": pc.CrewState.STOPPED}, "stopped"),
-        ("ended", {"state": pc.CrewState.UNKNOWN}, "lost"),
-    ],
-)
-def test_how_a_row_stands_by_its_record(phase: str, facts: dict[str, Any], state: str):
-    row_state = state_of(new_record(phase=RecordPhase(phase), **facts))
-    assert row_state == state
-    assert row_state.is_final == (state in ("completed", "failed", "invalid-output"))
-    assert row_state.is_failed == (state not in ("pending", "claimed", "started", "uncertain", "completed"))
-
-
-@pytest.mark.parametrize(
-    ("options", "state", "count", "before", "again"),
-    [
-        pytest.param({}, "failed", 1, 0, False, id="off by default"),
-        pytest.param({"retries": 2}, "failed", 2, 0, True, id="second retry"),
-        pytest.param({"retries": 2}, "failed", 3, 0, False, id="no third"),
-        pytest.param({"retries": 9}, "failed", 3, 0, False, id="never beyond the crew's limit"),
-        pytest.param({"retries": 1}, "failed", 1, 1, True, id="one that an earlier call still owed"),
-        pytest.param({"retries": 1}, "invalid-output", 1, 0, True, id="no fit"),
-        pytest.param({"retries": 1}, "lost", 1, 0, False, id="lost, whatever the number"),
-        pytest.param({"retries": 2}, "timed-out", 1, 0, False, id="timed out: it may run on"),
-        pytest.param({"retries": 2}, "uncertain", 1, 0, False, id="uncertain"),
-        pytest.param({"retries": 2}, "not-started", 0, 0, False, id="refused"),
-        pytest.param({"retry_failed": True}, "failed", 1, 1, True, id="failed in an earlier call"),
-        pytest.param({"retry_failed": True}, "failed", 2, 1, False, id="once a call"),
-        pytest.param({"retry_failed": True}, "lost", 1, 1, False, id="lost is not among all failed"),
-        pytest.param({"retry_failed": {"k"}}, "lost", 1, 1, True, id="lost by its key"),
-        pytest.param({"retry_failed": {"other"}}, "failed", 1, 1, False, id="another key"),
-    ],
-)
-def test_when_a_row_is_started_again(options: dict[str, Any], state: str, count: int, before: int, again: bool):
-    given = BatchOptions(**options)
-    assert given.starts_again(RowState(state), "k", count=count, before=before, most=3) is again
-    assert given.starts_again(RowState.STOPPED, "k", count=1, before=1, most=3, owed=1), "it was stopped with its batch"

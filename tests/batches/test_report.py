@@ -92,7 +92,6 @@ async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_s
     assert str(plan).splitlines()[0] == "Batch plan: 10 rows, 10 to run, 4 at a time."
     assert str(plan).splitlines()[1:] == ["It takes about 3 min 00 s.", "It costs about 5.00."]
     assert server.kickoffs == 0
-    assert list(batch.folder.glob("*.db")) == []
     await batch(crew, rows[:4], name="planned")
     plan = await aplan_batch(crew, rows, name="planned", export=str(batch.output), max_in_flight=1)
     assert plan.rows == 10

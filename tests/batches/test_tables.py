@@ -17,16 +17,15 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import BlockDocumentUpdate
 from pydantic import BaseModel
 
-from prefect_crew import BatchChangedError, ConfigurationError, aplan_batch
+from prefect_crew import ConfigurationError, aplan_batch
+from prefect_crew.batches.batch import find_batch
 from prefect_crew.batches.dataset import Dataset
-from prefect_crew.batches.ledger import Ledger
 from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
-from prefect_crew.batches.stored import open_stored_batch
 from prefect_crew.batches.tables import open_query
 from prefect_crew.cli.batch import resume
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BadRowsError, DatasetError, ExportError
-from support.batches import CREW, Batches, enter
+from support.batches import CREW, Batches, nothing, row, write
 from support.frames import locals_of
 from support.tables import POSTGRESQL, SQLITE, StoredDatabase, new_database
 
@@ -50,13 +49,11 @@ async def read(dataset: Dataset) -> list[dict[str, Any]]:
     return await asyncio.to_thread(lambda: [dict(row.values) for row in dataset.rows()])
 
 
-def ledger_of(batch: Batches) -> str:
-    return str(batch.folder / "ledger.db")
-
-
-async def opened(database: StoredDatabase, output_type: type[BaseModel] | None = None) -> TableOutput:
-    """Return the table `results` as an output."""
-    output = open_output(database.table("results"), output_type=output_type)
+async def opened(
+    database: StoredDatabase, output_type: type[BaseModel] | None = None, batch: str = "b"
+) -> TableOutput:
+    """Return the table `results` as the output of a batch."""
+    output = open_output(database.table("results"), batch, output_type=output_type)
     assert isinstance(output, TableOutput)
     await output.open()
     return output
@@ -68,10 +65,10 @@ def lines(target: TableOutput, *keys: str, **more: Any) -> Iterator[list[dict[st
         yield [target._flat(dict.fromkeys(COLUMNS) | {"key": key, "tasks": [], **more})]
 
 
-async def fill(target: TableOutput, batch: str, *keys: str, **more: Any) -> None:
-    """Write lines of a batch into the table, with their data as a ledger gives them."""
+async def fill(target: TableOutput, *keys: str, **more: Any) -> None:
+    """Write lines of a batch into the table, with their data as the crew database gives them."""
     encoded = [json.dumps(line).encode() + b"\n" for page in lines(target, *keys, **more) for line in page]
-    await asyncio.to_thread(target._replace, target._results(), batch, target._pages(encoded))  # type: ignore[arg-type]
+    await asyncio.to_thread(target._replace, target._results(), target._pages(encoded), nothing)  # type: ignore[arg-type]
 
 
 # Queries
@@ -87,20 +84,6 @@ async def test_second_read_equals_the_first(database: StoredDatabase, tmp_path: 
     assert [row.values for rows in two_readers_at_once for row in rows] == [row for row in first for _ in range(2)]
     assert sorted(row["topic"] for row in first) == ["100% tea", "a :b", "milk"]
     assert list(spool.iterdir()) == [], "the rows have no file with a name"
-
-
-async def test_digest_of_a_query_is_of_its_rows(database: StoredDatabase):
-    async def digest(query: str) -> str:
-        dataset = await open_query(database.query(query))
-        assert dataset.digest is not None
-        return await asyncio.to_thread(dataset.digest)
-
-    by_id = await digest("SELECT id, topic FROM topics ORDER BY id")
-    assert by_id == await digest("SELECT t.id, t.topic FROM topics t WHERE topic <> 'x' ORDER BY 1")
-    assert by_id != await digest("SELECT id, topic FROM topics ORDER BY id DESC")
-    assert by_id != await digest("SELECT id AS number, topic FROM topics ORDER BY id")
-    await database.run("UPDATE topics SET topic = 'cream' WHERE id = 2")
-    assert by_id != await digest("SELECT id, topic FROM topics ORDER BY id")
 
 
 async def test_query_goes_to_the_driver_as_it_is(database: StoredDatabase):
@@ -217,9 +200,9 @@ async def test_rows_of_a_query_are_read_in_bounded_memory(database: StoredDataba
 
 async def test_from_table_into_table(batch: Batches, database: StoredDatabase, echo: CrewServer):
     await echo.crew().asave("writer", overwrite=True)  # type: ignore[misc]
-    await fill(await opened(database), "other", "1")  # another batch shares the table
+    await fill(await opened(database, batch="other"), "1")  # another batch shares the table
     name, address = f"nightly {uuid.uuid4().hex[:6]}", database.table("results")
-    options: dict[str, Any] = {"name": name, "key": "id", "export": address, "ledger": ledger_of(batch)}
+    options: dict[str, Any] = {"name": name, "key": "id", "export": address}
     report = await batch("writer", database.query("SELECT * FROM topics"), **options)  # type: ignore[arg-type]
     assert report.completed == 3
     assert report.export == address
@@ -228,16 +211,14 @@ async def test_from_table_into_table(batch: Batches, database: StoredDatabase, e
     texts = ("on 100% tea", "on milk", "on a :b")
     assert rows == [(name, str(number), "completed", text) for number, text in enumerate(texts, 1)]
     assert await resume(name) == 0
-    async with open_stored_batch(name) as stored:
-        await database.run("UPDATE results SET output = 'spoiled' WHERE key = '1'")
-        assert await stored.export() == (address, 3)
-        assert await stored.export(database.table("copy")) == (database.table("copy"), 3)
+    stored = await find_batch(name)
+    await database.run("UPDATE results SET output = 'spoiled' WHERE key = '1'")
+    assert await stored.export() == (address, 3)
+    assert await stored.export(database.table("copy")) == (database.table("copy"), 3)
     assert await database.run(query) == rows == await database.run(query.replace("results", "copy"))
     assert echo.kickoffs == 3
     await database.run("INSERT INTO topics VALUES (4, 'rye')")
-    with pytest.raises(BatchChangedError, match="3 rows, not these 4"):
-        await resume(name)
-    assert await resume(name, on_change="continue") == 0
+    assert await resume(name) == 0
     assert len(await database.run(query)) == echo.kickoffs == 4
     assert await database.run("SELECT key FROM results WHERE batch = 'other'") == [("1",)]
 
@@ -245,32 +226,31 @@ async def test_from_table_into_table(batch: Batches, database: StoredDatabase, e
 async def test_quoted_query_gets_the_scheduled_time(batch: Batches, database: StoredDatabase, echo: CrewServer):
     await echo.crew().asave("writer", overwrite=True)  # type: ignore[misc]
     name, query = f"timed {uuid.uuid4().hex[:6]}", "SELECT '{scheduled_start:%Y} 100%' AS topic"
-    await batch("writer", database.query(query), name=name, ledger=ledger_of(batch))  # type: ignore[arg-type]
+    await batch("writer", database.query(query), name=name)  # type: ignore[arg-type]
     (line,) = batch.lines().values()
     assert re.fullmatch(r"on 20\d\d 100%", line["output"])
-    async with open_stored_batch(name) as stored:
-        rendered = query.replace("{scheduled_start:%Y}", line["output"][3:7])
-        assert stored.call()["dataset"] == database.query(rendered)
+    rendered = query.replace("{scheduled_start:%Y}", line["output"][3:7])
+    assert (await find_batch(name)).call()["dataset"] == database.query(rendered)
 
 
 async def test_rows_of_a_namesake_are_refused(batch: Batches, database: StoredDatabase, echo: CrewServer):
     name, rows = f"nightly {uuid.uuid4().hex[:8]}", [{"topic": "tea"}]
-    await fill(await opened(database), name, "old")
-    options: dict[str, Any] = {"name": name, "key": "topic", "ledger": ledger_of(batch)}
+    await fill(await opened(database, batch=name), "old")
+    options: dict[str, Any] = {"name": name, "key": "topic"}
     with pytest.raises(ExportError, match=f"of another batch, which is also named '{name}'.*Nothing was started"):
         await batch(echo.crew(), rows, export=database.table("results"), **options)
     assert echo.kickoffs == 0
     await batch(echo.crew(), rows, **options)
-    async with open_stored_batch(name) as stored:
-        with pytest.raises(ExportError, match="overwrite=True"):
-            await stored.export(database.table("results"))
-        assert (await stored.export(database.table("results"), overwrite=True))[1] == 1
+    stored = await find_batch(name)
+    with pytest.raises(ExportError, match="overwrite=True"):
+        await stored.export(database.table("results"))
+    assert (await stored.export(database.table("results"), overwrite=True))[1] == 1
     assert await database.run("SELECT key FROM results") == [("tea",)]
 
 
 async def test_bad_rows_go_to_a_table_of_their_own(batch: Batches, database: StoredDatabase, echo: CrewServer):
     crew, name, rows = echo.crew(), f"lacking {uuid.uuid4().hex[:8]}", [{"topic": "tea"}, {"topic": ""}]
-    options: dict[str, Any] = {"name": name, "export": database.table("results"), "ledger": ledger_of(batch)}
+    options: dict[str, Any] = {"name": name, "export": database.table("results")}
     with pytest.raises(BadRowsError):
         await batch(crew, rows, **options)
     report = await batch(crew, rows, on_bad_row="skip", **options)
@@ -278,7 +258,7 @@ async def test_bad_rows_go_to_a_table_of_their_own(batch: Batches, database: Sto
     assert report.bad_export == database.table("results_rejected")
     kept = "SELECT batch, line, reason, row FROM results_rejected"
     assert await database.run(kept) == [(name, 2, "has no value for topic", '{"topic":""}')]
-    await batch(crew, [{"topic": "tea"}, {"topic": "rye"}], on_change="continue", **options)
+    await batch(crew, [{"topic": "tea"}, {"topic": "rye"}], **options)
     assert await database.run(kept) == []
 
 
@@ -296,15 +276,15 @@ async def test_table_of_something_else_is_refused_at_first(batch: Batches, datab
         del tables["typed"]  # SQLite takes any value in any column
     for table, problem in tables.items():
         with pytest.raises(ExportError, match=problem):
-            await batch(echo.crew(), [{"topic": "tea"}], export=database.table(table), ledger=ledger_of(batch))
+            await batch(echo.crew(), [{"topic": "tea"}], export=database.table(table))
     assert echo.kickoffs == 0
     assert sorted(await database.run("SELECT * FROM topics")) == [(1, "100% tea"), (2, "milk"), (3, "a :b")]
 
 
 async def test_first_exports_at_once_make_one_table(database: StoredDatabase):
     names = [f"b{number}" for number in range(4)]
-    outputs = {name: await opened(database) for name in names}  # an engine belongs to one event loop
-    await asyncio.gather(*(fill(output, name, "a") for name, output in outputs.items()))
+    outputs = [await opened(database, batch=name) for name in names]  # an engine belongs to one event loop
+    await asyncio.gather(*(fill(output, "a") for output in outputs))
     assert await database.run("SELECT batch FROM results ORDER BY batch") == [(name,) for name in names]
 
 
@@ -319,7 +299,7 @@ class Trip(BaseModel):
 
 async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: StoredDatabase):
     data = {"nights": 2**62, "price": 1.5, "begins": "2026-01-02", "booked": "2026-01-01T00:30:00+02:00", "late": True}
-    await fill(await opened(database, Trip), "b", "a", data={**data, "places": ["Rome\0"]}, output="x\0")
+    await fill(await opened(database, Trip), "a", data={**data, "places": ["Rome\0"]}, output="x\0")
     names = "output, data_nights, data_price, data_begins, data_booked, data_late, data_places"
     ((text, nights, price, begins, booked, late, places),) = await database.run(f"SELECT {names} FROM results")
     assert text == "x\ufffd"
@@ -332,14 +312,14 @@ async def test_fields_of_the_type_are_columns_and_no_text_is_refused(database: S
 
 
 async def test_time_that_no_zone_can_hold_is_null(database: StoredDatabase):
-    await fill(await opened(database, Trip), "b", "a", data={"booked": "9999-12-31T23:59:59-05:00"})
+    await fill(await opened(database, Trip), "a", data={"booked": "9999-12-31T23:59:59-05:00"})
     assert await database.run("SELECT key, data_booked FROM results") == [("a", None)]
 
 
 @pytest.mark.parametrize("kind", ["error", "database"])
 async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase, kind: str):
     output = await opened(database)
-    await fill(output, "b", "a", output="before")
+    await fill(output, "a", output="before")
 
     def cut() -> Iterator[list[dict[str, Any]]]:
         yield from lines(output, "a", "b", output="after")
@@ -347,14 +327,14 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
             raise OSError(28, "No space left on device")
         yield [{**dict.fromkeys(COLUMNS), "key": None, "tasks": []}]
 
-    with pytest.raises(ExportError, match=r"results cannot be written: .*All results are in the ledger") as caught:
-        await asyncio.to_thread(output._replace, output._results(), "b", cut())
+    with pytest.raises(ExportError, match=r"results cannot be written: .*All results are in the crew database") as caught:
+        await asyncio.to_thread(output._replace, output._results(), cut(), nothing)
     assert "INSERT" not in str(caught.value)
     assert await database.run("SELECT key, output FROM results") == [("a", "before")]
 
 
 async def test_cancelled_export_leaves_the_table(
-    database: StoredDatabase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    database: StoredDatabase, monkeypatch: pytest.MonkeyPatch
 ):
     output, begun, threads = await opened(database), asyncio.Event(), ThreadPoolExecutor()
     loop, pages_of = asyncio.get_running_loop(), TableOutput._pages
@@ -368,29 +348,25 @@ async def test_cancelled_export_leaves_the_table(
                 pass
 
     monkeypatch.setattr(TableOutput, "_pages", pages)
-    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
-        keys = [f"k{number}" for number in range(500)]
-        await enter(ledger, *keys)
-        for key in keys:
-            await ledger.note_conflict(key)
-        writing = asyncio.create_task(output.write(ledger))
-        await begun.wait()
-        writing.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await writing
-        threads.shutdown()  # once the transaction has ended
-        loop.set_default_executor(ThreadPoolExecutor())
-        assert not await asyncio.to_thread(output.exists), "it made the table in the same transaction"
-        monkeypatch.undo()
-        assert await output.write(ledger) == 500
-        assert await asyncio.to_thread(output.exists)
+    rows = [row(f"k{number}", is_conflict=True) for number in range(500)]
+    writing = asyncio.create_task(write(output, *rows))
+    await begun.wait()
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    threads.shutdown()  # once the transaction has ended
+    loop.set_default_executor(ThreadPoolExecutor())
+    assert not await asyncio.to_thread(output.exists), "it made the table in the same transaction"
+    monkeypatch.undo()
+    assert await write(output, *rows) == 500
+    assert await asyncio.to_thread(output.exists)
     assert await database.run("SELECT count(*) FROM results") == [(500,)]
 
 
 @pytest.mark.parametrize("address", ["sql://store", "sql://store/", "sql://store?query=SELECT 1"])
 def test_address_without_a_table_is_refused(address: str):
     with pytest.raises(ConfigurationError, match=r"names no table\. Give sql://BLOCK/TABLE"):
-        open_output(address)
+        open_output(address, "b")
 
 
 async def test_database_of_another_kind_is_refused(prefect_api: object, monkeypatch: pytest.MonkeyPatch):
@@ -398,4 +374,4 @@ async def test_database_of_another_kind_is_refused(prefect_api: object, monkeypa
     await store.save()
     monkeypatch.setattr("prefect_crew.batches.tables.SqlDatabase.kind", "oracle")
     with pytest.raises(ConfigurationError, match="is in a database of oracle, and tables are written in SQLite and"):
-        await open_output(store.table("results")).open()
+        await open_output(store.table("results"), "b").open()

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
@@ -30,7 +30,7 @@ def throttle(**options: Any) -> Throttle:
 
 async def admitted(throttle: Throttle, count: int, seconds: float = 0.1) -> int:
     """Return how many of so many rows are let in within some time; they stay."""
-    rows = [asyncio.ensure_future(throttle.admit(f"row {number}")) for number in range(count)]
+    rows = [asyncio.ensure_future(throttle.admit()) for number in range(count)]
     done, _ = await asyncio.wait(rows, timeout=seconds)
     await cancel_and_wait(*rows)
     return len(done)
@@ -58,29 +58,12 @@ async def test_one_kickoff_is_tried_first_and_each_accepted_one_lets_twice_as_ma
     assert counts == [1, 2, 4, 8]
 
 
-async def test_a_row_that_has_to_wait_after_all_gives_its_slot_back():
-    pausing, held = throttle(), set[str]()
-
-    class Slots:
-        async def take(self, row: str) -> bool:
-            held.add(row)
-            pausing.refused(REFUSED)  # meanwhile the server refuses the kickoff of another row
-            return True
-
-        def give_back(self, row: str) -> None:
-            held.discard(row)
-
-    pausing.slots = cast("Any", Slots())
-    assert await admitted(pausing, 1) == 0
-    assert held == set()
-
-
 async def test_rows_are_admitted_in_their_order_as_others_leave():
     full, order = throttle(kickoffs_at_once=1), list[int]()
-    assert await full.admit("row")
+    assert await full.admit()
 
     async def row(number: int) -> None:
-        assert await full.admit(f"row {number}")
+        assert await full.admit()
         order.append(number)
         full.leave()
 
@@ -96,7 +79,7 @@ async def test_kickoffs_keep_their_rate():
     steady = throttle(kickoffs_per_second=50)
     began = time.monotonic()
     for _ in range(11):
-        await steady.admit("row")
+        await steady.admit()
         steady.leave()
     assert 0.19 <= time.monotonic() - began < 2
 
@@ -104,7 +87,7 @@ async def test_kickoffs_keep_their_rate():
 async def test_a_batch_that_has_stopped_admits_nobody():
     slow = throttle(kickoffs_per_second=0.001)
     slow.heed(limited(200))
-    waiting = [asyncio.ensure_future(slow.admit("row")) for _ in range(3)]
+    waiting = [asyncio.ensure_future(slow.admit()) for _ in range(3)]
     await asyncio.sleep(0.01)
     slow.stop("enough")
     slow.stop("more than enough")
@@ -117,7 +100,7 @@ async def test_what_the_server_asks_of_one_holds_for_all():
     asked.heed(limited(0.4))
     asked.heed(limited(0.1))
     began = time.monotonic()
-    await asked.admit("row")
+    await asked.admit()
     assert time.monotonic() - began >= 0.35
     assert asked.held_for <= 0
 
@@ -161,7 +144,7 @@ async def test_without_a_breaker_failures_stop_nothing():
     endless = throttle(breaker=None)
     for _ in range(100):
         endless.failed("the model is down")
-    assert await endless.admit("row")
+    assert await endless.admit()
 
 
 async def test_the_end_of_a_run_ends_a_pause(monkeypatch: pytest.MonkeyPatch):
@@ -169,7 +152,7 @@ async def test_the_end_of_a_run_ends_a_pause(monkeypatch: pytest.MonkeyPatch):
     full = throttle()
     full.wait_for(2)
     full.refused(REFUSED)
-    waiting = asyncio.ensure_future(full.admit("row"))
+    waiting = asyncio.ensure_future(full.admit())
     await asyncio.wait({waiting}, timeout=0.05)
     assert not waiting.done()
     full.wait_for(1)

@@ -19,7 +19,6 @@ from prefect_crew.cli.doctor import Finding, Findings, check_crew, check_prefect
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import PrefectAwayError
-from prefect_crew.records.store import PrefectRecords
 from support.commands import Command
 from support.crew_pool import CrewPool
 from support.prefect_server import PrefectServer
@@ -37,7 +36,7 @@ async def look_at_prefect(subject: str) -> list[Finding]:
     """Return what is found of a subject; with Prefect itself all is well."""
     findings = Findings(quiet=True)
     await check_prefect(findings)
-    assert [finding.subject for finding in findings][:3] == ["Prefect server", "block type", "records"]
+    assert [finding.subject for finding in findings][:3] == ["Prefect server", "block type", "crew database"]
     assert not [finding for finding in findings if finding.level == "problem"]
     return [finding for finding in findings if finding.subject == subject]
 
@@ -101,7 +100,6 @@ async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServe
     assert finding.level == "warning"
     assert finding.fact == left
     assert "within two heartbeats" in finding.fix
-    assert not [record async for record in PrefectRecords().all() if record.crew == "doctor"]
 
 
 PAGE = answer("<html>", headers="Content-Type: text/html\r\n")

@@ -3,7 +3,6 @@
 import asyncio
 import re
 import uuid
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,26 +13,27 @@ from prefect_crew import CrewStep, PipelineFailedError, arun_pipeline
 from prefect_crew.blocks import crew_of
 from prefect_crew.pipelines.artifact import StepView, render_pipeline
 from prefect_crew.pipelines.graph import Pipeline
-from prefect_crew.records.model import RunRecord
+from prefect_crew.store.decision import Attempt
 from prefect_crew.testing import CrewServerFactory
 from support.chromium import Chromium
+from support.past import new_attempt
 from support.prefect_server import PrefectServer
-from support.records import new_record
 from support.scripts import script
 from support.seen import Seen
 
 ARTIFACT = uuid.UUID("12345678-1234-5678-1234-567812345678")
 
 
-def run_of(kickoff_id: str, artifact: uuid.UUID | None = None, record: RunRecord | None = None) -> Any:
-    return SimpleNamespace(kickoff_id=kickoff_id, artifact=SimpleNamespace(id=artifact), attempt=None, record=record)
+def run_of(kickoff_id: str, artifact: uuid.UUID | None = None, attempt: Attempt | None = None) -> Any:
+    return SimpleNamespace(
+        kickoff_id=kickoff_id, artifact=SimpleNamespace(id=artifact), attempt=attempt, attempt_number=None
+    )
 
 
 def test_page_shows_each_step():
     steps = [CrewStep("research", "finder", {}), CrewStep("prices", "finder", {})]
     pipeline = Pipeline([*steps, CrewStep("write", "writer", {}, after=["research", "prices"])], {})
-    at = datetime(2026, 5, 1, tzinfo=UTC)
-    earlier = new_record(kicked_off_at=at, ended_at=at + timedelta(hours=2))
+    earlier = new_attempt(started_at=100.0, ended_at=100.0 + 2 * 3600)
     views = {
         "research": StepView("finder", "completed", started=100.0, ended=100.1, run=run_of("abc", ARTIFACT, earlier)),
         "prices": StepView("finder", "failed", started=100.0, ended=102.5, run=run_of("a-long-id-of-a-run")),

@@ -5,12 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from prefect_crew import ConfigurationError, CrewStep
+from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.client.models import CrewInput, CrewResult
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.states import CrewState
-from support.batches import CREW
+
+CREW = crew_of(DeployedCrew(url="https://crew.example", token=SecretStr("token")))
 
 
 def graph(*steps: CrewStep, **inputs: Any) -> Pipeline:

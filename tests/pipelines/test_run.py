@@ -20,11 +20,13 @@ from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
 from prefect_crew.pipelines import artifact as pages
 from prefect_crew.runs import wait
+from prefect_crew.runs.database import in_store
+from prefect_crew.store.attempts import of_key
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import call_in_flow
 from support.held import FailsFirst, Held
+from support.past import key
 from support.prefect_server import PrefectServer, stored_texts
-from support.records import attempts, key
 from support.scripts import JOURNAL, script
 from support.seen import Seen
 from support.waiting import until
@@ -61,7 +63,7 @@ async def test_steps_feed_each_other(echo: CrewServer):
     assert [run.inputs["text"] for run in echo.runs][2:] == ["on tea & tea costs", "ON TEA & TEA COSTS", "bye"]
     assert echo.requests["inputs"] == 1, "a crew is asked once, however many steps it has"
     assert (await pc.aget_result(f"{idempotency_key}/write")).output == "on tea & tea costs"
-    assert [record.step for record in await attempts(f"{idempotency_key}/write")] == ["write"]
+    assert [attempt.step for attempt in await in_store(of_key, f"{idempotency_key}/write")] == ["write"]
     with pytest.raises(pc.PipelineFailedError) as raised:  # other inputs under the key
         await pc.arun_pipeline(steps, {"topic": "cocoa"}, idempotency_key=idempotency_key)
     assert isinstance(raised.value.errors["research"], pc.IdempotencyConflictError)
@@ -190,7 +192,7 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
         pc.CrewStep("alone", crew, {"text": "alone"}),
         pc.CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
         pc.CrewStep("function", crew, {"text": lambda context: context.inputs["nothing"]}),
-        pc.CrewStep("hidden", server.crew(concurrency_limit="nobody-made-it", show="none"), {"text": "x"}),
+        pc.CrewStep("hidden", server.crew(budgets=[pc.Budget(max_cost=1, name="nobody-made-it")], show="none"), {"text": "x"}),
     ]
     with pytest.raises(pc.PipelineFailedError) as raised:
         await pc.arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)

@@ -278,7 +278,7 @@ async def test_costs_are_added_up_by_crew_day_batch_and_flow_run(store: Store, c
     first = datetime.fromtimestamp(BEGINNING, UTC).date()
     clock.now = datetime(first.year, first.month, first.day, tzinfo=UTC).timestamp()
     await over(store, request("1", flow_run_id="f"), tokens=10, cost=0.1)
-    await over(store, request("2", crew_url="https://other.test"), AttemptState.FAILED, tokens=5, cost=0.2)
+    await over(store, request("2", crew="other", crew_url="https://other.test"), AttemptState.FAILED, tokens=5, cost=0.2)
     await in_flight(store, request("3"))
     call = request("4")
     await begun(store, call)
@@ -291,12 +291,12 @@ async def test_costs_are_added_up_by_crew_day_batch_and_flow_run(store: Store, c
         found = await store.run(costs, first, first + timedelta(days=days), by, **filters)
         return sorted((line.group or "", line.runs, line.tokens, line.cost) for line in found)
 
-    assert await lines("crew") == [(CREW, 2, 10, 0.1), ("https://other.test", 1, 5, 0.2)]
-    assert await lines("crew", days=1) == [(CREW, 1, 10, 0.1), ("https://other.test", 1, 5, 0.2)]
+    assert await lines("crew") == [("other", 1, 5, 0.2), ("travel", 2, 10, 0.1)]
+    assert await lines("crew", days=1) == [("other", 1, 5, 0.2), ("travel", 1, 10, 0.1)]
     assert await lines("day") == [(f"{first}", 2, 15, 0.3), (f"{first + timedelta(days=1)}", 1, 0, 0.0)]
     assert await lines("batch") == [("", 2, 15, 0.3), ("leads", 1, 0, 0.0)]
     assert await lines("flow_run") == [("", 2, 5, 0.2), ("f", 1, 10, 0.1)]
-    assert await lines("crew", crew_url=CREW) == [(CREW, 2, 10, 0.1)]
+    assert await lines("crew", crew_url=CREW) == [("travel", 2, 10, 0.1)]
     assert await lines("crew", days=0) == []
     [line] = await store.run(costs, first, first + timedelta(days=7), "batch", crew_url="https://other.test")
     assert line == CostLine(group=None, runs=1, runs_with_tokens=1, runs_with_cost=1, tokens=5, cost=0.2)

@@ -1,33 +1,25 @@
-"""What tests of batches make: records of rows, ledgers in PostgreSQL, ledgers as time passes for them."""
+"""What tests of batches make."""
 
-import asyncio
 import json
-import sqlite3
 import uuid
-from collections.abc import Collection, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from prefect_crew import BatchReport, DeployedCrew, WaitPolicy, arun_batch
 from prefect_crew.artifacts.run import artifact_key
-from prefect_crew.batches.database import attempts
 from prefect_crew.batches.dataset import Dataset, open_dataset
-from prefect_crew.batches.ledger import PAGE, Ledger
 from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.rows import RowJob, RowPlan
+from prefect_crew.batches.output import Output
+from prefect_crew.batches.rows import RowPlan
 from prefect_crew.blocks import crew_of
-from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import CrewInput
+from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.crew import Crew
-from prefect_crew.records.model import RunRecord
-from support.postgres import Postgres
-from support.records import new_record
+from prefect_crew.store.batches import Row
+from prefect_crew.store.decision import AttemptState
 
 CREW, FLOW = (
     crew_of(DeployedCrew(url="https://crew.example", token="token", flow=flow))  # type: ignore[arg-type]
@@ -41,7 +33,7 @@ def topics(count: int, bad: Collection[int] = (), **more: Any) -> list[dict[str,
 
 
 class Batches:
-    """Runs batches whose outputs and ledgers are in a test's folder."""
+    """Runs batches whose outputs are in a test's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,44 +68,30 @@ def row_plan(data: Any, *, expected: Sequence[CrewInput] = (), crew: Crew | None
     return RowPlan(dataset, BatchOptions(**options), crew or (FLOW if "session" in options else CREW), expected)
 
 
-def record_of(ledger: Ledger, key: str, *, attempt: int = 1, **facts: Any) -> RunRecord:
-    """Return the claim of a row; `facts` are more fields of the record."""
-    known = {"attempt": attempt, "owner": uuid.uuid4().hex, "crew": "c", "crew_url": "https://crew.example"}
-    return new_record(ledger.idempotency_key(key), **known | facts)
+def row(key: str, state: str | None = "completed", *, output: str = "text", data: Any = None, **facts: Any) -> Row:
+    """Return a row of a batch as the crew database gives it."""
+    has_run = state not in (None, "posting", "uncertain")
+    facts = {"error": "the engine is down"} | facts if state == "failed" else facts
+    if state == "completed" and "result" not in facts:
+        tasks, usage = [TaskResult(name="t", output="x").model_dump(exclude_none=True)], {"total_tokens": 7}
+        facts["result"] = {"output": output, "data": data, "tasks": tasks, "execution_time": 1.5, "usage": usage}
+    known: dict[str, Any] = dict.fromkeys(Row.__slots__) | {"position": 0, "passes": 1, "is_conflict": False}
+    known |= {"row_key": key, "inputs": {"topic": key}, "state": state and AttemptState(state)}
+    if has_run:
+        known |= {"kickoff_id": f"run-{key}", "started_at": 100.0, "ended_at": 102.0}
+    return Row(**known | facts)
 
 
-async def enter(ledger: Ledger, *keys: str) -> None:
-    """Write rows of a data set into a ledger, in this order."""
-    jobs = [RowJob(number, key, Inputs.of({"topic": key})) for number, key in enumerate(keys)]
-    for start in range(0, len(jobs), PAGE):
-        await ledger.enter_rows(jobs[start : start + PAGE], CREW)
+async def pages(*rows: Row, size: int = 100) -> AsyncIterator[list[Row]]:
+    """Yield rows, so many at a time."""
+    for start in range(0, len(rows), size):
+        yield [*rows[start : start + size]]
 
 
-def let_an_hour_pass(path: str) -> None:
-    """Let no kickoff of a ledger in SQLite be on its way any more: the ledger's own clock says until when it may be."""
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE crew_attempts SET posts_until = posts_until - 3600")
+def nothing() -> None:
+    """Guard nothing."""
 
 
-def postgres_ledger(postgres: Postgres) -> str:
-    return postgres.create_database(f"ledger_{uuid.uuid4().hex[:12]}").replace("postgresql+asyncpg", "postgresql")
-
-
-async def attempts_read_in_scans(address: str) -> int:
-    """Return how many attempts of a ledger in PostgreSQL were read by going through the whole table."""
-    engine = create_async_engine(address.replace("postgresql:", "postgresql+asyncpg:"))
-    try:
-        for _ in range(100):  # a session tells what it has read when it ends
-            async with engine.connect() as connection:
-                others = await connection.scalar(
-                    text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
-                )
-                read = await connection.scalar(
-                    text("SELECT seq_tup_read FROM pg_stat_user_tables WHERE relname = :name"), {"name": attempts.name}
-                )
-            if others == 1:
-                return int(read)
-            await asyncio.sleep(0.05)
-        raise AssertionError("the ledger is still open")
-    finally:
-        await engine.dispose()
+async def write(output: Output, *rows: Row, size: int = 100) -> int:
+    """Write rows of a batch to its output, and return the number of lines."""
+    return (await output.write(pages(*rows, size=size), nothing)).total()

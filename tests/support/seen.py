@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 
 from support.prefect_server import PrefectServer, drain
-from support.records import stored_records
 from support.waiting import wait_until
 
 
@@ -71,15 +70,6 @@ class Seen:
 
     def variables(self, name_like: str = "crew_%") -> list[dict[str, Any]]:
         return self._pages("/variables/filter", {"variables": {"name": {"like_": name_like}}, "sort": "NAME_ASC"})
-
-    def record(self, idempotency_key: str) -> dict[str, Any]:
-        return self.records(idempotency_key)[-1]
-
-    def records(self, idempotency_key: str) -> list[dict[str, Any]]:
-        """Return all attempts at an idempotency key, the first one first."""
-        return [
-            one for one in stored_records(self.variables("crew_run_%")) if one["idempotency_key"] == idempotency_key
-        ]
 
     def artifacts(self, key: str) -> list[dict[str, Any]]:
         return self.post("/artifacts/filter", {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC"})[::-1]

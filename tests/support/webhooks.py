@@ -10,10 +10,7 @@ from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
 from prefect_crew._internal.web_server import open_listener
-from prefect_crew.client.models import ReviewRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
-from prefect_crew.receiver.events import WebhookEvent
-from prefect_crew.receiver.forward import Forwarder, RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
 from support.corpus import cases
 from support.environment import program
@@ -49,38 +46,6 @@ def headers_of(hooks: Webhooks, kind: str) -> dict[str, str]:
     if isinstance(target, HumanInputWebhook | StreamWebhook) and isinstance(target.authentication, BearerAuth):
         return {"Authorization": f"Bearer {target.authentication.token.get_secret_value()}"}
     return {}
-
-
-class Kept(Forwarder):
-    """Takes events and requests as a forwarder does, and keeps them."""
-
-    def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
-        self.recent = RecentWebhooks()
-        self.events: list[WebhookEvent] = []
-        self.questions: list[ReviewRequest] = []
-        self.ready = True
-        self.has_unsent_events = False
-
-    def start(self) -> None:
-        """Do nothing."""
-
-    def put(self, item: WebhookEvent | ReviewRequest) -> None:
-        """Keep it."""
-        if isinstance(item, ReviewRequest):
-            self.questions.append(item)
-        else:
-            self.events.append(item)
-            self.recent.add(item)
-
-    @property
-    def is_ready(self) -> bool:
-        return self.ready
-
-    def report(self) -> dict[str, int]:
-        return {"received": len(self.events)}
-
-    async def aclose(self) -> None:
-        """Do nothing."""
 
 
 @contextmanager

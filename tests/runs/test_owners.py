@@ -15,13 +15,14 @@ from prefect.flows import Flow
 from prefect.states import Failed, Paused, Pending, Running, Scheduled, Suspended
 
 from prefect_crew import arun_batch, arun_crew
-from prefect_crew.batches.stored import open_stored_batch
-from prefect_crew.records.model import RunRecord, utcnow
-from prefect_crew.records.owners import crash_dead_owner, process_is_gone, this_process
+from prefect_crew._internal.clock import utcnow
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.owners import crash_dead_owner, process_is_gone, this_process
+from prefect_crew.store.attempts import of_key
+from prefect_crew.store.batches import get_batch
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.records import attempts, new_record
 from support.scripts import slow
 from support.waiting import until
 
@@ -59,9 +60,10 @@ def gone() -> str:
     return f"{str(this_process()).rpartition(' ')[0]} {process.pid}"
 
 
-def record_of(owner: FlowRun, **fields: Any) -> RunRecord:
-    known = {"flow_run_id": str(owner.id), "flow_run_count": owner.run_count, "process": gone()}
-    return new_record(**known | fields)
+async def crash(owner: FlowRun, **facts: Any) -> None:
+    """Do what a call does that finds a run which this flow run began just now, with a process that has ended."""
+    known = {"flow_run_count": owner.run_count, "process": gone(), "since": utcnow().timestamp()}
+    await crash_dead_owner(str(owner.id), **known | facts)
 
 
 @pytest.mark.programs
@@ -74,12 +76,12 @@ async def test_a_killed_scripts_flow_run_crashes(
     command = [sys.executable, script, server.url, server.token, idempotency_key]
 
     async def kicked_off() -> bool:
-        return any(attempt.kickoff_id for attempt in await attempts(idempotency_key))
+        return any(attempt.kickoff_id for attempt in await in_store(of_key, idempotency_key))
 
     with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
         await until(kicked_off)
         process.kill()
-    (before,) = await attempts(idempotency_key)
+    (before,) = await in_store(of_key, idempotency_key)
     assert (await flow_run(before.flow_run_id)).state_name == "Running"
     await arun_crew(server.crew(), {"n": 1}, idempotency_key=idempotency_key)
     state = (await flow_run(before.flow_run_id)).state
@@ -107,8 +109,9 @@ async def test_a_killed_batchs_flow_run_crashes(
     with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
         await until(lambda: server.requests["status"], "the row is waited for", seconds=60)
         process.kill()
-    async with open_stored_batch(name) as stored:
-        before = stored.flow_run_id
+    batch = await in_store(get_batch, name)
+    assert batch is not None
+    before = batch.flow_run_id
     assert (await flow_run(before)).state_name == "Running"
     report = await arun_batch(server.crew(), [{"n": 1}], name=name, export=export)
     assert report.completed == 1
@@ -121,15 +124,15 @@ async def test_a_killed_batchs_flow_run_crashes(
 async def test_a_flow_run_that_may_live_is_left_alone():
     running, paused = await begun(), await begun(Paused())
     cases = {
-        "its process runs": record_of(running, process=this_process()),
-        "its process is on another machine": record_of(running, process="elsewhere/boot/pid:[1] 7 7"),
-        "its process is not known": record_of(running, process=None),
-        "it was begun again since": record_of(running, flow_run_count=running.run_count - 1),
-        "it is paused": record_of(paused),
+        "its process runs": (running, {"process": this_process()}),
+        "its process is on another machine": (running, {"process": "elsewhere/boot/pid:[1] 7 7"}),
+        "its process is not known": (running, {"process": None}),
+        "it was begun again since": (running, {"flow_run_count": running.run_count - 1}),
+        "it is paused": (paused, dict[str, Any]()),
     }
-    for case, record in cases.items():
-        await crash_dead_owner(record)
-        state = (await flow_run(record.flow_run_id)).state
+    for case, (owner, facts) in cases.items():
+        await crash(owner, **facts)
+        state = (await flow_run(str(owner.id))).state
         assert state is not None
         assert not state.is_final(), case
 
@@ -143,7 +146,7 @@ async def test_a_dead_flow_run_with_forms_crashes():
         for state in (Failed(), Scheduled(), Running()):
             await client.set_flow_run_state(again.id, state, force=True)
     for owner, is_dead in ((once, True), (again, False)):
-        await crash_dead_owner(record_of(owner))  # as it was in its first attempt
+        await crash(owner)  # as it was in its first attempt
         assert (await flow_run(str(owner.id))).state_name == ("Crashed" if is_dead else "Running")
 
 
@@ -156,16 +159,17 @@ async def test_a_resumed_flow_run_is_left_alone():
             await client.set_flow_run_state(first.id, state, force=True)
     now = await flow_run(str(first.id))
     for count in (first.run_count, now.run_count):
-        await crash_dead_owner(record_of(first, flow_run_count=count, claimed_at=first.start_time))
+        assert first.start_time is not None
+        await crash(first, flow_run_count=count, since=first.start_time.timestamp())
         assert (await flow_run(str(first.id))).state_name == "Running", count
-    await crash_dead_owner(record_of(now, claimed_at=utcnow() + timedelta(hours=1)))
+    await crash(now, since=(utcnow() + timedelta(hours=1)).timestamp())
     assert (await flow_run(str(now.id))).state_name == "Crashed"
 
 
 async def test_ones_own_flow_run_never_crashes():
     @flow
     async def trip() -> None:
-        await crash_dead_owner(record_of(await flow_run(str(runtime.flow_run.id))))
+        await crash(await flow_run(str(runtime.flow_run.id)))
 
     state = await trip(return_state=True)
     assert state.is_completed()
