@@ -52,6 +52,7 @@ from prefect_crew.runs.reviews.questions import (
     request_of,
     reviews_of,
     round_of,
+    shown_output,
     state_of,
     waiting_task,
     where_to_look,
@@ -116,7 +117,7 @@ async def look(
         return None
     if named and waiting_task(status) is None:
         status = status.model_copy(update={"human_task_id": task_id})
-    marks, output, task = marks_of(status), judged_output(status), task_id or waiting_task(status)
+    marks, output, task = marks_of(status), shown_output(status), task_id or waiting_task(status)
     text = None if output is None else run.redact(output)
     is_stored = text is not None and may_store(run) and len(text) <= MOST_TEXT
     is_name = task is not None and run.redact_name(task) == task
@@ -136,7 +137,7 @@ async def look(
             return await look(run, status, after=after, if_approved=if_approved, task_id=task_id)
     is_of_it = FLOW not in last.marks and marks.items() <= last.marks.items()
     task = last.task if FLOW in last.marks else waiting_task(status) or last.task
-    return Asked(last, state_of(last, now), rows, task or task_id, output if is_of_it else None, now)
+    return Asked(last, state_of(last, now), rows, task or task_id, judged_output(status) if is_of_it else None, now)
 
 
 def may_store(run: LiveRun) -> bool:
