@@ -142,8 +142,10 @@ async def read_registration() -> Registration | None:
     """Return the store that the Prefect server knows, None if it knows none."""
     async with get_client() as client:
         variable = await client.read_variable_by_name(NAME)
-    value: Any = None if variable is None else variable.value
-    if not isinstance(value, dict) or not {"id", "where"} <= value.keys():
+    if variable is None or not isinstance(variable.value, dict):
+        return None
+    value = variable.value
+    if not {"id", "where"} <= value.keys():
         return None
     return Registration(id=str(value["id"]), where=str(value["where"]), host=value.get("host"))
 

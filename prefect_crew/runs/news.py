@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
@@ -50,7 +51,8 @@ class Subscription:
     @property
     def usage(self) -> TokenUsage | None:
         """The tokens of the whole run, else those of its crews together; None if no webhook reported any."""
-        reported = [(event.kind, (event.body or {}).get("usage")) for event in self.news]
+        bodies = [(event.kind, cast("dict[str, Any]", event.body or {})) for event in self.news]
+        reported = [(kind, body.get("usage")) for kind, body in bodies]
         usages = [(kind, TokenUsage.model_validate(usage)) for kind, usage in reported if usage]
         whole = [usage for kind, usage in usages if kind == COMPLETED]
         crews = [usage for kind, usage in usages if kind != COMPLETED]
