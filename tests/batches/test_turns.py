@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect_crew.batches.ledger import Ledger
+from prefect_crew.batches.outcomes import MISFIT_WITHOUT_REASONS
+from prefect_crew.batches.turns import RowTurns
 from pydantic import SecretStr, create_model
 
 import prefect_crew as pc
 from prefect_crew.batches import runner
-from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.outcomes import MISFIT_WITHOUT_REASONS
-from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer
 from prefect_crew.records import sessions
