@@ -202,7 +202,8 @@ async def test_a_row_waits_for_the_room_of_another(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
-    server = crew_server(script({"seconds": 0.2, "output": "x"}, inputs=["topic"], usage={"total_tokens": 10}))
+    spec = script({"seconds": 0.2, "output": "x"}, inputs=["topic"], usage={"total_tokens": 10})
+    server = crew_server(spec, response_format="live")
     budget = pc.Budget(max_tokens=100, estimate_tokens=60)
     report = await batch(server.crew(), topics(5), budgets=[budget], name="room")
     assert (report.completed, report.stopped) == (5, None), "the estimates of two rows have no room together"
