@@ -152,7 +152,7 @@ async def answer_question(
     run: LiveRun,
     review: Review,
     *,
-    seen: str | None = None,
+    seen: ReviewRequest | None = None,
     task_id: str | None = None,
     round: int | None = None,  # noqa: A002 - the word of the domain
     webhooks: Webhooks | None = None,
@@ -165,7 +165,7 @@ async def answer_question(
     Args:
         run: The run, in an open session.
         review: The answer, with its giver.
-        seen: The id of the question that the giver has seen. No other question is answered.
+        seen: The question that the giver has seen. No other question is answered.
         task_id: The task; default: the task in the status. With a task, the run counts as waiting whatever its status
             says.
         round: The number of the question about its task; no other is answered.
@@ -202,7 +202,7 @@ async def answer_question(
         )
     question, number = asked.question, round_of(asked.question, asked.questions)
     where = f"Run {run.kickoff_id}, task {run.redact_name(asked.task or '')},"
-    if seen not in (None, question.id):
+    if seen is not None and (seen.id, seen.options) != (question.id, tuple(question.options or ())):
         raise AlreadyAnsweredError(f"{where} asks another question by now. Nothing was sent.")
     if round not in (None, number):
         raise AlreadyAnsweredError(f"{where} asks question {number}, not {round}. Nothing was sent.")
