@@ -134,7 +134,7 @@ async def test_a_later_round_names_the_run_that_goes_on(client: httpx.AsyncClien
     assert await store.run(attempts.ids_of, attempt.id) == ["k-0", "k-1"]
     first, second = await store.run(questions.questions_of, attempt.id)
     assert first.sent_at is not None, "a later webhook says that the answer arrived"
-    assert (second.number, second.task, second.text) == (2, "draft", "the output")
+    assert (second.number, second.task, second.text) == (2, "plan", "the output")
     assert [question.id for question in await store.run(questions.open_questions)] == [second.id]
 
 

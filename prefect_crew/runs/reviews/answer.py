@@ -133,7 +133,7 @@ async def look(
     if state_of(last, now) == "left" and "withheld" in answer:  # nobody else has its text: it is asked once more
         sender = uuid4().hex
         if await in_store(questions.send, last.id, sender, 0.0):
-            await in_store(questions.not_sent, last.id, sender, keep_answer=False)
+            await in_store(questions.not_sent, last.id, sender)
             return await look(run, status, after=after, if_approved=if_approved, task_id=task_id)
     is_of_it = FLOW not in last.marks and marks.items() <= last.marks.items()
     task = last.task if FLOW in last.marks else waiting_task(status) or last.task
@@ -278,7 +278,7 @@ async def _post(
             if isinstance(error, CrewError):
                 raise uncertain_error(run, _written(run, asked, review, "uncertain")) from error
         else:
-            await _note(run, in_store(questions.not_sent, question.id, sender, keep_answer=False))
+            await _note(run, in_store(questions.not_sent, question.id, sender))
             if isinstance(error, CrewAPIError) and is_refusal(question, error):
                 await forget_callback(question)
         raise
