@@ -1,6 +1,7 @@
 """What tests of webhooks need: a secret, bodies of both generations, and a receiver's other side."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.prefect_server import free_port
 from support.processes import Process
 from support.waiting import until
 
+DATABASE = "PREFECT_INTEGRATIONS_CREW_DATABASE_URL"
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
 _CORPUS = cases("webhook")
@@ -53,6 +55,7 @@ def receiver_of(env: dict[str, str], tmp_path: Path) -> Iterator[tuple[Process, 
     """Run `prefect-crew receiver start` as a process of its own, and give it with its port once it listens."""
     port = free_port()
     env |= {"PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET, "PREFECT_LOGGING_LEVEL": "DEBUG"}
+    env[DATABASE] = os.environ[DATABASE]  # whoever waits reads what the receiver writes
     command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
     with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
         process.wait_for("Listening for webhooks")

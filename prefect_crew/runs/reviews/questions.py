@@ -33,7 +33,8 @@ def waiting_task(status: CrewStatus) -> str | None:
     return status.human_task_id or status.current_task
 
 
-def _shown_output(status: CrewStatus) -> str | None:
+def shown_output(status: CrewStatus) -> str | None:
+    """Return the output of the task that waits, None if the status does not show it."""
     task_id = waiting_task(status)
     of_task = next((task.output for task in reversed(status.tasks) if task.name == task_id and task.output), None)
     return of_task or waiting_output(status.raw)
@@ -45,7 +46,7 @@ def judged_output(status: CrewStatus) -> str | None:
     The text is the output of the task that waits, else the status's `last_step`. The output of an earlier task does not
     count.
     """
-    return _shown_output(status) or status.last_step
+    return shown_output(status) or status.last_step
 
 
 def digest(*facts: object) -> str:
@@ -55,7 +56,7 @@ def digest(*facts: object) -> str:
 
 def marks_of(status: CrewStatus) -> Marks:
     """Return the marks of the question that a status shows. A message and a last step may change meanwhile."""
-    facts = {"task": waiting_task(status), "output": _shown_output(status)}
+    facts = {"task": waiting_task(status), "output": shown_output(status)}
     return {name: digest(fact) for name, fact in facts.items() if fact is not None}
 
 
@@ -132,12 +133,12 @@ def reviews_of(questions: Sequence[Question], now: float) -> list[Review]:
 
 
 def request_of(kickoff_id: str, asked: Asked, meta: Mapping[str, Any] | None = None) -> ReviewRequest:
-    """Return a question for its function or its page, unmasked where the status shows its text."""
+    """Return a question for its function or its page: with the text on record, else with that of the status."""
     question = asked.question
     return ReviewRequest(
         kickoff_id=kickoff_id,
         task_id=asked.task or "",
-        output=asked.shown or question.text,
+        output=question.text or asked.shown,
         round=round_of(question, asked.questions),
         answers=tuple(reviews_of(asked.questions[:-1], asked.now)),
         meta=meta,
