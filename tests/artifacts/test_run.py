@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 from prefect.runtime import flow_run
-from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions, RunRequest
 
 import prefect_crew as pc
 from prefect_crew.artifacts import run as run_module
@@ -21,7 +19,9 @@ from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
 from prefect_crew.runs import wait as wait_module
+from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.start import open_run
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.states import CrewState
 from prefect_crew.testing import CrewServerFactory
