@@ -19,13 +19,16 @@ from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
 from prefect_crew.runs import wait as wait_module
+from prefect_crew.runs.database import find_store
 from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.start import open_run
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.states import CrewState
+from prefect_crew.store.attempts import result_of
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow, call_in_flow
+from support.past import stored
 from support.proxy import Proxy
 from support.scripts import ASKS, script, slow
 from support.seen import Seen
@@ -215,9 +218,9 @@ def test_show_and_secrets_decide_what_is_seen(
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
     assert not any(part in shown(seen, name) for part in not_there)
-    values = [variable["value"] for variable in seen.variables()]
-    (end,) = [value for value in values if value.get("crew") == name and value["phase"] == "ended"]
-    assert ("result" in end) is (fields == {"show": "full"})
+    (attempt,) = stored(str(result.idempotency_key))
+    kept = asyncio.run(find_store().run(result_of, attempt.id))
+    assert (kept is not None) is (fields == {"show": "full"})
 
 
 # Trouble
