@@ -832,29 +832,6 @@ def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
 
 
 @pytest.mark.slow
-def test_a_file_as_ledger_is_refused_under_several_workers(handed: Handed):
-    pool = handed.pool
-    pool.add_crew("quick", QUICK)
-    rows = pool.folder / "rows.jsonl"
-    rows.write_text('{"topic": "tea"}\n')
-    own = pool.deploy("batch", "prefect_crew.operations.batch_file")
-    within = pool.deploy("batch-within", f"{USER_FLOWS}.batch_in_a_subflow")
-
-    def run(name: str, deployment: str = own) -> dict[str, Any]:
-        given = {"crew": "quick", "dataset": str(rows), "name": name, "export": str(pool.folder / f"{name}.jsonl")}
-        return pool.wait_for(pool.start(deployment, **given), seconds=120)
-
-    pool.worker("one")
-    assert run("alone")["state_name"] == "Completed"
-    pool.worker("two")
-    for refused in (run("next to another worker"), run("within another flow", within)):
-        assert refused["state_name"] == "Failed"
-        assert "has its ledger in a file of this machine" in refused["state"]["message"]
-    # One that goes on has found its ledger.
-    assert run("alone")["state_name"] == "Completed"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["worker", "work queue", "deployment"])
 def test_a_limits_slot_is_free_after_each_handing_over(handed: Handed, what: str):
     pool, crew = handed.pool, handed.crew
