@@ -786,7 +786,7 @@ def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir
     if heir == "one":
         dead = handed.owners(runs)
         wait_until(lambda: dead.isdisjoint(handed.owners(runs)), seconds=60, what="another owner")
-    handed.wait_for_owner(runs, heir, seconds=120)
+    wait_until(lambda: set(map(handed.owner, runs)) == {heir}, seconds=120, what=f"all are with {heir}")
     assert handed.crew.requests["stop"] == 0
     handed.end(runs)
     for run_id in runs:
