@@ -40,7 +40,7 @@ LIGHT = """
 import sys
 import prefect_crew
 before = set(sys.modules)
-heavy = {"prefect_crew.flows", "prefect_crew.runs.kickoff", "prefect_crew.devserver._server", "crewai", "polars"}
+heavy = {"prefect_crew.flows", "prefect_crew.runs.start", "prefect_crew.devserver._server", "crewai", "polars"}
 import prefect_crew.testing  # which pytest loads at every start
 new = {name for name in set(sys.modules) - before if name.startswith(("prefect", "uvicorn"))}
 print(sorted(heavy & set(sys.modules)), *new)

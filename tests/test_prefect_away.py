@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import prefect_crew as pc
 from prefect_crew.flows import run_deployed_crew
-from prefect_crew.operations import prune_records, recover
+from prefect_crew.operations import recover
 from prefect_crew.testing import CrewServerFactory
 from support.prefect_server import free_port
 from support.proxy import Proxy
@@ -44,7 +44,6 @@ CALLS: dict[str, Callable[[pc.DeployedCrew, Path], Any]] = {  # a synchronous fu
     "to_deployment": lambda *_: pc.crew_flow("travel").to_deployment(),
     "deploy": lambda *_: pc.crew_flow("travel").deploy(work_pool_name="crews"),
     "serve": lambda *_: pc.crew_flow("travel").serve(),
-    "prune_records": lambda *_: asyncio.run(prune_records.fn()),
     "recover": lambda *_: asyncio.run(recover.fn(uuid4())),
     "discover_inputs": lambda crew, _: pc.discover_inputs(crew),
     "kickoff_crew": lambda crew, _: pc.kickoff_crew(crew, INPUTS),

@@ -29,15 +29,15 @@ from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
 from prefect_crew.pool import HANDED_OVER, hand_over, read_workers, stop_crews_of
-from prefect_crew.records import prune
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.runs.database import forget_stores
+from prefect_crew.store.decision import AttemptState
 from prefect_crew.worker import CANCELLED_AT_ONCE, CrewJobConfiguration, CrewWorker, CrewWorkerResult, _clock
 from support.chromium import Chromium
 from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
+from support.past import aput, new_attempt
 from support.prefect_server import PrefectServer, connected
 from support.proxy import Proxy
-from support.records import attempts, let_pass, new_record, put
 from support.waiting import until
 from support.workers import Worker
 
@@ -54,6 +54,14 @@ def pool(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
     with CrewPool(prefect_server, tmp_path_factory.mktemp("crew-pool")) as pool:
         pool.add_crew("quick", QUICK)
         yield pool
+
+
+@pytest.fixture
+def crew_database(pool: CrewPool, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The crew database of the pool's workers."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", pool.database_url)
+    yield
+    forget_stores()
 
 
 @pytest.fixture
@@ -97,11 +105,11 @@ async def resolve(worker: CrewWorker, run_id: UUID) -> tuple[FlowRun, CrewJobCon
 
 
 async def kick_off(crew: CrewServer, run_id: UUID, **facts: Any) -> None:
-    """Start a crew with the record that a flow run would leave of it."""
+    """Start a crew with the attempt that a flow run would leave of it."""
     async with CrewClient(crew.url, crew.token) as client:
         kickoff_id = await client.kickoff({"topic": "tea"})
     owned = {"crew": "quick", "crew_url": crew.url, "flow_run_id": str(run_id), **facts}
-    await put(new_record(phase=RecordPhase.STARTED, kickoff_id=kickoff_id, **owned))
+    await aput(new_attempt(state=AttemptState.STARTED, kickoff_id=kickoff_id, **owned))
 
 
 @pytest.mark.usefixtures("connection")
@@ -109,19 +117,19 @@ async def test_a_gone_flow_runs_crews_are_stopped_or_named(pool: CrewPool, caplo
     crew, run_id = pool.crews["quick"], uuid4()
     asked = crew.requests["stop"]
     await kick_off(crew, run_id)
-    await kick_off(crew, run_id, reason="stop was asked for: stopping")
+    await kick_off(crew, run_id, stop_asked_at=1.0)
     owned = {"crew": "quick", "flow_run_id": str(run_id), "crew_url": crew.url}
-    await put(new_record(**owned))  # a claim alone has surely started nothing
-    cut_off = await put(new_record(**owned), permit=0)
+    await aput(new_attempt(state=AttemptState.BACKING_OFF, **owned))  # it has surely started nothing
+    cut_off = await aput(new_attempt(state=AttemptState.UNCERTAIN, **owned))
     unreachable = {**owned, "crew_url": "https://gone.test", "kickoff_id": "lost"}
-    lost = await put(new_record(phase=RecordPhase.STARTED, **unreachable))
+    lost = await aput(new_attempt(state=AttemptState.STARTED, **unreachable))
     caplog.set_level("WARNING", "prefect.flow_runs")
     async with get_client() as prefect:
         gone = FlowRun(id=run_id, flow_id=uuid4(), name="gone", start_time=datetime.now(UTC))
         await stop_crews_of(prefect, gone)
     assert crew.requests["stop"] == asked + 1, "the other one was asked to stop before"
     assert caplog.text.count(" is uncertain. ") == 1
-    assert f"prefect-crew runs resolve '{cut_off.idempotency_key}' --kickoff-id ID, or --never-started" in caplog.text
+    assert f"prefect-crew runs resolve '{cut_off.key}' --kickoff-id ID, or --never-started" in caplog.text
     assert f"To stop the crew, run: prefect-crew runs cancel {lost.kickoff_id}" in caplog.text
 
 
@@ -483,18 +491,6 @@ async def test_a_flow_run_that_was_taken_gets_no_end(pool: CrewPool, heir: CrewW
 
 
 @pytest.mark.usefixtures("connection")
-async def test_a_worker_removes_records_of_long_ago(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
-    records = [await put(new_record(phase=RecordPhase.ENDED, kickoff_id="k")) for _ in range(2)]
-    old, young = (one.idempotency_key for one in records)
-    let_pass(monkeypatch, old, 31)
-    monkeypatch.setattr(prune, "FIRST_WITHIN", 0.2)
-    async with CrewWorker(pool.name, name="prunes"):
-        async with asyncio.timeout(30):
-            while await attempts(old):
-                await asyncio.sleep(0.1)
-    assert await attempts(young)
-
-
 @pytest.mark.usefixtures("connection")
 async def test_what_has_ended_is_not_handed_over(pool: CrewPool):
     run_id = plan(pool)
@@ -790,7 +786,7 @@ def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir
     if heir == "one":
         dead = handed.owners(runs)
         wait_until(lambda: dead.isdisjoint(handed.owners(runs)), seconds=60, what="another owner")
-    handed.wait_for_owner(runs, heir, seconds=120)
+    wait_until(lambda: set(map(handed.owner, runs)) == {heir}, seconds=120, what=f"all are with {heir}")
     assert handed.crew.requests["stop"] == 0
     handed.end(runs)
     for run_id in runs:
@@ -833,29 +829,6 @@ def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
     assert all(worker.process.running for worker in workers)
     for run_id in runs:
         assert handed.pool.states(run_id).count("Running") <= 2, "lost once at most"
-
-
-@pytest.mark.slow
-def test_a_file_as_ledger_is_refused_under_several_workers(handed: Handed):
-    pool = handed.pool
-    pool.add_crew("quick", QUICK)
-    rows = pool.folder / "rows.jsonl"
-    rows.write_text('{"topic": "tea"}\n')
-    own = pool.deploy("batch", "prefect_crew.operations.batch_file")
-    within = pool.deploy("batch-within", f"{USER_FLOWS}.batch_in_a_subflow")
-
-    def run(name: str, deployment: str = own) -> dict[str, Any]:
-        given = {"crew": "quick", "dataset": str(rows), "name": name, "export": str(pool.folder / f"{name}.jsonl")}
-        return pool.wait_for(pool.start(deployment, **given), seconds=120)
-
-    pool.worker("one")
-    assert run("alone")["state_name"] == "Completed"
-    pool.worker("two")
-    for refused in (run("next to another worker"), run("within another flow", within)):
-        assert refused["state_name"] == "Failed"
-        assert "has its ledger in a file of this machine" in refused["state"]["message"]
-    # One that goes on has found its ledger.
-    assert run("alone")["state_name"] == "Completed"
 
 
 @pytest.mark.slow

@@ -380,12 +380,14 @@ class Runner:
             if end is None:
                 return
             work.end = end
+            # Such as by `batch cancel` before this call.
+            was_stopped_before = is_found and end.state == "stopped" and attempt.stop_asked_at is not None
             if end.state == "completed":
                 self.throttle.completed()
-            elif end.error is not None:
+            elif end.error is not None and not was_stopped_before:
                 self.throttle.failed(end.error)
             is_retried = end.state in ("failed", "stopped") and work.tries <= self._options.retries
-            if not is_retried or self.throttle.stopped is not None:
+            if self.throttle.stopped is not None or not (is_retried or was_stopped_before):
                 return
 
     def _request(self, work: _Work | None, job: RowJob) -> RunRequest:

@@ -66,7 +66,7 @@ async def ls(*, output: Output = None) -> None:
             attempt.crew,
             question.task_id,
             str(question.round),
-            (attempt.human_since and ago(attempt.human_since)) or "",
+            "" if attempt.human_since is None else ago(attempt.human_since),
         )
         for attempt, question in waiting
     ]
@@ -163,7 +163,9 @@ def _sentence(answer: Review) -> str:
 
 def _as_json(attempt: Attempt, question: ReviewRequest) -> dict[str, Any]:
     return {
-        **{"crew": attempt.crew, "idempotency_key": attempt.key, "kickoff_id": attempt.first_id},
+        "crew": attempt.crew,
+        "idempotency_key": attempt.key,
+        "kickoff_id": attempt.first_id,
         "flow_run_id": attempt.flow_run_id,
         **question.model_dump(mode="json", include={"round", "output", "withheld", "options", "answers"}),
         "task_id": question.task_id or None,

@@ -387,7 +387,8 @@ def resolve(
 
     async def write() -> None:
         before, by = latest(await find_attempts(key)), getpass.getuser()
-        again = "A call with this key" if before.batch is None else f"prefect-crew batch resume {shlex.quote(before.batch)}"
+        batch = before.batch
+        again = "A call with this key" if batch is None else f"prefect-crew batch resume {shlex.quote(batch)}"
         if never_started:
             await resolve_never_started(key, by)
             sentence = f"{key} never started. {again} starts it."

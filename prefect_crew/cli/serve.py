@@ -221,7 +221,7 @@ def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is em
         shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
     readme = folder / "README.md"  # the repository's tests are told by comments how to run its blocks
     readme.write_text(re.sub(r"<!-- .*? -->\n", "", readme.read_text(encoding="utf-8")), encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"prefect-crew=={version('prefect-crew')}\npytest\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text(f"prefect-crew[postgres]=={version('prefect-crew')}\npytest\n", encoding="utf-8")
     _output.put(f"Wrote a project to {folder}. Start with its README.md.")
 
 

@@ -35,13 +35,13 @@ from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line, plain
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import approves
+from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
 from prefect_crew.exceptions import (
     AlreadyAnsweredError,
     AnswerUncertainError,
     ConfigurationError,
-    CrewAPIError,
     CrewError,
     NotWaitingError,
 )
@@ -221,14 +221,14 @@ class AnswerPages:
     async def _send(self, page: _Question, form: _Form, review: Review) -> Response:
         run, id_ = page.run, page.request.id
         try:
-            _, answer = await answer_question(run, review, seen=id_)
+            _, answer = await answer_question(run, review, seen=page.request)
         except (AlreadyAnsweredError, NotWaitingError):
             return await self._closed(run, id_, form)
         except Exception as error:  # noqa: BLE001  any error has to be a page
             logger.warning("An answer by a link to run %s: %s", run.kickoff_id, run.redact(str(error)))
             if isinstance(error, AnswerUncertainError) or not isinstance(error, (CrewError, *PREFECT_ERRORS)):
                 return _uncertain(form, run.crew.page_url)
-            if isinstance(error, CrewAPIError):
+            if kickoff_fate(error) is KickoffFate.REFUSED:
                 why = "It cannot be sent from this page. Answer on the crew's page."
                 return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
             why = "Your answer was not sent. Nothing is lost: try again in a minute."

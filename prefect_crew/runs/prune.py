@@ -66,9 +66,9 @@ async def prune_in_passing() -> None:
     try:
         before = await _before(None)
         keys = await in_store(pieces.keys_to_prune, before)
-        deleted = await in_store(pieces.prune_keys, keys, before) if keys else 0
-        going = await in_store(pieces.prune_batch, before)
-        if deleted or going:
+        if keys:
+            await in_store(pieces.prune_keys, keys, before)
+        if await in_store(pieces.prune_batch, before) or len(keys) == pieces.PIECE:
             _next_look = 0.0
         else:
             await in_store(pieces.prune_rest, before)

@@ -185,12 +185,10 @@ def moved_on(transaction: Transaction, question_id: str) -> None:
 
 
 @transaction("write")
-def not_sent(transaction: Transaction, question_id: str, sender: str, *, keep_answer: bool) -> bool:
-    """Say, as its sender, that an answer surely was not sent. Without it, a person may answer once more."""
+def not_sent(transaction: Transaction, question_id: str, sender: str) -> bool:
+    """Say, as its sender, that an answer surely was not sent. A person may answer once more."""
     transaction.lock()
-    values: dict[str, Any] = {"sender": None, "send_deadline": None}
-    if not keep_answer:
-        values |= {"answer": None, "answered_by": None, "answered_at": None}
+    values = dict.fromkeys(("sender", "send_deadline", "answer", "answered_by", "answered_at"))
     return _set(transaction, question_id, Q.sender == sender, Q.sent_at.is_(None), **values)
 
 

@@ -8,9 +8,9 @@ import pytest
 from prefect_crew import KickoffUncertainError
 from prefect_crew.artifacts.events import emit
 from prefect_crew.testing import CrewServerFactory
+from support.past import new_attempt
 from support.prefect_server import PrefectServer
 from support.proxy import through
-from support.records import new_record
 from support.scripts import ASKS
 from support.seen import Seen
 from support.waiting import until
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
 def test_an_event_names_its_run_and_is_kept_once(seen: Seen):
-    run = new_record("k", kickoff_id=str(uuid.uuid4()), step="research", flow_run_id=str(uuid.uuid4()))
+    run = new_attempt("k", kickoff_id=str(uuid.uuid4()), step="research", flow_run_id=str(uuid.uuid4()))
     for _ in range(2):
         emit("completed", run, once=True, state="completed")
         emit("timed_out", run, phase="running")
@@ -65,4 +65,4 @@ def test_an_uncertain_kickoff_is_one_event(crew_server: CrewServerFactory, seen:
 def test_emitting_fails_nothing_without_the_api(prefect_server: PrefectServer):
     with through(prefect_server) as proxy:
         proxy.cut()
-        emit("completed", new_record(kickoff_id="k1"), once=True)
+        emit("completed", new_attempt(kickoff_id="k1"), once=True)

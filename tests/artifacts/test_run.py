@@ -12,22 +12,23 @@ from markdown_it import MarkdownIt
 from prefect.runtime import flow_run
 
 import prefect_crew as pc
-from prefect_crew._internal import prefect_api
 from prefect_crew.artifacts import run as run_module
 from prefect_crew.artifacts.run import MarkdownArtifact, RunView, artifact_key, render_run
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import Crew
-from prefect_crew.records.store import record_name
 from prefect_crew.runs import wait as wait_module
-from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.database import find_store
+from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.start import open_run
 from prefect_crew.runs.stop import stop_run
 from prefect_crew.states import CrewState
+from prefect_crew.store.attempts import result_of
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow, call_in_flow
+from support.past import stored
 from support.proxy import Proxy
 from support.scripts import ASKS, script, slow
 from support.seen import Seen
@@ -81,7 +82,6 @@ def test_an_artifact_shows_kickoff_and_end(crew_server: CrewServerFactory, seen:
     assert "| **city** | Lisbon |" in at_kickoff
     (artifact,) = seen.artifacts(artifact_key(name))
     assert artifact["type"] == "markdown"
-    assert artifact["metadata_"] == {"claim": record_name(name, 1), "kickoff_id": seen.record(name)["kickoff_id"]}
     assert artifact["flow_run_id"] == flow_run_id
     assert artifact["task_run_id"]
     for part in ("✓ completed", "# Lisbon\n\nby tram", "| **city** | Lisbon |", "| task\\_1 |"):
@@ -218,9 +218,9 @@ def test_show_and_secrets_decide_what_is_seen(
     assert result.output == "Lisbon by tram with hunter22"
     assert all(part in shown(seen, name) for part in there)
     assert not any(part in shown(seen, name) for part in not_there)
-    values = [variable["value"] for variable in seen.variables()]
-    (end,) = [value for value in values if value.get("crew") == name and value["phase"] == "ended"]
-    assert ("result" in end) is (fields == {"show": "full"})
+    (attempt,) = stored(str(result.idempotency_key))
+    kept = asyncio.run(find_store().run(result_of, attempt.id))
+    assert (kept is not None) is (fields == {"show": "full"})
 
 
 # Trouble
@@ -242,7 +242,6 @@ def test_refused_artifacts_fail_nothing(
 
 def test_an_api_that_is_away_costs_little_time(proxy: Proxy, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run_module, "SHOW_WITHIN", 1.0)
-    monkeypatch.setattr(run_module, "SHOW_FOR", 60.0)
     artifact = MarkdownArtifact("crew-away", "a run")
 
     async def put() -> list[str | None]:
@@ -253,24 +252,6 @@ def test_an_api_that_is_away_costs_little_time(proxy: Proxy, monkeypatch: pytest
     began = time.monotonic()
     assert asyncio.run(put()) == [None, "the Prefect API did not accept it within 1 s"]
     assert time.monotonic() - began < 20
-
-
-async def test_a_late_page_shows_the_newest(monkeypatch: pytest.MonkeyPatch, seen: Seen, name: str):
-    here = prefect_api._Loop(requests=prefect_api._Turns(1))
-    monkeypatch.setattr(prefect_api, "_this_loop", lambda: here)
-    monkeypatch.setattr(prefect_api, "AT_ONCE", 1)
-    artifact, words = MarkdownArtifact(artifact_key(name), "a run", is_new=True), ["oldest"]
-    async with here.requests.turn(prefect_api.Urgency.CONTINUE):
-        with monkeypatch.context() as brief:
-            brief.setattr(run_module, "SHOW_WITHIN", 0.05)
-            assert "did not accept" in str(await artifact.keep("never sent"))
-        assert artifact.is_new, "nobody need ask the server for it"
-        putting = asyncio.create_task(artifact.keep(lambda: words[-1]))
-        await asyncio.sleep(0.02)
-        words.append("newest")
-    assert await putting is None
-    assert not artifact.is_new
-    assert await asyncio.to_thread(shown, seen, name) == "newest"
 
 
 def test_a_description_holds_no_markup():

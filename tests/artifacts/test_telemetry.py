@@ -28,9 +28,9 @@ from prefect_crew.crew import known_version
 from prefect_crew.devserver._scripts import load_program
 from prefect_crew.prices import Price
 from prefect_crew.testing import CrewServerFactory
+from support.past import key, stored
 from support.prefect_server import PrefectServer
 from support.receiver import Listener
-from support.records import key, record_of
 from support.scripts import script, slow
 from support.waiting import until
 
@@ -109,23 +109,23 @@ def test_a_run_is_a_golden_span(crew_server: CrewServerFactory, spans: Spans, re
 
     asyncio.run(trip("tea"))
     run = spans.run()
-    record = asyncio.run(record_of(server.runs[0].id))
+    (attempt,) = stored(idempotency_key)
     (around,) = [span for span in spans.all() if span.context.span_id == run.parent.span_id]
     assert facts(around)["prefect.run.type"] == "task", "Prefect's own span of the wait"
-    names = {"CREW": record.crew, "RUN ID": server.runs[0].id, "VERSION": str(record.crew_version)}
+    names = {"CREW": attempt.crew, "RUN ID": server.runs[0].id, "VERSION": str(attempt.crew_version)}
     names |= {"KEY": idempotency_key, "FLOW RUN": ids[0], "TASK RUN": facts(around)["prefect.run.id"]}
     assert text_of(run, names) == (GOLDEN / "span.txt").read_text()
     assert spans.hides(" on tea")
     assert run.instrumentation_scope.name == "prefect_crew"
     assert run.status.status_code is not StatusCode.ERROR
-    assert record.kicked_off_at is not None
-    assert record.ended_at is not None
-    assert run.start_time == pytest.approx(record.kicked_off_at.timestamp() * 1e9, abs=1e3)
-    assert run.end_time == pytest.approx(record.ended_at.timestamp() * 1e9, abs=1e3)
-    assert points(reader, record.crew) == {"runs completed": 1}
+    assert attempt.started_at is not None
+    assert attempt.ended_at is not None
+    assert run.start_time == pytest.approx(attempt.started_at * 1e9, abs=1e3)
+    assert run.end_time == pytest.approx(attempt.ended_at * 1e9, abs=1e3)
+    assert points(reader, attempt.crew) == {"runs completed": 1}
 
 
-def test_record_and_span_have_the_version_of_the_crew(
+def test_attempt_and_span_have_the_version_of_the_crew(
     crew_server: CrewServerFactory, spans: Spans, monkeypatch: pytest.MonkeyPatch
 ):
     server = crew_server(slow(1.5, "one"))
@@ -134,7 +134,7 @@ def test_record_and_span_have_the_version_of_the_crew(
     monkeypatch.setattr("prefect_crew.crew.VERSION_AGE", 0)
     server.crew_runs.program = load_program(slow(1.5, "two"))
     results.append(pc.run_crew(server.crew(), {}))
-    first, again, changed = [asyncio.run(record_of(result.kickoff_id)).crew_version for result in results]
+    first, again, changed = [stored(str(result.idempotency_key))[0].crew_version for result in results]
     assert first == again is not None
     assert first != changed == known_version(server.url, since=datetime.min.replace(tzinfo=UTC))
     assert [facts(span)["gen_ai.agent.version"] for span in spans.runs()] == [first, again, changed]
@@ -153,9 +153,9 @@ def test_a_failed_run_is_an_error_without_a_text_of_the_crew(crew_server: CrewSe
     ("state", "faults", "wait", "error"),
     [
         ("stopped", [], pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop"), pc.CrewTimeoutError),
-        ("unknown", ["status:forgotten@3"], pc.WaitPolicy(lost_after=0.5), pc.CrewLostError),
+        ("lost", ["status:forgotten@3"], pc.WaitPolicy(lost_after=0.5), pc.CrewLostError),
     ],
-    ids=["stopped", "unknown"],
+    ids=["stopped", "lost"],
 )
 async def test_a_run_without_an_end_has_one_span(
     crew_server: CrewServerFactory, spans: Spans, state: str, faults: list[str], wait: Any, error: type[Exception]

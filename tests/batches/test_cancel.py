@@ -22,11 +22,10 @@ from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import BatchCancelledError
-from prefect_crew.records.sessions import last_turn
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.held import Held
-from support.scripts import script, slow
+from support.scripts import slow
 from support.waiting import until
 
 ROWS = [{"topic": str(number)} for number in range(40)]
@@ -84,14 +83,6 @@ async def test_cancel_and_go_on(batch: Batches, crew_server: CrewServerFactory, 
     assert len(batch.lines()) == count
 
 
-async def test_a_cancelled_batch_notes_the_turns_of_its_rows(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(script({"seconds": 60, "output": "done"}, inputs=["topic"], flow=True))
-    await cancelled(batch, server, ROWS[:10], name="turns", session="topic")
-    turn = await last_turn(server.url, "0")
-    assert turn is not None
-    assert turn.outcome == "stopped"
-
-
 @pytest.mark.parametrize("answer", ["late", "lost", "requested", "requested by command"])
 async def test_a_stopped_row_runs_again(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, answer: str
@@ -120,15 +111,18 @@ async def test_a_stopped_row_runs_again(
     assert server.kickoffs == 30
 
 
-async def test_a_stopped_run_that_is_forgotten_is_lost(batch: Batches, crew_server: CrewServerFactory):
+async def test_a_stopped_run_that_is_forgotten_is_not_started_again(batch: Batches, crew_server: CrewServerFactory):
     server, quick = (
         crew_server(Held(), faults=["stop:504-after-accept"]),
         WaitPolicy(grace=0, lost_after=0.5, error_timeout=0.5),
     )
-    await cancelled(batch, server, ROWS[:20], name="forgotten", on_cancel="stop")
+    unseen = WaitPolicy(initial=60.0)  # no poll sees the end
+    await cancelled(batch, server, ROWS[:20], name="forgotten", on_cancel="stop", wait=unseen)
     server.faults.add("status:forgotten")
-    await batch(server.crew(), ROWS[:20], name="forgotten", wait=quick)
-    assert {line["state"] for line in batch.lines().values()} == {"lost"}
+    report = await batch(server.crew(), ROWS[:10], name="forgotten", wait=quick)
+    assert report.unfinished == 10
+    assert dict(report.errors) == {"CrewLostError": 10}
+    assert server.kickoffs == 10
 
 
 async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_server: CrewServerFactory):
@@ -149,11 +143,9 @@ async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_serv
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
-async def test_a_cancelled_task_leaves_its_runs(
-    batch: Batches, crew_server: CrewServerFactory, ledger_address: str, way: str
-):
+async def test_a_cancelled_task_leaves_its_runs(batch: Batches, crew_server: CrewServerFactory, way: str):
     server = crew_server(slow(4.0))
-    call = partial(batch, server.crew(), ROWS, name=f"{way} {uuid.uuid4()}", ledger=ledger_address)
+    call = partial(batch, server.crew(), ROWS, name=f"{way} {uuid.uuid4()}")
 
     async def run() -> None:
         # A timeout of Prefect cancels at every await until its flow is left.
@@ -192,7 +184,7 @@ async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, 
     assert echo.kickoffs == 0
 
 
-async def test_a_suspended_flow_run_leaves_rows_and_lock(batch: Batches, crew_server: CrewServerFactory):
+async def test_a_suspended_flow_run_leaves_rows_and_batch(batch: Batches, crew_server: CrewServerFactory):
     crew, held = Held(), HeldFlowRun(cast("Any", None), cast("Any", None))
     server = crew_server(crew)
 

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.batches.dataset import open_dataset
-from prefect_crew.batches.output import CONFLICT_REASON, COLUMNS, Output
+from prefect_crew.batches.output import COLUMNS, CONFLICT_REASON, Output
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, ExportError
 from support.batches import nothing, pages, row, write
 
@@ -135,9 +135,7 @@ async def test_a_path_below_home_names_one_file(
     assert [row.values["key"] for row in open_dataset(folder + name).rows()] == ["a"]
 
 
-async def test_a_failed_write_leaves_the_file(
-    output: Output, path: Path, monkeypatch: pytest.MonkeyPatch
-):
+async def test_a_failed_write_leaves_the_file(output: Output, path: Path, monkeypatch: pytest.MonkeyPatch):
     path.write_text("before")
     with monkeypatch.context() as full:
         full.setattr(Output, "_write_page", Mock(side_effect=OSError(ENOSPC, strerror(ENOSPC))))
@@ -255,6 +253,8 @@ def test_an_output_that_cannot_be_written_is_refused(name: str, problem: str):
         Output(name, "b")
 
 
-@pytest.mark.parametrize("name", ["out.JSONL", "out.ndjson.gz", "out.jsonl.xz", "memory://b/out.jsonl.bz2?x=1", "o.csv.gz"])
+@pytest.mark.parametrize(
+    "name", ["out.JSONL", "out.ndjson.gz", "out.jsonl.xz", "memory://b/out.jsonl.bz2?x=1", "o.csv.gz"]
+)
 def test_endings_that_are_known(name: str):
     Output(name, "b")

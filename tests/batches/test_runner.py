@@ -1,54 +1,26 @@
 """What becomes of rows: crews that fail, servers that fail, tokens that are refused, kickoffs of which nobody knows."""
 
 import asyncio
-import logging
 import uuid
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from pydantic import SecretStr, create_model
-from sqlalchemy.exc import OperationalError
 
 import prefect_crew as pc
-from prefect_crew.batches import throttle
-from prefect_crew.batches.ledger import PAGE, Ledger
-from prefect_crew.batches.options import BatchOptions
-from prefect_crew.batches.outcomes import RowState
+from prefect_crew.batches import hold, throttle
+from prefect_crew.batches.batch import find_batch
 from prefect_crew.batches.report import BatchArtifact, BatchProgress
-from prefect_crew.batches.runner import Runner
-from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.batches.throttle import FirstPoll
-from prefect_crew.blocks import crew_of
-from prefect_crew.client.inputs import Inputs
-from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.decision import Caller
-from prefect_crew.records.keys import RunIdentity
-from prefect_crew.records.model import Lease, RecordPhase, RunRecord, StoredResult
-from prefect_crew.records.notes import keep_question, kept_questions
-from prefect_crew.runs import kickoff
-from prefect_crew.runs.kickoff import start_run
-from prefect_crew.runs.options import RunRequest
-from prefect_crew.runs.reviews.answer import resume_run
-from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs import start
+from prefect_crew.runs.database import find_store
+from prefect_crew.store.batches import hold_batch
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, row_plan, topics
+from support.batches import Batches, topics
 from support.crash import CrashingServer
 from support.held import Held
-from support.records import CLAIMED, NOT_STARTED, STARTED
-from support.scripts import FAILS, PICKY, script, slow
+from support.scripts import FAILS, JOURNAL, PICKY, script, slow
 from support.waiting import until
-
-
-@pytest.fixture
-async def session(echo: CrewServer) -> AsyncIterator[CrewSession]:
-    async with CrewSession(crew_of(echo.crew())) as session:
-        yield session
-
-
-def ledger_of(batch: Batches, name: str) -> Ledger:
-    return Ledger(f"{batch.output}.ledger.db", name)
 
 
 async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer):
@@ -65,24 +37,31 @@ async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer)
     assert 0 < echo.kickoffs < 3000
 
 
-async def test_a_batch_without_its_lock_writes_nothing(
+async def test_a_batch_that_another_process_has_taken_writes_nothing(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("prefect_crew.batches.runner.TICK", 0.05)
+    monkeypatch.setattr(hold, "RENEW_EVERY", 0.3)
     server = crew_server(Held())
-    running = asyncio.ensure_future(batch(server.crew(), topics(2000), name="lock lost", max_in_flight=5))
+    running = asyncio.ensure_future(batch(server.crew(), topics(2000), name="lost", max_in_flight=5))
     await until(lambda: server.kickoffs >= 5, "5 kickoffs")
-    (file,) = batch.folder.glob("*.lock")
-    file.unlink()
-    report = await asyncio.wait_for(running, 60)
-    assert str(report.stopped).startswith("its lock was lost: another process has taken the batch over")
-    async with ledger_of(batch, "lock lost") as ledger:
-        assert sum((await ledger.counts()).values()) <= 2 * PAGE, "it reads no further"
-        entry = await ledger.entry()
-    assert entry is not None
-    assert entry.exported is None
-    assert entry.generation == 1
+    mine = (await find_batch("lost")).entry
+    assert await find_store().run(hold_batch, "lost", "another", dead_process=mine.process) is not None
+    with pytest.raises(pc.BatchBusyError):
+        await asyncio.wait_for(running, 60)
+    assert (await find_batch("lost")).entry.owner == "another", "it keeps its hold"
     assert batch.output.exists() is False
+    assert server.kickoffs <= 6
+
+
+async def test_a_batch_of_another_machine_is_taken_over_once_its_hold_is_over(
+    batch: Batches, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
+):
+    await batch(echo.crew(), topics(2), name="elsewhere", max_kickoffs=1)
+    store = find_store()
+    assert await store.run(hold_batch, "elsewhere", "dead", process="host/boot/pid:[1] 1") is not None
+    monkeypatch.setattr("prefect_crew.store.batches.HELD_FOR", 3.0)
+    assert (await batch(echo.crew(), topics(2), name="elsewhere")).ok
+    assert echo.kickoffs == 2
 
 
 async def test_a_share_of_failures_stops_a_batch(batch: Batches, crew_server: CrewServerFactory):
@@ -93,11 +72,11 @@ async def test_a_share_of_failures_stops_a_batch(batch: Batches, crew_server: Cr
     assert report.kickoffs == 20
     assert report.skipped == 10
     assert server.kickoffs == 20
-    again = await batch(server.crew(), topics(30, bad), name="share")
+    again = await batch(server.crew(max_attempts=1), topics(30, bad), name="share")
     assert again.completed == 25
     assert again.failed == 5
     assert again.skipped == 0
-    assert server.kickoffs == 30, "rows that failed are not started again"
+    assert server.kickoffs == 30, "no attempt is left for rows that failed"
     assert len(batch.lines()) == 30
 
 
@@ -136,18 +115,6 @@ async def test_failed_retries_count_for_the_breaker(batch: Batches, crew_server:
     assert server.kickoffs <= 5 + 20, "the five, and those in flight with them"
     assert report.failed + report.skipped == 200
     assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
-
-
-async def test_earlier_failures_do_not_count_for_the_breaker(batch: Batches, crew_server: CrewServerFactory):
-    crew = Held(until=lambda _: True)
-    server, options = crew_server(crew), {"name": "misfits", "output_type": create_model("Score", score=(int, ...))}
-    report = await batch(server.crew(), topics(30), breaker=None, **options)
-    assert report.errors == {"OutputTypeError": 30}
-    crew.output = '{"score": 1}'
-    report = await batch(server.crew(), topics(30), breaker=5, retry_failed=True, **options)
-    assert report.completed == 30
-    assert report.kickoffs == 30
-    assert report.stopped is None
 
 
 async def test_a_wrong_token_fails_one_row_and_stops_the_batch(batch: Batches, echo: CrewServer):
@@ -217,7 +184,7 @@ async def test_a_full_server_does_not_end_a_batch(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(throttle, "GIVE_UP_AFTER", 0.2)
-    monkeypatch.setattr(kickoff, "LIMITED_FOR", 0.1)
+    monkeypatch.setattr(start, "LIMITED_FOR", 0.1)
     held = Held()
     server = crew_server(held, faults=[f"kickoff:429=0.05@{number}" for number in range(2, 100)])
     running = asyncio.ensure_future(batch(server.crew(), topics(4), max_in_flight=2))
@@ -231,37 +198,18 @@ async def test_a_full_server_does_not_end_a_batch(
     assert caplog.text.count("The batch pauses and tries again.") == 1, "it is said once a minute"
 
 
-NO_ROOM = pc.BudgetExceededError(budget="b", counter="b.cost", measure="cost", used=1, limit=1, estimate=1)
-
-
-@pytest.mark.parametrize("other_row", ["starts meanwhile", "ends meanwhile"])
 async def test_a_row_waits_for_the_room_of_another(
-    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch, other_row: str
+    batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
-    """A budget refuses a row, but another row takes the last room, or gives room back, before the refusal arrives."""
     monkeypatch.setattr(throttle, "REFUSED_PAUSE", 0.05)
-    pace, calls, second = throttle.Throttle(BatchOptions()), list[RunIdentity](), asyncio.Event()
-    runner = Runner(session, pace, ledger, BatchOptions(), max_in_flight=50, on_end=lambda _: None)
-    if other_row == "starts meanwhile":
-        pace.accepted()  # so that two rows are let in at once
-
-    async def race(request: Any, identity: RunIdentity, *rest: Any) -> Any:
-        calls.append(identity)
-        if len(calls) == 1 and other_row == "starts meanwhile":
-            await second.wait()
-            raise NO_ROOM
-        if len(calls) == 2 and other_row == "ends meanwhile":
-            assert runner.waiting
-            await until(lambda: not runner.waiting, "the other row has ended")
-            raise NO_ROOM
-        second.set()
-        return await start_run(request, identity, *rest)
-
-    monkeypatch.setattr("prefect_crew.batches.runner.start_run", race)
-    await asyncio.wait_for(runner.run(row_plan(topics(2), crew=session.crew).jobs()), 60)
-    assert len(calls) == 3
-    assert pace.stopped is None
-    assert len(set(echo.kickoffs_by_key)) == 2
+    spec = script({"seconds": 0.2, "output": "x"}, inputs=["topic"], usage={"total_tokens": 10})
+    server = crew_server(spec, response_format="live")
+    budget = pc.Budget(max_tokens=100, estimate_tokens=60)
+    report = await batch(server.crew(), topics(5), budgets=[budget], name="room")
+    assert (report.completed, report.stopped) == (5, None), "the estimates of two rows have no room together"
+    report = await batch(server.crew(), topics(6), budgets=[budget], name="room")
+    assert (report.completed, report.skipped, server.kickoffs) == (5, 1, 5)
+    assert "max_tokens" in str(report.stopped) or "tokens" in str(report.stopped)
 
 
 async def test_a_server_of_uncertain_kickoffs_stops_the_batch(batch: Batches, echo: CrewServer):
@@ -271,126 +219,31 @@ async def test_a_server_of_uncertain_kickoffs_stops_the_batch(batch: Batches, ec
     assert report.uncertain == 5
 
 
-async def start(ledger: Ledger, session: CrewSession) -> None:
-    """Start the row "k", as a batch does."""
-    identity = RunIdentity(ledger.idempotency_key("k"), "place", Caller(owner=uuid.uuid4().hex))
-    request = RunRequest(session.crew, Inputs.of({"topic": "a"}), is_row=True)
-    await start_run(request, identity, ledger, session)
+async def test_a_refused_row_has_its_reason_and_is_tried_again(batch: Batches, echo: CrewServer):
+    echo.faults.add("kickoff:422@1")
+    report = await batch(echo.crew(), topics(3), name="refused")
+    assert (report.completed, report.failed, report.unfinished, report.skipped) == (2, 1, 1, 0)
+    [line] = [line for line in batch.lines().values() if line["state"] != "completed"]
+    assert line["state"] == "not-started"
+    assert "422" in line["error"]
+    assert [row.error for row in await (await find_batch("refused")).failures()] == [line["error"]]
+    assert (await batch(echo.crew(), topics(3), name="refused")).ok
+    assert echo.kickoffs == 3
 
 
-async def phases(ledger: Ledger) -> list[RecordPhase]:
-    return [attempt.phase for attempt in await ledger.attempts(ledger.idempotency_key("k"))]
-
-
-async def test_a_row_is_not_sent_after_its_claim(
-    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
-):
-    leases = list[Lease]()  # the ledger tells others by the age of the claim alone when it may be resolved
-
-    def lease(seconds: float) -> Lease:
-        leases.append(Lease(seconds))
-        return leases[-1]
-
-    def sleeping(*_: Any, **__: Any) -> None:
-        if len(leases) == 1:
-            leases[0].end()
-
-    monkeypatch.setattr(kickoff, "Lease", lease)
-    monkeypatch.setattr(kickoff, "webhooks_for", sleeping)
-    await start(ledger, session)
-    assert await phases(ledger) == [NOT_STARTED, STARTED]
-    assert echo.requests["kickoff"] == 1
-
-
-async def test_a_late_refusal_did_not_start(
-    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(kickoff, "FINISH", 0.05)
-    echo.faults.add("kickoff:latency=1.0@1", "kickoff:404@1")
-    starting = asyncio.ensure_future(start(ledger, session))
-    await until(lambda: echo.requests["kickoff"], "the kickoff")
-    starting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    assert await phases(ledger) == [CLAIMED]
-
-    async def is_refused() -> bool:
-        return await phases(ledger) == [NOT_STARTED]
-
-    await until(is_refused, "the refusal")
-
-
-async def test_a_row_cancelled_in_its_claim_is_none(
-    ledger: Ledger, session: CrewSession, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
-):
-    run, committing, go_on = ledger.database.run, asyncio.Event(), asyncio.Event()
-
-    async def slowly(work: Any) -> Any:
-        committing.set()
-        await go_on.wait()
-        return await run(work)
-
-    monkeypatch.setattr(ledger.database, "run", slowly)
-    starting = asyncio.ensure_future(start(ledger, session))
-    await committing.wait()
-    starting.cancel()
-    await asyncio.wait({starting}, timeout=0.1)
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
-    assert await phases(ledger) == [NOT_STARTED]
-    await start(ledger, session)
-    assert await phases(ledger) == [NOT_STARTED, STARTED]
-    assert echo.requests["kickoff"] == 1
-
-
-async def test_an_id_that_cannot_be_stored_is_logged(
-    ledger: Ledger,
-    session: CrewSession,
-    echo: CrewServer,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-):
-    run = ledger.database.run
-
-    async def away_once_started(work: Any) -> Any:
-        if echo.runs:
-            raise OperationalError("", {}, Exception("disk I/O error"))
-        return await run(work)
-
-    monkeypatch.setattr(ledger.database, "run", away_once_started)
-    ledger.writer.retry_for = 0.1
-    with caplog.at_level(logging.ERROR, "prefect_crew"), pytest.raises(pc.LedgerError, match="disk I/O error"):
-        await start(ledger, session)
-    monkeypatch.undo()
-    assert await phases(ledger) == [CLAIMED]
-    assert f"prefect-crew runs resolve batch/b/k --kickoff-id {echo.runs[0].id}" in caplog.text
+async def test_the_limit_of_the_crew_holds_for_two_batches(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(slow(0.3))
+    crew = server.crew(concurrency_limit=2)
+    exports = [str(batch.folder / f"{name}.jsonl") for name in "ab"]
+    reports = await asyncio.gather(*(batch(crew, topics(6), name=export, export=export) for export in exports))
+    assert [report.completed for report in reports] == [6, 6]
+    begins = sorted(run.created_at for run in server.runs)
+    assert all((third - first).total_seconds() > 0.25 for first, third in zip(begins, begins[2:], strict=False))
+    with pytest.raises(pc.ConfigurationError, match="allows 2 runs in flight"):
+        await batch(crew, topics(6), max_in_flight=3)
 
 
 ASKS = script({"name": "draft", "output": "a draft", "human": True}, {"output": "printed"}, inputs=["topic"])
-
-
-async def test_without_the_ledger_the_message_says_how_to_answer_a_row(batch: Batches, crew_server: CrewServerFactory):
-    server, another = crew_server(ASKS), crew_server(ASKS)
-    crew = server.crew()
-
-    async def is_listed() -> bool:
-        async with batches_waiting_for_people() as (batches, _):
-            return "asks" in [stored.name for stored in batches]
-
-    running = asyncio.ensure_future(batch(crew, [{"topic": "tea"}], name="asks"))
-    await until(is_listed, "its row asks")
-    run = LiveRun(crew_of(crew), server.runs[0].id)
-    with pytest.raises(pc.CrewError, match=r"nothing was sent\. Answer a row with prefect-crew reviews approve"):
-        await resume_run(run, feedback="", approve=True)
-    assert server.requests["resume"] == 0
-    async with crew.client() as client:
-        await client.resume(run.kickoff_id, "draft", "fine", True)
-    assert (await running).ok
-    single = await another.crew().atrigger({"topic": "tea"})
-    await until(lambda: str(another.runs[0].state) == "waiting", "it asks")
-    await resume_run(LiveRun(crew_of(another.crew()), single.kickoff_id), feedback="", approve=True)
-    assert another.requests["resume"] == 1, "a batch of another crew is not an obstacle"
 
 
 async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_server: CrewServerFactory):
@@ -399,59 +252,45 @@ async def test_a_row_over_its_time_is_left_or_stopped(batch: Batches, crew_serve
     report = await batch(server.crew(), rows, name="late", wait=policy)
     assert report.failed == 3
     assert dict(report.errors) == {"CrewTimeoutError": 3}
-    assert {line["state"] for line in batch.lines().values()} == {"timed-out"}
+    assert report.unfinished == 3
+    assert batch.lines() == {}, "they are in flight"
     assert {str(run.state) for run in server.runs} == {"running"}
     strict = pc.WaitPolicy(initial=0.05, timeout=0.3, on_timeout="stop")
     report = await batch(server.crew(), rows, name="late", wait=strict)
     assert server.kickoffs == 3, "they were in flight"
     assert {str(run.state) for run in server.runs} == {"stopped"}
-    report = await batch(server.crew(), rows, name="late")
+    report = await batch(server.crew(max_attempts=1), rows, name="late")
     assert report.failed == 3
     assert {line["state"] for line in batch.lines().values()} == {"stopped"}
 
 
-async def test_a_lost_run_is_started_only_by_its_key(batch: Batches, crew_server: CrewServerFactory):
+async def test_a_lost_run_is_not_started_again(batch: Batches, crew_server: CrewServerFactory):
     server, rows = crew_server(slow(0.2), faults=["status:forgotten@2"]), topics(3)
     quick = pc.WaitPolicy(initial=0.05, factor=1, grace=0.1, lost_after=0.5)
-    report = await batch(server.crew(), rows, name="lost", wait=quick, max_in_flight=1)
-    assert report.completed == 2
-    assert dict(report.errors) == {"CrewLostError": 1}
-    [key] = [key for key, line in batch.lines().items() if line["state"] == "lost"]
-    for retry_failed, completed in ((True, 2), ([key], 3)):
-        report = await batch(server.crew(), rows, name="lost", wait=quick, retry_failed=retry_failed)
-        assert report.completed == completed
-        assert server.kickoffs == completed + 1
+    for retry_failed in (False, True):
+        options: dict[str, Any] = {"wait": quick, "max_in_flight": 1, "retry_failed": retry_failed}
+        report = await batch(server.crew(), rows, name="lost", **options)
+        assert (report.completed, report.unfinished) == (2, 1)
+        assert dict(report.errors) == {"CrewLostError": 1}
+    assert server.kickoffs == 3
 
 
-async def test_a_person_that_a_row_waits_for_is_not_timed_out(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(ASKS)
-    crew, wait = server.crew(), pc.WaitPolicy(initial=0.05, factor=1, timeout=0.5)
-    running = asyncio.ensure_future(batch(crew, topics(1), name="people", wait=wait))
-    await until(lambda: [str(run.state) for run in server.runs] == ["waiting"], "it asks")
-    await asyncio.sleep(0.8)
-    url, kickoff_id = SecretStr("https://x.example/r"), server.runs[0].id
-    await keep_question(pc.ReviewRequest(id="r", kickoff_id=kickoff_id, task_id="draft", callback_url=url))
-    async with crew.client() as client:
-        await client.resume(kickoff_id, "draft", "fine", True)
-    assert (await running).ok
-    assert await kept_questions(kickoff_id) == {}, "the question is forgotten"
-    async with ledger_of(batch, "people") as ledger:
-        [row] = [row async for row in ledger.rows_in([RowState.COMPLETED])]
-    assert row.record is not None
-    assert row.record.human_seconds > 0.5
-    assert row.record.state is pc.CrewState.COMPLETED
+async def test_rows_of_a_session_run_one_after_the_other(batch: Batches, crew_server: CrewServerFactory):
+    server = crew_server(JOURNAL, speed=10)
+    rows = [{"note": f"{number}", "who": who} for number in range(3) for who in ("ann", "bob")]
+    report = await batch(server.crew(flow=True), rows, name="turns", session="who", inputs={"note": "note"})
+    assert report.completed == 6
+    starts = [run.restore_from for run in server.runs]
+    assert starts.count(None) == 2
+    assert len(set(starts)) == 5, "each turn starts from another one"
 
 
 async def test_the_first_poll_comes_when_the_fastest_tenth_of_runs_has_ended():
     times = FirstPoll()
-
-    def add(seconds: float) -> None:
-        times.add(RunRecord.model_construct(result=StoredResult(output="", execution_time=seconds)))
-
     assert times.seconds == 0
     for seconds in range(100, 120):
-        add(float(seconds))
+        times.add(float(seconds), None)
     assert 100 <= times.seconds <= 102
     for _ in range(200):
-        add(5.0)
-    assert times.seconds == 5.0
+        times.add(None, 5 / 0.9)
+    assert times.seconds == pytest.approx(5.0)

@@ -49,9 +49,7 @@ async def read(dataset: Dataset) -> list[dict[str, Any]]:
     return await asyncio.to_thread(lambda: [dict(row.values) for row in dataset.rows()])
 
 
-async def opened(
-    database: StoredDatabase, output_type: type[BaseModel] | None = None, batch: str = "b"
-) -> TableOutput:
+async def opened(database: StoredDatabase, output_type: type[BaseModel] | None = None, batch: str = "b") -> TableOutput:
     """Return the table `results` as the output of a batch."""
     output = open_output(database.table("results"), batch, output_type=output_type)
     assert isinstance(output, TableOutput)
@@ -175,7 +173,7 @@ async def test_missing_extra_is_named_with_its_command(monkeypatch: pytest.Monke
     with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[sql\]'"):
         await open_query("sql://store?query=SELECT 1")
     with pytest.raises(ConfigurationError, match=r"pip install 'prefect-crew\[sql\]'"):
-        await open_output("sql://store/results").open()
+        await open_output("sql://store/results", "b").open()
 
 
 async def test_rows_of_a_query_are_read_in_bounded_memory(database: StoredDatabase):
@@ -327,15 +325,15 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
             raise OSError(28, "No space left on device")
         yield [{**dict.fromkeys(COLUMNS), "key": None, "tasks": []}]
 
-    with pytest.raises(ExportError, match=r"results cannot be written: .*All results are in the crew database") as caught:
+    with pytest.raises(
+        ExportError, match=r"results cannot be written: .*All results are in the crew database"
+    ) as caught:
         await asyncio.to_thread(output._replace, output._results(), cut(), nothing)
     assert "INSERT" not in str(caught.value)
     assert await database.run("SELECT key, output FROM results") == [("a", "before")]
 
 
-async def test_cancelled_export_leaves_the_table(
-    database: StoredDatabase, monkeypatch: pytest.MonkeyPatch
-):
+async def test_cancelled_export_leaves_the_table(database: StoredDatabase, monkeypatch: pytest.MonkeyPatch):
     output, begun, threads = await opened(database), asyncio.Event(), ThreadPoolExecutor()
     loop, pages_of = asyncio.get_running_loop(), TableOutput._pages
     loop.set_default_executor(threads)

@@ -11,18 +11,17 @@ import pytest
 from pydantic import SecretStr
 
 from prefect_crew.automations import PROBLEM
-from prefect_crew.batches.outcomes import explain_lost
 from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.cli.app import app
-from prefect_crew.cli.runs import Condition, todo
+from prefect_crew.cli.runs import Word, todo
 from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
-from prefect_crew.records.model import RecordPhase
 from prefect_crew.runs.reviews.questions import how_to_answer
 from prefect_crew.runs.run import LiveRun
-from support.records import new_record
+from prefect_crew.store.decision import AttemptState
+from support.past import new_attempt
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|secret inputs)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
+NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|secret inputs|knows version|that made)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
 """A command and what follows it. The words left out follow the package's own name."""
 FILES = [
     *(ROOT / "docs").rglob("*.md"),
@@ -56,7 +55,8 @@ def wrong(text: str) -> list[str]:
         command, left = app, words.split()
         while left and left[0] in set(command):
             command = command[left.pop(0)]
-        if command is app or set(command) - {*command.help_flags, *command.version_flags}:
+        is_group = set(command) - {*command.help_flags, *command.version_flags}
+        if command is app or (is_group and command.default_command is None):
             found.append(f"no command: prefect-crew{words}")
             continue
         known = {name for argument in command.assemble_argument_collection() for name in argument.names}
@@ -71,7 +71,7 @@ def test_every_command_that_is_named_exists():
 
 
 HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
-RECORD = new_record(HOSTILE, crew=HOSTILE, phase=RecordPhase.STARTED, kickoff_id=HOSTILE)
+ATTEMPT = new_attempt(HOSTILE, crew=HOSTILE, state=AttemptState.STARTED, kickoff_id=HOSTILE)
 CREW = crew_of(DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")))
 ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
 TEXTS = {
@@ -80,10 +80,9 @@ TEXTS = {
     "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
     "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", limit=1, last_state="running")),
     "answer": how_to_answer(LiveRun(crew=CREW, kickoff_id=HOSTILE)),
-    "to do: uncertain": todo(RECORD, Condition.UNCERTAIN),
-    "to do: orphaned": todo(RECORD, Condition.ORPHANED),
-    "to do: waiting": todo(RECORD, Condition.WAITING),
-    "row lost": explain_lost(CrewLostError(kickoff_id="k"), HOSTILE, HOSTILE),
+    "to do: uncertain": todo(ATTEMPT, Word.UNCERTAIN, 0.0),
+    "to do: unattended": todo(ATTEMPT, Word.UNATTENDED, 0.0),
+    "to do: waiting": todo(ATTEMPT, Word.WAITING, 0.0),
     "alert": jinja2.Template(PROBLEM).render(event={"event": "crew.uncertain", **ALERT}),
 }
 

@@ -112,7 +112,7 @@ def test_a_project_is_written(here: Command, tmp_path: Path):
     folder = tmp_path / "new" / "project"
     assert f"Wrote a project to {folder}" in here("init", str(folder)).ok
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == WRITTEN
-    assert f"prefect-crew=={version('prefect-crew')}" in (folder / "requirements.txt").read_text()
+    assert f"prefect-crew[postgres]=={version('prefect-crew')}" in (folder / "requirements.txt").read_text()
 
 
 def test_the_wheel_has_what_is_written_and_nothing_else():

@@ -1,6 +1,5 @@
 """`run --session` and `runs ls --session`: what a person sees of a session, and the next step."""
 
-import asyncio
 import shlex
 import uuid
 from typing import Any
@@ -8,12 +7,10 @@ from typing import Any
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.sessions import take_turn
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.store.decision import AttemptState
 from support.commands import Command
+from support.past import new_attempt, put
 from support.prefect_server import PrefectServer
-from support.records import LONG_AGO, new_record, put
 
 pytestmark = pytest.mark.usefixtures("instant_polling")
 
@@ -46,22 +43,12 @@ def test_a_session_is_run_and_its_turns_are_listed(here: Command, journal: str, 
     assert {row[2] for row in rows} == {saved}
     turns = here("runs", "ls", "--session", session, "-o", "json").json
     assert [(turn["session"], turn["turn"]) for turn in turns] == [(session, number) for number in (1, 2, 3)]
-    assert here("runs", "ls", "--session", f"not {session}").out.startswith("No such run is on record.")
+    assert here("runs", "ls", "--session", f"not {session}").out.startswith("There is no such run.")
 
 
 def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str, saved: str, session: str) -> None:
-    async def write() -> str:
-        facts: dict[str, Any] = {"crew_url": journal, "session": session, "good_for": LONG_AGO}
-        record = await put(new_record(**facts))
-        turn = await take_turn(record, PrefectRecords())
-        assert turn is not None
-        record.turn = turn.number
-        assert await PrefectRecords().permit(record, LONG_AGO)
-        record.phase = RecordPhase.UNCERTAIN
-        await PrefectRecords().save(record)
-        return record.idempotency_key
-
-    key = shlex.quote(asyncio.run(write()))
+    facts: dict[str, Any] = {"crew_url": journal, "session": session, "turn": 1, "state": AttemptState.UNCERTAIN}
+    key = shlex.quote(put(new_attempt(**facts)).key)
     command = f"prefect-crew runs resolve {key} --kickoff-id ID, or --never-started"
     (turn,) = here("runs", "ls", "--session", session, "-o", "json").json
     assert command in turn["todo"]

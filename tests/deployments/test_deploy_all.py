@@ -20,7 +20,6 @@ DEPLOYMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deployed-pipeline/report": ("prefect_crew.run_deployed_pipeline", {}),
     "batch-file/topics": ("prefect_crew.operations.batch_file", {}),
-    "prune-records/weekly": ("prefect_crew.operations.prune_records", {"sundays": (False, "15 3 * * 0", {})}),
 }
 """By their names: what they run, and whether each schedule is active, its times and its parameters."""
 
@@ -55,7 +54,7 @@ def test_a_crew_worker_runs_them(site: Site):
         started = {name: site.start(name) for name in DEPLOYMENTS}
         ended = {name: wait_for_state(site.seen, run)["state_type"] for name, run in started.items()}
         assert ended == dict.fromkeys(DEPLOYMENTS, "COMPLETED")
-        recovery = site.start("recover/by-hand", {"flow_run_id": started["prune-records/weekly"]})
+        recovery = site.start("recover/by-hand", {"flow_run_id": started["batch-file/topics"]})
         assert wait_for_state(site.seen, recovery)["state_type"] == "COMPLETED"
         wait_until(lambda: "left alone" in site.seen.logs(recovery), seconds=30, what="the recovery's log")
     assert len((site.project / "results" / "topics.jsonl").read_text().splitlines()) == 3

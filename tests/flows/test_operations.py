@@ -1,4 +1,4 @@
-"""The flows to deploy as they are: a batch of a file, pruning, recovering."""
+"""The flows to deploy as they are: a batch of a file, recovering."""
 
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,9 @@ from prefect import flow, get_client
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Crashed, Failed, Paused, Pending, Running
 
-from prefect_crew import BatchFailedError, arun_crew
-from prefect_crew.devserver import CrewServer
+from prefect_crew import BatchFailedError
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.operations import batch_file, prune_records, recover
-from support.records import attempts, let_pass
+from prefect_crew.operations import batch_file, recover
 from support.scripts import PICKY
 
 
@@ -32,38 +30,6 @@ async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_
         await run(*other, options={"wait": {"initial": -1}})
     wait, inputs = {"initial": 0.1, "timeout": 60}, {"topic": "{{ topic | length }}"}
     assert (await run(*other, options={"inputs": inputs, "max_in_flight": 1, "wait": wait}))["completed"] == 2
-
-
-async def test_a_password_as_a_parameter_is_refused_and_not_repeated(echo: CrewServer):
-    operation: Any = batch_file
-    for ledger in ("postgresql://me:hunter2@db.test/x", "postgresql://db.test/x?password=hunter2"):
-        with pytest.raises(ConfigurationError, match=r"holds a password.*secret://NAME") as refused:
-            await operation("batch-echo", "rows.csv", "a batch", "out.jsonl", ledger=ledger)
-        assert "hunter2" not in str(refused.value)
-    assert echo.kickoffs == 0
-
-
-async def test_old_ended_runs_go_and_a_dry_run_only_counts(save_crew: Any, monkeypatch: pytest.MonkeyPatch):
-    save_crew("prune-echo")
-    for key in ("prune-old", "prune-young"):
-        await arun_crew("prune-echo", {"text": key}, idempotency_key=key)
-    with monkeypatch.context() as patch:
-        let_pass(patch, "prune-old", 29)
-        assert "removed" in await prune_records()
-        assert await attempts("prune-old"), "30 days are not over"
-    let_pass(monkeypatch, "prune-old", 31)
-    choices: list[tuple[dict[str, Any], str]] = [({"dry_run": True}, "would go"), ({"older_than_days": 32}, "removed")]
-    prune: Any = prune_records
-    for options, summary in choices:
-        assert summary in await prune(**options)
-        assert await attempts("prune-old")
-    with monkeypatch.context() as patch:
-        patch.setenv("PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS", "60")
-        assert "removed" in await prune_records()
-        assert await attempts("prune-old"), "the setting says longer"
-    assert "removed" in await prune_records()
-    assert not await attempts("prune-old")
-    assert await attempts("prune-young")
 
 
 # Crashed flow runs are begun again, a limited number of times, and nothing else is

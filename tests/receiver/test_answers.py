@@ -155,8 +155,13 @@ async def test_a_flow_whose_question_comes_late_is_answered(chat: Chat, monkeypa
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
     crew = script({"name": "publish", "human": True, "output": "D."})
     async with asking(crew, options=("ship", "hold"), faults=["webhook:delay=2"]) as (_, flow_run, _):
-        await chat.link()
-        assert (await send(await chat.link(2), decision="option-0")).status == 200
+        url = await chat.link()
+
+        async def has_options() -> bool:
+            return "hold" in (await read(url)).said
+
+        await until(has_options, "the Flow's question comes")
+        assert (await send(url, decision="option-0")).status == 200
         assert await flow_run == "D."
 
 

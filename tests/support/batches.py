@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
@@ -18,8 +19,11 @@ from prefect_crew.batches.rows import RowPlan
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.crew import Crew
+from prefect_crew.runs.database import find_store
 from prefect_crew.store.batches import Row
+from prefect_crew.store.database import Transaction, transaction
 from prefect_crew.store.decision import AttemptState
+from prefect_crew.store.schema import attempts
 
 CREW, FLOW = (
     crew_of(DeployedCrew(url="https://crew.example", token="token", flow=flow))  # type: ignore[arg-type]
@@ -30,6 +34,17 @@ CREW, FLOW = (
 def topics(count: int, bad: Collection[int] = (), **more: Any) -> list[dict[str, Any]]:
     """Return so many rows; the crew `PICKY` fails with those of `bad`."""
     return [{"topic": f"{'bad' if number in bad else 'topic'} {number}", **more} for number in range(count)]
+
+
+async def let_an_hour_pass() -> None:
+    """Let no kickoff be on its way any more: the crew database says until when it may be."""
+    await find_store().run(_let_an_hour_pass)
+
+
+@transaction("write")
+def _let_an_hour_pass(transaction: Transaction) -> None:
+    transaction.lock()
+    transaction.connection.execute(sa.update(attempts).values(deadline=attempts.c.deadline - 3600))
 
 
 class Batches:

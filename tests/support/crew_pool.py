@@ -45,7 +45,8 @@ class Crews:
     def __init__(self, server: PrefectServer, folder: Path) -> None:
         self.server = server
         self.folder = folder
-        self.env = server.env(home=folder / "home")
+        self.database_url = f"sqlite:///{folder / 'crew.db'}"
+        self.env = server.env(home=folder / "home", PREFECT_INTEGRATIONS_CREW_DATABASE_URL=self.database_url)
         self.crews: dict[str, CrewServer] = {}
         self.seen = Seen(server)
         self._open = contextlib.ExitStack()
@@ -96,6 +97,7 @@ class CrewPool(Crews):
             env={
                 "PREFECT_WORKER_HEARTBEAT_SECONDS": str(self.heartbeat),
                 "PREFECT_INTEGRATIONS_CREW_WORKER_MODULES": f"{USER_FLOWS}, {EXITS}",
+                "PREFECT_INTEGRATIONS_CREW_DATABASE_URL": self.database_url,
                 "PYTHONPATH": str(IMPORTABLE),
                 **env,
             },

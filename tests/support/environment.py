@@ -13,8 +13,8 @@ BIN = Path(sys.executable).parent
 PRIVATE = ("PREFECT_", "CREW_", "CREWAI_", "OTEL_")
 """What a variable of the caller's starts with, that would change what a test sees."""
 
-KEPT = ("PREFECT_CREW_TEST_PROCESS",)
-"""Private all the same, but the mark of `processes`: what a test's process starts belongs to both."""
+KEPT = ("PREFECT_CREW_TEST_PROCESS", "PREFECT_INTEGRATIONS_CREW_DATABASE_URL")
+"""Private all the same, but the mark of `processes`, and the crew database: what a test starts belongs to both."""
 
 QUIET = {
     "CREWAI_DISABLE_TELEMETRY": "true",

@@ -6,15 +6,15 @@ from typing import Any
 
 import httpx
 import pytest
-
-from prefect_crew.blocks import CrewRun
-from prefect_crew.devserver import CrewServer
 from prefect_crew.records import prune as prune_module
 from prefect_crew.records import store as store_module
 from prefect_crew.records import variables as variables_module
 from prefect_crew.records.model import RecordPhase, RecordStore, RunRecord, utcnow
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import Variable
+
+from prefect_crew.blocks import CrewRun
+from prefect_crew.devserver import CrewServer
 
 CLAIMED, UNCERTAIN, NOT_STARTED = RecordPhase.CLAIMED, RecordPhase.UNCERTAIN, RecordPhase.NOT_STARTED
 STARTED, ENDED = RecordPhase.STARTED, RecordPhase.ENDED

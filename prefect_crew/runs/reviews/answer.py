@@ -133,7 +133,7 @@ async def look(
     if state_of(last, now) == "left" and "withheld" in answer:  # nobody else has its text: it is asked once more
         sender = uuid4().hex
         if await in_store(questions.send, last.id, sender, 0.0):
-            await in_store(questions.not_sent, last.id, sender, keep_answer=False)
+            await in_store(questions.not_sent, last.id, sender)
             return await look(run, status, after=after, if_approved=if_approved, task_id=task_id)
     is_of_it = FLOW not in last.marks and marks.items() <= last.marks.items()
     task = last.task if FLOW in last.marks else waiting_task(status) or last.task
@@ -152,7 +152,7 @@ async def answer_question(
     run: LiveRun,
     review: Review,
     *,
-    seen: str | None = None,
+    seen: ReviewRequest | None = None,
     task_id: str | None = None,
     round: int | None = None,  # noqa: A002 - the word of the domain
     webhooks: Webhooks | None = None,
@@ -165,7 +165,7 @@ async def answer_question(
     Args:
         run: The run, in an open session.
         review: The answer, with its giver.
-        seen: The id of the question that the giver has seen. No other question is answered.
+        seen: The question that the giver has seen. No other question is answered.
         task_id: The task; default: the task in the status. With a task, the run counts as waiting whatever its status
             says.
         round: The number of the question about its task; no other is answered.
@@ -188,6 +188,32 @@ async def answer_question(
         own = next((review for answer, review in answers if answer.get("call") == call), None)
         if own is not None and own.outcome != "intended":
             return _repeat_answer(run, own), own
+    asked = await _question_to_answer(run, seen, task_id, round)
+    question, where = asked.question, _where(run, asked)
+    if asked.state == "left":
+        left, answer = await send_left(run, asked), question.answer
+        if left is not None and call is not None and answer.get("call") == call:
+            return _repeat_answer(run, left), left
+    if asked.state != "open":
+        raise _answered(asked, where, run)
+    is_stored = may_store(run) and len(review.feedback) <= MOST_FEEDBACK and not run.redact.hides(review.feedback)
+    stored = {"approve": review.approve, "option": review.option and run.redact(review.option), "call": call}
+    task = asked.task or ""
+    stored |= {"feedback": review.feedback} if is_stored else {"withheld": True}
+    stored |= {"task": task} if run.redact_name(task) == task else {}
+    by = run.redact(one_line(review.by))[:MAX_NAME]
+    if not await in_store(questions.answer, question.id, stored, by):
+        raise AlreadyAnsweredError(f"{where} was answered by somebody else at this moment. Nothing was sent.")
+    return await _send(run, asked, review, webhooks, looks)
+
+
+async def _question_to_answer(
+    run: LiveRun,
+    seen: ReviewRequest | None,
+    task_id: str | None,
+    round: int | None,  # noqa: A002 - the word of the domain
+) -> Asked:
+    """Return the question that a run asks at this moment, with its task. Raise if it asks none, or another one."""
     status = await read_status(run)
     asked = await look(run, status, after=run.crew.wait.next_round_after, task_id=task_id)
     if asked is None and seen is None:
@@ -200,29 +226,21 @@ async def answer_question(
         raise AlreadyAnsweredError(
             f"Run {run.kickoff_id} does not wait any more: it is {status.state}. Nothing was sent."
         )
-    question, number = asked.question, round_of(asked.question, asked.questions)
-    where = f"Run {run.kickoff_id}, task {run.redact_name(asked.task or '')},"
-    if seen not in (None, question.id):
+    question, number, where = asked.question, round_of(asked.question, asked.questions), _where(run, asked)
+    if seen is not None and (seen.id, seen.options) != (question.id, tuple(question.options or ())):
         raise AlreadyAnsweredError(f"{where} asks another question by now. Nothing was sent.")
     if round not in (None, number):
         raise AlreadyAnsweredError(f"{where} asks question {number}, not {round}. Nothing was sent.")
-    if asked.state == "left":
-        await send_left(run, asked)
-    if asked.state != "open":
-        raise _answered(run, asked, where)
     if not asked.task:
         raise ConfigurationError(
             f"Run {run.kickoff_id} of crew {run.crew.label} waits, but its status does not name the task. Give it "
             "(task_id=…, --task); the crew's page and the human-input webhook show it."
         )
-    is_stored = may_store(run) and len(review.feedback) <= MOST_FEEDBACK and not run.redact.hides(review.feedback)
-    stored = {"approve": review.approve, "option": review.option and run.redact(review.option), "call": call}
-    stored |= {"feedback": review.feedback} if is_stored else {"withheld": True}
-    stored |= {"task": asked.task} if run.redact_name(asked.task) == asked.task else {}
-    by = run.redact(one_line(review.by))[:MAX_NAME]
-    if not await in_store(questions.answer, question.id, stored, by):
-        raise AlreadyAnsweredError(f"{where} was answered by somebody else at this moment. Nothing was sent.")
-    return await _send(run, asked, review, webhooks, looks)
+    return asked
+
+
+def _where(run: LiveRun, asked: Asked) -> str:
+    return f"Run {run.kickoff_id}, task {run.redact_name(asked.task or '')},"
 
 
 async def send_left(run: LiveRun, asked: Asked) -> Review | None:
@@ -244,13 +262,12 @@ async def _send(
 ) -> tuple[ResumeAnswer, Review]:
     """Take the right to send an answer on record, send it, and write the outcome. Only this function sends answers."""
     question, sender = asked.question, uuid4().hex
-    post = await _prepare_post(run, asked, review, webhooks)
     seconds = POST_DEADLINE * max(run.crew.request_timeout, 30.0) + SEND_WITHIN
     if not await in_store(questions.send, question.id, sender, seconds):
         raise AlreadyAnsweredError(f"Somebody else sends the answer to run {run.kickoff_id}. This call sent nothing.")
     work = OwnTask()
     with work.uncut():  # a cancellation waits for the answer to the POST
-        accepted = await work.run(_post(run, asked, review, sender, post), within=SEND_WITHIN)
+        accepted = await work.run(_post(run, asked, review, sender, webhooks), within=SEND_WITHIN)
     written = _written(run, asked, review, "sent")
     if run.attempt is not None:
         facts = written.model_dump(include={"task_id", "round", "approve", "by"})
@@ -266,19 +283,17 @@ async def _send(
     return accepted, written
 
 
-async def _post(
-    run: LiveRun, asked: Asked, review: Review, sender: str, post: Callable[[], Awaitable[ResumeAnswer]]
-) -> ResumeAnswer:
+async def _post(run: LiveRun, asked: Asked, review: Review, sender: str, webhooks: Webhooks | None) -> ResumeAnswer:
     question = asked.question
     try:
-        accepted = await post()
+        accepted = await _deliver(run, asked, review, webhooks)
     except BaseException as error:
         if kickoff_fate(error) is KickoffFate.UNCERTAIN:
             await _note(run, in_store(questions.uncertain, question.id, sender))
             if isinstance(error, CrewError):
                 raise uncertain_error(run, _written(run, asked, review, "uncertain")) from error
         else:
-            await _note(run, in_store(questions.not_sent, question.id, sender, keep_answer=False))
+            await _note(run, in_store(questions.not_sent, question.id, sender))
             if isinstance(error, CrewAPIError) and is_refusal(question, error):
                 await forget_callback(question)
         raise
@@ -295,10 +310,8 @@ async def _continue(run: LiveRun, attempt: Attempt, new_id: str) -> None:
     goes_on_as(run, started.attempt or attempt)
 
 
-async def _prepare_post(
-    run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None
-) -> Callable[[], Awaitable[ResumeAnswer]]:
-    """Return the function that sends an answer: to the callback URL of a Flow's question, else to `/resume`."""
+async def _deliver(run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None) -> ResumeAnswer:
+    """Send an answer once: to the callback URL of a Flow's question, else to `/resume`."""
     question, attempt = asked.question, run.attempt
     if FLOW in question.marks:
         of_flow = FlowQuestion(
@@ -306,7 +319,7 @@ async def _prepare_post(
             callback_url=await _read_callback(run, question),
             options=tuple(question.options or ()),
         )
-        return lambda: post_answer(of_flow, review, allow_http=run.crew.allow_http)
+        return await post_answer(of_flow, review, allow_http=run.crew.allow_http)
     if webhooks is None and attempt is not None and attempt.has_webhooks:
         # Without the request, this process does not know the policy of the run.
         wait = WaitPolicy(timeout=None, human_timeout=None) if run.request is None else run.request.options.wait
@@ -315,9 +328,10 @@ async def _prepare_post(
             run_logger().warning(NO_WEBHOOKS, run.kickoff_id)
     if webhooks is None and run.request is not None:
         webhooks = run.request.options.webhooks
-    task_id, feedback, approve = asked.task or "", review.feedback, review.approve
-    return lambda: run.session.call(
-        lambda client: client.resume(run.current_id, task_id, feedback, approve, webhooks=webhooks)
+    return await run.session.call(
+        lambda client: client.resume(
+            run.current_id, asked.task or "", review.feedback, review.approve, webhooks=webhooks
+        )
     )
 
 
@@ -354,7 +368,7 @@ def uncertain_error(run: LiveRun, last: Review) -> CrewError:
     )
 
 
-def _answered(run: LiveRun, asked: Asked, where: str) -> CrewError:
+def _answered(asked: Asked, where: str, run: LiveRun) -> CrewError:
     """Return the error of an answer to a question that has one."""
     last = reviews_of(asked.questions, asked.now)[-1]
     if asked.state == "uncertain":
@@ -392,11 +406,11 @@ async def keep_callback(question: Question, url: SecretStr) -> None:
 async def _read_callback(run: LiveRun, question: Question) -> SecretStr:
     for pause in (0.0, 1.0, 2.0, 5.0):  # the receiver stores it a moment after the question
         await asyncio.sleep(pause)
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, *PREFECT_ERRORS):
             block = await cast("Any", Secret).aload(_block_name(question))
             return SecretStr(block.get())
     raise ConfigurationError(
-        f"The URL for the answer to run {run.kickoff_id} is not on record. Nothing was sent. Answer on the Flow's page "
+        f"The URL for the answer to run {run.kickoff_id} cannot be read. Nothing was sent. Answer on the Flow's page "
         "on the CrewAI platform."
     )
 

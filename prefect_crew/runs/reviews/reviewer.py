@@ -99,7 +99,7 @@ class People:
         self._asked: Asked | None = None
         self._flows: list[Any] = []
         self._thinking: asyncio.Task[Review] | None = None
-        self._thinks_about = ""  # the id of the question that the review function got
+        self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
         self._notifying: asyncio.Task[None] | None = None
         self._held_until: float | None = None  # a question without an output waits until then; monotonic
         self._has_extra_time = self._has_answered = self._has_warned = self._was_refused = False
@@ -266,12 +266,13 @@ class People:
             if question is None or submitted is None:
                 return None
             return submitted.review(question, masked_options(self.run, question))
-        if self._thinking is not None and (question is None or question.id != self._thinks_about):
+        about = () if question is None else (question.id, question.options)  # a Flow's webhook may bring options late
+        if self._thinking is not None and about != self._thinks_about:
             await self._stop_thinking()
         if question is None or self._function is None:
             return None
         if self._thinking is None:
-            self._thinks_about, self._has_ended_pause = question.id, False
+            self._thinks_about, self._has_ended_pause = about, False
             self._thinking = asyncio.create_task(self._think(self._function, question))
             await asyncio.sleep(0)  # so that the answer of a fast function is sent now, and not after the next status
         return self._thinking.result() if self._thinking.done() else None
@@ -308,7 +309,7 @@ class People:
         if self._form is not None:
             await self._form.take_down()
         try:
-            _, answer = await answer_question(run, review, seen=question.id, looks=0)
+            _, answer = await answer_question(run, review, seen=question, looks=0)
         except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
             if isinstance(error, CrewAPIError) and not (
                 asked and is_refusal(asked.question, error) and self._waits_on()

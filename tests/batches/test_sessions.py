@@ -2,27 +2,23 @@
 
 import asyncio
 import re
-import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import SecretStr, create_model
+from pydantic import SecretStr
 
 import prefect_crew as pc
 from prefect_crew.batches import runner
-from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.outcomes import MISFIT_WITHOUT_REASONS
-from prefect_crew.batches.turns import RowTurns
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records import sessions
-from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.variables import delete_variable, read_exact
+from prefect_crew.runs.database import find_store
+from prefect_crew.runs.keys import escape_name
+from prefect_crew.store import attempts
+from prefect_crew.store.decision import AttemptState
 from prefect_crew.testing import CrewServerFactory
-from support.batches import Batches, enter, let_an_hour_pass, record_of, row_plan
-from support.records import LONG_AGO
+from support.batches import Batches, let_an_hour_pass, row_plan
 from support.scripts import JOURNAL
 from support.waiting import until
 
@@ -49,11 +45,6 @@ def outputs(batch: Batches) -> list[str]:
     return [line["output"] for line in batch.lines().values()]
 
 
-async def turns(server: CrewServer, session: str = ANN) -> list[sessions.Turn]:
-    last = await sessions.last_turn(server.url, session)
-    return [] if last is None else await sessions.latest_turns(last, 200)
-
-
 async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journal: CrewServer):
     rows = [*days("slow", "bad", "rain", "bread"), *days("milk", "sun", who=BOB)]
     report = await run(batch, journal, [*rows, {"day": "none", "note": "alone", "who": ""}], retries=1)
@@ -62,20 +53,8 @@ async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journa
     assert journal.kickoffs == 8
     ann = ("1 slow", None, "2 rain after 1 slow", "3 bread after 2 rain after 1 slow")
     assert outputs(batch) == [*ann, "1 milk", "2 sun after 1 milk", "1 alone"], "a failed row is not built on"
-    assert [turn.number for turn in await turns(journal)] == [1, 2, 3, 4, 5]
-    outcomes = ["completed", "failed", "failed", "completed", "completed"]
-    assert [turn.outcome for turn in await turns(journal)] == outcomes
-
-
-async def test_a_later_turn_is_judged_though_its_texts_are_withheld(batch: Batches, journal: CrewServer):
-    crew, kind = journal.crew(secret_inputs=["note"], max_attempts=1), create_model("Score", score=(int, ...))
-    for _ in range(2):
-        report = await run(batch, journal, days("milk", "rain"), crew=crew, output_type=kind)
-        assert report.completed == 0
-        assert report.failed == 2
-        assert journal.kickoffs == 2
-    assert [line["state"] for line in batch.lines().values()] == ["invalid-output"] * 2
-    assert batch.lines()[f"{ANN} 2"]["error"] == MISFIT_WITHOUT_REASONS
+    own = await find_store().run(attempts.list_attempts, session=ANN)
+    assert sorted(attempt.turn or 0 for attempt in own) == [1, 2, 3, 4, 5]
 
 
 async def test_waiting_rows_leave_room_for_others(batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch):
@@ -110,68 +89,14 @@ async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_se
     assert report.completed == 1
     assert server.kickoffs == 1, "the first kickoff is answered with 500"
     assert report.errors == {"SessionBlockedError": 1}
-    with pytest.raises(pc.SessionBlockedError, match=r"row .* of a batch and has not ended.*prefect variable delete"):
-        await pc.arun_crew(server.crew(), {"note": "x"}, session=ANN, wait=pc.WaitPolicy(timeout=0.5))
-    async with Ledger(f"{batch.output}.ledger.db", report.name) as ledger:
-        let_an_hour_pass(f"{batch.output}.ledger.db")
-        [record] = await ledger.unresolved()
-        assert await ledger.resolve(record, RecordPhase.NOT_STARTED)
+    with pytest.raises(pc.SessionBlockedError, match="nobody knows whether its kickoff started a run"):
+        await pc.arun_crew(server.crew(), {"note": "x"}, session=ANN)
+    await let_an_hour_pass()
+    store = find_store()
+    [attempt] = await store.run(attempts.of_key, f"{escape_name(report.name)}/{ANN} 1")
+    await store.run(attempts.resolve, attempt, AttemptState.NOT_STARTED, "a test")
     assert (await run(batch, server, rows)).ok
     assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]
-
-
-async def test_a_row_elsewhere_blocks_its_session(
-    batch: Batches, journal: CrewServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    async with Ledger(str(tmp_path / "elsewhere.db"), f"journal {tmp_path.name}") as ledger:
-        record = record_of(ledger, f"{ANN} 1", crew_url=journal.url, session=ANN, good_for=LONG_AGO)
-        turn = await sessions.take_turn(record, ledger)
-    assert turn is not None
-    rows = [*days("tea", "rain"), *days("sun", who=BOB)]
-    report = await run(batch, journal, rows, wait=pc.WaitPolicy(timeout=0.5), on_failure="stop", max_in_flight=1)
-    assert report.errors == {"SessionBlockedError": 2}
-    assert report.completed == 1
-    assert caplog.text.count("Later rows of the session are not started in this call.") == 1
-    waiting = asyncio.ensure_future(run(batch, journal, rows))
-    await asyncio.sleep(1)
-    [variable] = await read_exact([turn.variable])
-    await delete_variable(variable.id)  # as the message says
-    assert (await waiting).ok
-    assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]
-
-
-@pytest.mark.parametrize(
-    ("note", "outcome", "has_left"),
-    [
-        pytest.param("tea", "completed", False, id="the same rows"),
-        pytest.param("bad", "failed", True, id="other rows"),
-    ],
-)
-async def test_a_later_call_notes_the_turns(
-    batch: Batches, journal: CrewServer, monkeypatch: pytest.MonkeyPatch, note: str, outcome: str, has_left: bool
-):
-    options: dict[str, Any] = {"retries": 1, "on_change": "continue"}
-    with monkeypatch.context() as patch:
-        patch.setattr(RowTurns, "note", lambda *_: asyncio.sleep(0))  # as a process that is killed before
-        await run(batch, journal, days(note), **options)
-    last, kickoffs = (await turns(journal))[-1], journal.kickoffs
-    assert last.outcome is None
-    await run(batch, journal, days("sun", who=BOB) if has_left else days(note), **options)
-    assert [turn.outcome for turn in await turns(journal)][-1] == outcome
-    assert journal.kickoffs == kickoffs + has_left
-
-
-async def test_a_lost_row_starts_again_also_behind_a_blocked_one(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(JOURNAL, faults=["kickoff:422@1", "status:forgotten@1"])
-    policy, rows = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, grace=0.1, lost_after=0.5), days("tea", "slow")
-    report = await run(batch, server, rows, wait=policy)
-    assert report.errors == {"InvalidInputsError": 1, "CrewLostError": 1}
-    again = await run(batch, server, rows, wait=policy, retry_failed=[f"{ANN} 2"])
-    assert again.errors == {"SessionBlockedError": 1}
-    assert again.completed == 1
-    assert (await run(batch, server, rows, wait=policy)).ok
-    assert outputs(batch) == ["2 tea after 1 slow", "1 slow"]
-    assert server.kickoffs == 3
 
 
 async def test_rows_wait_for_a_run_whose_row_runs_no_more(batch: Batches, journal: CrewServer):
@@ -179,7 +104,7 @@ async def test_rows_wait_for_a_run_whose_row_runs_no_more(batch: Batches, journa
     soon = pc.WaitPolicy(initial=0.02, factor=1.0, jitter=0, timeout=0.3)
     report = await run(batch, journal, [*days("slow"), *days("slow", who=BOB)], wait=soon)
     assert report.errors == {"CrewTimeoutError": 2}
-    again = await run(batch, journal, [*days("tea", "rain")[1:], *days("tea", "sun", who=BOB)], on_change="continue")
+    again = await run(batch, journal, [*days("tea", "rain")[1:], *days("tea", "sun", who=BOB)])
     assert again.completed == 2
     assert again.conflicts == 1
     assert journal.kickoffs == 4
@@ -192,7 +117,7 @@ TOPIC = [CrewInput(name="note")]
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        pytest.param({"who": SecretStr("b")}, "its session holds a secret, but logs and", id="secret"),
+        pytest.param({"who": SecretStr("b")}, "its session holds a secret, but logs show", id="secret"),
         pytest.param({}, "there is no column 'who', which is the session; the columns are note", id="none"),
         pytest.param({"who": "x" * 201}, "its session is not a name of 1 to", id="long"),
         pytest.param({"who": "b\tc"}, "its session is not a name of 1 to", id="control"),
@@ -209,21 +134,7 @@ def test_a_row_whose_session_makes_no_sense_is_bad(row: dict[str, Any], reason: 
 
 def test_the_session_is_part_of_a_row():
     plans = [row_plan([{"note": "a", "who": who}], session="who", expected=TOPIC) for who in ("", "b", "c")]
-    assert len({plan.check().order for plan in plans}) == 3
+    assert len({plan.check().fingerprint for plan in plans}) == 3
     [job] = row_plan([{"note": "a", "who": 7}], session=lambda row: f"n-{row['who']}", expected=TOPIC).jobs()
     assert job.inputs.session == "n-7"
     assert dict(job.inputs.encoded) == {"note": "a"}
-
-
-async def test_a_second_claim_of_a_row_is_not_taken_for_its_first(batch: Batches, journal: CrewServer, tmp_path: Path):
-    async with Ledger(str(tmp_path / "ledger.db"), "b") as ledger:
-        await enter(ledger, "a")
-        owner = uuid.uuid4().hex
-        facts = {"crew_url": journal.url, "session": ANN, "owner": owner}
-        lost, second = (record_of(ledger, "a", attempt=attempt, **facts) for attempt in (1, 2))
-        assert await ledger.claim(lost)
-        await ledger.resolve(lost, RecordPhase.NOT_STARTED)
-        assert await ledger.claim(second)
-        turn = await sessions.take_turn(second, ledger)
-        assert turn is not None
-        assert await sessions.turn_in_the_way(journal.url, ANN, ledger) == await sessions.turn_again(turn)
