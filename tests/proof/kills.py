@@ -42,7 +42,7 @@ HOOKS = {
     "row-begin": ("prefect_crew.store.attempts", "begin"),
     "row-started": ("prefect_crew.store.attempts", "started"),
     "row-ended": ("prefect_crew.store.attempts", "ended"),
-    "store-commit": ("prefect_crew.store.database", "_Group._transact"),
+    "store-commit": ("prefect_crew.store.database", "Store._transact"),
     "enter-rows": ("prefect_crew.batches.runner", "put_rows"),
     "export": ("prefect_crew.batches.output", "Output.write"),
     "export-page": ("prefect_crew.batches.output", "Output._write_page"),
