@@ -75,7 +75,7 @@ def _temporary_folder() -> str:
 
 def find_store() -> Store:
     """Return the crew database of this process without a look at the Prefect server. Raises ConfigurationError."""
-    global _last  # noqa: PLW0603
+    global _last
     now = get_current_settings(), os.environ.get(URL_SETTING)
     if _last is None or _last[0] is not now[0] or _last[1] != now[1]:
         url, _ = database_url()
@@ -171,7 +171,7 @@ async def use_this_store() -> tuple[Registration, Registration | None]:
 
 def forget_stores() -> None:
     """Close all crew databases of this process. The next use opens them again: for tests, and before a move."""
-    global _last  # noqa: PLW0603
+    global _last
     _last = None
     for store in [*_stores.values()]:
         store.close()
