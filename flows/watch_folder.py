@@ -34,7 +34,7 @@ async def watch_folder(
     Args:
         crew: The name of the crew's block, as under Blocks.
         folder: Where new files come in.
-        export_folder: The folder for the exports: one file for each file that came in, with its ledger.
+        export_folder: The folder for the exports: one file for each file that came in.
         pattern: Which files.
         unchanged_seconds: Seconds for which a file must not have changed: until then it may still be written.
         options: More of run_batch's options, such as {"max_in_flight": 500}.

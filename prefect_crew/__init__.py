@@ -57,7 +57,7 @@ __all__ = [
     "CrewConnectionError", "CrewError", "CrewFailedError", "CrewInput", "CrewLostError", "CrewResult", "CrewRun",
     "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError", "CrewTimeoutError", "DatasetError", "DeployedCrew",
     "ExportError", "FlowRunCancelledError", "HumanInputWebhook", "IdempotencyConflictError", "InvalidCallError",
-    "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
+    "InvalidInputsError", "KickoffUncertainError", "NoResultError",
     "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError", "PipelineContext",
     "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError", "PrefectRefusedError", "Price",
     "RateLimitedError", "ResolveError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewFunctionError",

@@ -36,11 +36,9 @@
     ├── BatchFailedError             not every row of a batch completed
     ├── BatchCancelledError          the flow run of a batch was cancelled
     ├── BatchBusyError               another process works on the batch
-    ├── BatchChangedError            other rows or another crew than the batch began with
+    ├── BatchChangedError            the batch belongs to another crew
     ├── DatasetError                 a data set cannot be read
     │   └── BadRowsError             rows of it cannot be run
-    ├── LedgerError                  the ledger of a batch cannot be read or written
-    ├── LedgerMissingError           the batch is kept in another ledger
     ├── ExportError                  the export of a batch cannot be written
     ├── StoreError                   the crew database cannot be used
     ├── PrefectAwayError             the Prefect API does not answer
@@ -67,7 +65,7 @@ __all__ = [
     "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
     "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
-    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError",
+    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError",
     "NoResultError", "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError",
     "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError",
     "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError",
@@ -583,16 +581,14 @@ class BatchBusyError(_FactsError):
 
 
 class BatchChangedError(_FactsError):
-    """The rows or the crew differ from the rows or the crew with which batch `name` began."""
+    """Batch `name` belongs to another crew."""
 
     name: str
     difference: str
 
     def _text(self) -> str:
         return (
-            f"Batch {self.name!r} began with other rows or another crew: {self.difference}. Nothing was started. To "
-            "run the new rows and keep the results of the others, give on_change='continue' (--on-change continue). "
-            "To start every row, choose another name."
+            f"Batch {self.name!r} began with another crew: {self.difference}. Nothing was started. Choose another name."
         )
 
 
@@ -610,7 +606,9 @@ class DatasetError(_FactsError):
     def _text(self) -> str:
         where = self.source if self.line is None else f"{self.source}, line {self.line}"
         consequence = (
-            "The rows that were started are in the ledger." if self.begun else "Nothing of this data set was started."
+            "The rows that were started are in the crew database."
+            if self.begun
+            else "Nothing of this data set was started."
         )
         return f"{where}: {self.reason} {consequence}"
 
@@ -634,34 +632,8 @@ class BadRowsError(DatasetError):
         super().__post_init__()
 
 
-class LedgerError(_FactsError):
-    """The ledger cannot be used. `ledger` is its address without a password."""
-
-    reason: str = field(kw_only=False)
-    ledger: str
-    advice: str = (
-        "No row starts without the ledger. Repair it, then run the batch again with the same name, which continues."
-    )
-
-    def _text(self) -> str:
-        return f"The ledger {self.ledger} {self.reason} {self.advice}"
-
-
-class LedgerMissingError(_FactsError):
-    """The ledger here does not hold batch `name`; the ledger `ledger` holds it."""
-
-    name: str
-    ledger: str
-
-    def _text(self) -> str:
-        return (
-            f"Batch {self.name!r} uses another ledger, {self.ledger}. With the ledger here, every row would start "
-            "again, so nothing was started. Give that ledger, or choose another name."
-        )
-
-
 class ExportError(CrewError):
-    """The export cannot be written. The ledger has all ended rows. Run the batch again with the same name."""
+    """The export cannot be written. The crew database has all ended rows. Run the batch again with the same name."""
 
 
 class StoreError(CrewError):

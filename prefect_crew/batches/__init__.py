@@ -1,1 +1,1 @@
-"""Batches: a data set in, one crew run a row, a ledger that forgets nothing, a report."""
+"""Batches: a crew for each row of a data set, on the crew database."""

@@ -126,6 +126,7 @@ class StoredBatch:
 
     @property
     def name(self) -> str:
+        """Its name."""
         return self.entry.name
 
     @property

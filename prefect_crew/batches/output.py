@@ -371,7 +371,7 @@ class TableOutput(Output):
             self._prepare(connection, table, KEPT)
             self._database.replace(connection, table, self.batch, guarded())
             guard()
-            connection.commit()
+            self._database.commit(connection)
 
         self._run(work)
 

@@ -114,9 +114,9 @@ async def arun_batch(
         name: The batch's name. The name, `export` and an address as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
         export: The path or address of its lines, in the order of the rows: JSON Lines or CSV, compressed by its
-            ending, or Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end, and when
-            the batch stops; `prefect-crew batch export` writes it at any time. A line has key, inputs, state, output,
-            data, tasks, kickoff_id, seconds, usage, error and crew_version.
+            ending, or Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end,
+            and when the batch stops; `prefect-crew batch export` writes it at any time. A line has key, inputs, state,
+            output, data, tasks, kickoff_id, seconds, usage, error and crew_version.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
         session: A column or a function of the row that names the session of its run, as for `run_crew`; empty: none.
             The rows of one session run one after the other.

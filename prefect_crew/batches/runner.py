@@ -64,7 +64,7 @@ PAGE = 500
 WAITING_ROWS = 1_000
 """Rows of sessions, at most, that wait for the rows before them, and have no place of `max_in_flight` yet."""
 HELD_UP_AFTER = 1.0
-"""Seconds after which a row that has sent nothing lets others kick off: it waits for a turn, a limit or another call."""
+"""Seconds after which a row that has sent nothing lets others kick off: it waits for a turn, a limit, another call."""
 LOG_EVERY = 60.0
 """Seconds between two log lines of the same kind, for any number of rows."""
 TICK = 1.0
@@ -349,23 +349,9 @@ class Runner:
         while True:
             attempt, is_found = work.found, work.found is not None
             if attempt is None:
-                if job.inputs.session in self._blocked:
-                    advice = "The same call goes on with it."
-                    reason = "an earlier row of it has no end in this call"
-                    self._without_run(
-                        work,
-                        SessionBlockedError(
-                            session=str(job.inputs.session), turn=0, run=job.key, reason=reason, advice=advice
-                        ),
-                    )
-                    return
-                if not await self.throttle.admit():
-                    return
-                decision = await self._kick_off(work)
+                decision = await self._find_or_start(work)
                 if decision is None:
-                    if work.is_over:
-                        return
-                    continue
+                    return
                 attempt, is_found = decision.attempt, decision.step not in STARTS
             assert attempt is not None  # noqa: S101  a run has one
             work.tries += 1
@@ -389,6 +375,21 @@ class Runner:
             is_retried = end.state in ("failed", "stopped") and work.tries <= self._options.retries
             if self.throttle.stopped is not None or not (is_retried or was_stopped_before):
                 return
+
+    async def _find_or_start(self, work: _Work) -> Decision | None:
+        """Kick a row off until it has a run. None: it gets none in this call; `work.end` may say why."""
+        session = work.job.inputs.session
+        if session in self._blocked:
+            reason = "an earlier row of it has no end in this call"
+            advice = "The same call goes on with it."
+            self._without_run(
+                work,
+                SessionBlockedError(session=str(session), turn=0, run=work.job.key, reason=reason, advice=advice),
+            )
+        while not work.is_over and await self.throttle.admit():
+            if (decision := await self._kick_off(work)) is not None:
+                return decision
+        return None
 
     def _request(self, work: _Work | None, job: RowJob) -> RunRequest:
         crew = self.session.crew

@@ -125,6 +125,10 @@ class SqlDatabase:
             if page:
                 connection.execute(sa.insert(table), [{**_storable(row), "batch": batch} for row in page])
 
+    def commit(self, connection: sa.Connection) -> None:
+        """Commit the work of `run`."""
+        connection.commit()
+
     async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
         async with self._engine.connect() as connection:
             return await connection.run_sync(work)

@@ -32,7 +32,7 @@ async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer)
             with path.open("a") as file:
                 file.write("late\n" * 3000)
 
-    with pytest.raises(pc.DatasetError, match=r"changed during the read.*The rows that were started are in"):
+    with pytest.raises(pc.DatasetError, match=r"changed during the read.*The rows that were started are in the crew database"):
         await batch(echo.crew(), path, name="appended to", max_in_flight=10, on_progress=append)
     assert 0 < echo.kickoffs < 3000
 

@@ -3,10 +3,8 @@
 import asyncio
 import json
 import signal
-import sqlite3
 import sys
 import uuid
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -19,21 +17,18 @@ from prefect.client.schemas.responses import SetStateStatus, StateAbortDetails
 from prefect.states import Running
 
 from prefect_crew import run_batch
-from prefect_crew.batches.database import Database
-from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.ownership import BatchLock
 from prefect_crew.client import CrewClient
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import CrewError
-from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.sessions import last_turn
+from prefect_crew.runs.database import URL_SETTING, database_url, find_store
+from prefect_crew.store.batches import count_rows, hold_batch, let_go
+from prefect_crew.store.decision import AttemptState
 from prefect_crew.testing import CrewServerFactory
-from support.batches import enter, let_an_hour_pass, record_of
+from support.batches import let_an_hour_pass
 from support.commands import TOKEN, Command, Finished, environment
 from support.environment import program
 from support.prefect_server import PrefectServer
 from support.processes import Process
-from support.records import new_record, put
 from support.scripts import PICKY, script
 from support.terminals import Terminal
 from support.waiting import wait_until
@@ -49,7 +44,8 @@ class Leads:
     def __init__(self, here: Command, server: CrewServer, folder: Path) -> None:
         self.here, self.server, self.folder = here, server, folder
         self.name, self.crew = f"leads {uuid.uuid4().hex[:8]}", f"picky-{uuid.uuid4().hex[:8]}"
-        self.output, self.ledger = folder / "out.jsonl", folder / "out.jsonl.ledger.db"
+        self.output = folder / "out.jsonl"
+        self.flow_run_id: str | None = None
         block: Any = server.crew(max_attempts=2)
         block.save(self.crew, _sync=True)
         self.write("id,topic\na,tea\nb,bad milk\nc,cake\n")
@@ -78,13 +74,13 @@ class Leads:
 
     def while_owned(self, *line: str) -> Finished:
         """Return what a command does while another process runs the batch."""
-
-        async def call() -> Finished:
-            async with Database(str(self.ledger)) as database, BatchLock(database, self.name) as lock:
-                assert await lock.take()
-                return await asyncio.to_thread(self.here, *line)
-
-        return asyncio.run(call())
+        store = find_store()
+        held = asyncio.run(store.run(hold_batch, self.name, "another", flow_run_id=self.flow_run_id))
+        assert held is not None
+        try:
+            return self.here(*line)
+        finally:
+            assert asyncio.run(store.run(let_go, self.name, "another"))
 
 
 @pytest.fixture
@@ -108,8 +104,9 @@ def test_a_batch_from_its_plan_to_the_rows_that_failed(here: Command, leads: Lea
     assert leads.states() == {"a": "completed", "b": "failed", "c": "completed"}
     page = leads("inspect").ok
     assert page.startswith(f"Batch {leads.name}: 2 of 3 rows completed\n  1 failed\n  3 kickoffs")
-    assert page.endswith(f"\n  Export: {leads.output}\n  Ledger: {leads.ledger}\n")
-    assert leads("inspect", *JSON).json["states"] == {"completed": 2, "failed": 1}
+    assert page.endswith(f"\n  Export: {leads.output}\n")
+    status = leads("inspect", *JSON).json
+    assert (status["completed"], status["failed"], status["left"]) == (2, 1, 0)
     (failed,) = leads("failures", *JSON).json
     assert failed["key"] == "b"
     assert failed["state"] == "failed"
@@ -139,7 +136,7 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here: Command, lead
         leads.name, leads.output = name + part, folder / f"{file}.jsonl"
         leads.run(*KEY, *rows)
     listed = here("batch", "ls", f"{name}/*", *JSON).json
-    assert [batch["name"] for batch in listed] == [f"{name}/1", f"{name}/2"]
+    assert [batch["name"] for batch in listed] == [f"{name}/2", f"{name}/1"], "the one that ran last first"
     whole = here("batch", "inspect", f"{name}/*", *JSON).json
     assert whole["total"] == 3
     assert whole["completed"] == 2
@@ -149,16 +146,6 @@ def test_batches_over_ranges_of_rows_are_listed_and_added_up(here: Command, lead
     # A name may have the signs of a pattern in it.
     assert leads("inspect", *JSON).json["name"] == f"{name} [eu]"
     assert [batch["name"] for batch in leads("ls", *JSON).json] == [f"{name} [eu]"]
-    # A ledger that is elsewhere is not counted.
-    (folder / "1.jsonl.ledger.db").rename(folder / "elsewhere.db")
-    rest = here("batch", "inspect", f"{name}/*", *JSON)
-    assert rest.code == 0
-    assert rest.json["failed"] == 0
-    assert len(rest.json["batches"]) == 1
-    assert len(rest.json["missing"]) == 1
-    assert f"Batch '{name}/1' is not counted: " in rest.err
-    (folder / "2.jsonl.ledger.db").rename(folder / "also elsewhere.db")
-    assert here("batch", "inspect", f"{name}/*").code == 1, "none was counted"
 
 
 def test_bad_rows_are_refused_or_skipped(here: Command, leads: Leads):
@@ -183,30 +170,31 @@ def test_bad_rows_are_refused_or_skipped(here: Command, leads: Leads):
 def test_a_corrected_row_is_retried_and_a_conflict_not(leads: Leads):
     leads.run(*KEY)
     leads.write("id,topic\na,coffee\nb,good milk\nc,cake\n")
-    assert "--on-change continue" in leads("retry", "--yes").error(1)
-    assert leads.server.kickoffs == 3
-    error = leads("retry", "--yes", "--on-change", "continue").error(6)
+    error = leads("resume").error(6)
     assert leads.server.kickoffs == 4
     assert leads.states() == {"a": "conflict", "b": "completed", "c": "completed"}
     assert "batch failures" in error
     assert "To start them again" not in error, "a row with a result stays as it is"
+    (conflict,) = leads("failures", *JSON).json
+    assert (conflict["key"], conflict["state"]) == ("a", "conflict")
 
 
 def test_failed_rows_are_retried_by_name(leads: Leads, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(leads.folder)
     leads.here("batch", "run", leads.crew, "leads.csv", "--name", leads.name, "--export", "out.jsonl", *KEY)
     monkeypatch.chdir("/")
-    assert "prefect-crew batch retry" in leads("resume").error(6)
+    for kickoffs in (4, 4):  # max_attempts is 2
+        assert "prefect-crew batch retry" in leads("resume").error(6)
+        assert leads.server.kickoffs == kickoffs
     assert leads("retry").code == 2, "nobody confirmed"
-    assert leads.server.kickoffs == 3
+    assert leads.server.kickoffs == 4
     again = leads("retry", "--yes", "--row", "b", *JSON)
     assert again.code == 6
     assert again.json["kickoffs"] == 1
-    assert leads.server.kickoffs == 4
-    assert "max_attempts" in leads("retry", "--yes").err
+    assert leads.server.kickoffs == 5
     for row, reason in (("a", "has completed"), ("z", "has no run of a row 'z'")):
         assert reason in leads("retry", "--yes", "--row", row).error(2)
-    assert leads.server.kickoffs == 4
+    assert leads.server.kickoffs == 5
     assert leads.states() == {"a": "completed", "b": "failed", "c": "completed"}
 
 
@@ -228,7 +216,7 @@ def test_a_local_model_goes_with_the_name(leads: Leads, monkeypatch: pytest.Monk
     del sys.modules[module]
     monkeypatch.chdir(leads.folder)
     monkeypatch.setattr("sys.path", [entry for entry in sys.path if entry])
-    assert leads("retry", "--yes", "--row", "a", *JSON).json["kickoffs"] == 1
+    assert leads("resume", *JSON).json["failed"] == 3
     assert leads.states() == {"a": "invalid-output", "b": "failed", "c": "invalid-output"}
 
 
@@ -239,20 +227,12 @@ def test_a_crew_of_an_address_needs_the_same_call_again(crews: CrewServer, leads
     assert "its crew is not a stored block. Make the same call again" in leads("resume").error(2)
     again = leads.run(*JSON, crew=broken)
     assert again.code == 6
-    assert again.json["kickoffs"] == 0
     assert TOKEN not in again.out + again.err
 
 
-def test_a_ledger_that_is_not_here_is_missed_and_not_made_anew(leads: Leads):
-    leads.run()
-    elsewhere = leads.ledger.rename(leads.folder / "elsewhere.db")
-    for verb, *options in (("inspect",), ("failures",), ("retry", "--yes")):
-        assert str(leads.ledger) in leads(verb, *options).error(1)
-        assert not leads.ledger.exists()
-    leads.output.unlink()
-    assert leads.run().code == 1
-    assert leads.server.kickoffs == 3
-    assert leads("inspect", "--ledger", str(elsewhere)).code == 0
+def test_a_batch_that_nobody_knows(leads: Leads):
+    for verb, *options in (("inspect",), ("failures",), ("retry", "--yes"), ("cancel",), ("export",)):
+        assert f"There is no batch '{leads.name}'" in leads(verb, *options).error(2)
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
@@ -260,62 +240,36 @@ def test_an_uncertain_row_is_resolved(here: Command, leads: Leads, started: bool
     leads.server.faults.add("kickoff:drop-after-accept@1")
     ran = leads.run(*KEY, *JSON)
     (row,) = ran.json["uncertain_keys"]
-    key = f"batch/{leads.name}/{row}"
+    key = f"{leads.name}/{row}"
     assert ran.code == 6
     assert leads.server.kickoffs == 3
     listed = leads("failures")
     assert f"{row}\t\tuncertain\t" in listed.out
     assert "prefect-crew runs resolve" in listed.err
     assert leads("retry", "--yes", "--row", row).code == 2
-    assert here("runs", "resolve", f"batch/{leads.name}/z", "--never-started", "--yes").code == 2
     if started:
-        other = new_record(phase=RecordPhase.STARTED, kickoff_id=(kickoff_id := f"k-{uuid.uuid4()}"))
-        asyncio.run(put(other))
-        taken = here("runs", "resolve", key, "--kickoff-id", kickoff_id).err
-        assert f"is attempt 1 at the idempotency key '{other.idempotency_key}'" in taken
         exported = {line["kickoff_id"] for line in map(json.loads, leads.output.read_text().splitlines())}
         (run,) = {run.id for run in leads.server.runs} - exported
         line = ("runs", "resolve", key, "--kickoff-id", run)
     else:
         line = ("runs", "resolve", key, "--never-started", "--yes")
-        assert "may still be sent, or on its way. Nothing was changed." in here(*line).error(1)
-        let_an_hour_pass(str(leads.ledger))
-        assert f"Batch '{leads.name}' is being run by another process" in leads.while_owned(*line).error(1)
+    asyncio.run(let_an_hour_pass())
     assert f"batch resume '{leads.name}'" in here(*line).ok
     leads("resume")
     assert leads.states().keys() == {"a", "b", "c"}
-    assert leads.server.kickoffs == (3 if started else 4)
+    assert leads.server.kickoffs == (3 if started else 4) + (leads.states()["b"] == "failed")
 
 
 # What is in flight
 
 
-async def in_flight(leads: Leads, count: int) -> None:
-    """Write into the ledger that so many rows of the batch are in flight, and nobody waits for them."""
-    async with Ledger(str(leads.ledger), leads.name) as ledger:
-        await enter(ledger, *(f"late {number}" for number in range(count)))
-        for number in range(count):
-            record = record_of(ledger, f"late {number}", crew=leads.crew, crew_url=leads.server.url)
-            assert await ledger.claim(record)
-            record.phase, record.kickoff_id = RecordPhase.STARTED, f"run {uuid.uuid4()}"
-            await ledger.save(record)
-
-
-def test_a_row_whose_run_is_forgotten_is_resolved_as_lost(here: Command, leads: Leads):
-    leads.run(*KEY)
-    asyncio.run(in_flight(leads, 1))
-    resolved = here("runs", "resolve", f"batch/{leads.name}/late 0", "--lost", "--yes").ok
-    assert f"prefect-crew batch retry '{leads.name}' --row 'late 0' starts another." in resolved
-    states = leads("inspect", *JSON).json["states"]
-    assert states["lost"] == 1
-    assert "started" not in states
-
-
-def test_a_cancel_that_stops_nothing_tells_it(leads: Leads, monkeypatch: pytest.MonkeyPatch):
-    leads.run(*KEY)
-    asyncio.run(in_flight(leads, 40))
-    with closing(sqlite3.connect(leads.ledger)) as ledger, ledger:  # some rows leave the data set
-        ledger.execute("UPDATE crew_rows SET number = NULL WHERE row_key LIKE 'late %5' OR row_key < 'late 2'")
+def test_a_cancel_that_stops_nothing_tells_it(
+    here: Command, crew_server: CrewServerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    leads = Leads(here, crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"])), tmp_path)
+    leads.write("topic\n" + "".join(f"topic {number}\n" for number in range(40)))
+    leads.run("--timeout", "0.5")
+    assert leads("inspect", *JSON).json["in_flight"] == 40
     many, asked = asyncio.Barrier(10), list[str]()
 
     async def stop(_: CrewClient, kickoff_id: str) -> None:
@@ -332,7 +286,8 @@ def test_a_cancel_that_stops_nothing_tells_it(leads: Leads, monkeypatch: pytest.
 
 
 def test_a_batch_that_a_process_runs_is_cancelled_or_prefect_refuses(leads: Leads, monkeypatch: pytest.MonkeyPatch):
-    flow_run_id = UUID(leads.run(*KEY, *JSON).json["flow_run_id"])
+    leads.flow_run_id = leads.run(*KEY, *JSON).json["flow_run_id"]
+    flow_run_id = UUID(leads.flow_run_id)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id, Running(), force=True)
     assert "  A process runs it now\n" in leads.while_owned("batch", "inspect", leads.name).ok
@@ -359,13 +314,12 @@ def test_a_batch_that_a_signal_ended_is_cancelled(
     line = leads.line("--max-in-flight", "5", "--session-column", "topic")  # each row is a session of its own
 
     def started() -> int:
-        # An id that the ledger does not have yet is lost with the process.
-        with closing(sqlite3.connect(leads.ledger)) as ledger:
-            return ledger.execute("SELECT count(*) FROM crew_attempts WHERE phase = 'started'").fetchone()[0]
+        # An id that the crew database does not have yet is lost with the process.
+        return asyncio.run(find_store().run(count_rows, leads.name)).get(AttemptState.STARTED, 0)
 
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url, URL_SETTING: database_url()[0]})
     with Process([program("prefect-crew"), *line], log=tmp_path / "log", env=env) as process:
-        wait_until(lambda: server.kickoffs == 5 and started() == 5, "its rows in flight, in the ledger")
+        wait_until(lambda: server.kickoffs == 5 and started() == 5, "its rows in flight, in the crew database")
         process.send(number)
         assert process.wait(60) == code, process.output
     assert server.requests["stop"] == 0
@@ -376,13 +330,10 @@ def test_a_batch_that_a_signal_ended_is_cancelled(
     cancelled = leads("cancel").ok
     assert f"5 of 5 runs in flight were asked to stop. To go on where it stopped: {again}" in cancelled
     assert {str(run.state) for run in server.runs} == {"stopped"}
-    turn: Any = asyncio.run(last_turn(server.url, "topic 0"))
-    assert turn.outcome == "stopped"
     counts = leads("inspect", *JSON).json
     assert counts["in_flight"] == 0
     assert counts["failed"] == 5
     assert counts["stopped"] == 5
-    assert counts["owed"] == 5
 
 
 @pytest.mark.programs
@@ -393,7 +344,7 @@ def test_a_token_is_typed_and_ctrl_c_leaves_the_runs(
     server = crew_server(script({"seconds": 60, "output": "late"}, inputs=["topic"]), token=TOKEN)
     leads.write("topic\ntea\ncocoa\n")
     leads.name += "-{scheduled_start:%Y}"
-    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url})
+    env = environment(tmp_path / "home", {"PREFECT_API_URL": prefect_api.api_url, URL_SETTING: database_url()[0]})
     env.pop("CREW_TOKEN", None)  # a person types it
     with Terminal([program("prefect-crew"), *leads.line(crew=server.url)], env=env) as terminal:
         terminal.wait_for("Token of")

@@ -18,12 +18,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefect_crew.runs.database import URL_SETTING, database_url
 from proof.kills import Kill, arm
 from proof.zygote import Forks
 
 __all__ = ["KILLS", "WHILE_STARTING", "BatchForks", "Call", "Report"]
 
-WHILE_STARTING = ("ledger-claim", "ledger-save", "ledger-commit", "kickoff", "status")
+WHILE_STARTING = ("row-begin", "row-started", "row-ended", "store-commit", "kickoff", "status")
 """Points at which a batch may die while its rows are started, by their names in `kills.HOOKS`."""
 KILLS = (*WHILE_STARTING, "enter-rows", "export", "export-page")
 """All points of a batch's life at which it may die."""
@@ -66,7 +67,7 @@ class BatchForks(Forks):
         """Run a batch in a process of its own, and return how that ended."""
         self._orders += 1
         file = self.folder / f"batch-{self._orders}"
-        answer = self._answer({**asdict(call), "file": str(file)})
+        answer = self._answer({**asdict(call), "file": str(file), "database": database_url()[0]})
         if answer == -signal.SIGKILL:
             return Report(killed=True)
         said = file.with_suffix(".json")
@@ -102,6 +103,7 @@ def _child(order: dict[str, Any]) -> None:
 def _batch(order: dict[str, Any]) -> None:
     import random
 
+    os.environ[URL_SETTING] = order["database"]
     from prefect_crew import CrewError, DeployedCrew, WaitPolicy, run_batch
     from prefect_crew.batches import output
     from support.prefect_server import drain

@@ -26,11 +26,11 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
-from prefect_crew.batches.ledger import Ledger
-from prefect_crew.batches.outcomes import RowState
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase
-from prefect_crew.records.resolve import resolve_never_started, resolve_started
+from prefect_crew.runs.database import find_store
+from prefect_crew.store import attempts
+from prefect_crew.store.batches import read_rows
+from prefect_crew.store.decision import PREPARING, AttemptState
 from proof.batch_forks import KILLS, WHILE_STARTING, BatchForks, Call
 from proof.kills import Kill
 from support.batches import let_an_hour_pass
@@ -132,7 +132,8 @@ class Place:
             writer = csv.writer(file)
             writer.writerow(["id", "topic"])
             writer.writerows([(f"row {number}", topic) for number, topic in enumerate(world.topics)])
-        self.crew = {"url": server.url, "token": server.token, "request_timeout": 1.0}
+        self.crew: dict[str, Any] = {"url": server.url, "token": server.token, "request_timeout": 1.0}
+        self.crew["max_attempts"] = 1 + world.retries
         self.options: dict[str, Any] = {
             "name": self.name,
             "export": str(self.output),
@@ -150,26 +151,24 @@ class Place:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
 
-    async def starts(self) -> tuple[Counter[str], set[str]]:
-        """Return how many attempts of each row may have started a run, and the rows that are uncertain."""
-        started, uncertain = Counter[str](), set[str]()
-        async with Ledger(f"{self.output}.ledger.db", self.name) as ledger:
-            async for row in ledger.rows_in(list(RowState)):
-                if row.record is None:
-                    continue
-                attempts = await ledger.attempts(row.record.idempotency_key)
-                started[row.record.idempotency_key] = sum(one.phase is not RecordPhase.NOT_STARTED for one in attempts)
-                if row.record.phase in (RecordPhase.UNCERTAIN, RecordPhase.CLAIMED):
-                    uncertain.add(row.key)
-        return started, uncertain
+    async def starts(self) -> tuple[Counter[str], set[str], set[str]]:
+        """Return how many attempts of each row may have started a run, the rows that are uncertain, and those in
+        flight."""
+        started, store = Counter[str](), find_store()
+        for attempt in await store.run(attempts.list_attempts, batch=self.name, limit=1_000_000):
+            started[attempt.key] += attempt.state is not AttemptState.NOT_STARTED
+        rows = await store.run(read_rows, self.name, limit=1_000_000)
+        uncertain = {row.row_key for row in rows if row.state in (AttemptState.UNCERTAIN, *PREPARING)}
+        return started, uncertain, {row.row_key for row in rows if row.state is AttemptState.STARTED}
 
     def check(self, world: World, report: dict[str, Any]) -> None:
         """Every promise, once the last call has ended."""
-        lines, (started, uncertain) = self.lines(), asyncio.run(self.starts())
+        lines, (started, uncertain, in_flight) = self.lines(), asyncio.run(self.starts())
         keys = [line["key"] for line in lines]
         assert len(keys) == len(set(keys)), "a row is in the output twice"
         assert not set(keys) & uncertain, "a row is in the output and uncertain"
-        assert len(keys) + len(uncertain) == len(world.topics), "a row is missing"
+        assert not set(keys) & in_flight, "a row is in the output and in flight"
+        assert len(keys) + len(uncertain) + len(in_flight) == len(world.topics), "a row is missing"
         assert report["uncertain"] == len(uncertain)
         assert report["completed"] + report["failed"] + report["uncertain"] == report["total"] == len(world.topics)
         cost = self.server.kickoffs_by_key
@@ -179,7 +178,7 @@ class Place:
         for line in lines:
             if line["kickoff_id"] is not None:
                 accepted = self.server.accepted[line["kickoff_id"]]
-                assert accepted["idempotency_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
+                assert accepted["idempotency_key"] == f"{self.name}/{line['key']}", "a row has another row's run"
             if line["state"] == "completed":
                 assert line["output"] == f"on {line['inputs']['topic']}"
         if world.keyed:
@@ -256,10 +255,10 @@ def only_when_all_are_run(request: pytest.FixtureRequest) -> None:
 
 
 def a_death(luck: random.Random, rows: int) -> Kill:
-    """Choose a moment at which a batch dies before it has claimed all of that many rows."""
+    """Choose a moment at which a batch dies before it has begun all of that many rows."""
     hook, when, most = luck.choice(WHILE_STARTING), luck.choice(("before", "after")), min(100, max(1, rows // 2))
-    # A commit may hold 32 claims: then some twenty rows are claimed by each, and as many by one that waits for it.
-    return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "ledger-commit" else max(1, most // 10))
+    # A commit may hold many transactions: some twenty rows are begun by each, and as many by one that waits for it.
+    return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "store-commit" else max(1, most // 10))
 
 
 @pytest.mark.slow
@@ -281,7 +280,7 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
             kill = a_death(luck, unclaimed // left)
             assert forks.run(place.call(kill=kill)).killed, f"seed {chosen}: it ended before {kill}"
             unclaimed = rows - len(asyncio.run(place.starts())[0])
-        _, uncertain = asyncio.run(place.starts())
+        _, uncertain, _ = asyncio.run(place.starts())
         ended = forks.run(place.call())
         assert not ended.error
         place.check(world, ended.report)
@@ -298,19 +297,16 @@ SESSIONS, NOTES = 3, 6
 
 async def resolve_rows(place: Place) -> int:
     """Resolve the uncertain rows of a dead batch by the runs that its server has accepted. Return their number."""
-    path = f"{place.output}.ledger.db"
-    if not Path(path).exists():  # the batch died before
-        return 0
-    async with Ledger(path, place.name) as ledger:
-        let_an_hour_pass(path)
-        ledger.is_exclusive = True
-        await ledger.note_orphaned()
-        records = await ledger.unresolved()
-        for record in records:
-            accepted = place.server.accepted.items()
-            ids = [id_ for id_, meta in accepted if meta["idempotency_key"] == record.idempotency_key]
-            await (resolve_started(record, ids[-1], ledger) if ids else resolve_never_started(record, ledger))
-        return len(records)
+    await let_an_hour_pass()
+    open_states = [AttemptState.UNCERTAIN, *PREPARING]
+    unresolved = await find_store().run(attempts.list_attempts, batch=place.name, states=open_states)
+    for attempt in unresolved:
+        accepted = place.server.accepted.items()
+        ids = [id_ for id_, meta in accepted if meta["idempotency_key"] == attempt.key]
+        state = AttemptState.STARTED if ids else AttemptState.NOT_STARTED
+        kickoff_id = ids[-1] if ids else None
+        await find_store().run(attempts.resolve, attempt, state, "a test", kickoff_id=kickoff_id, timeout=60.0)
+    return len(unresolved)
 
 
 @pytest.mark.slow

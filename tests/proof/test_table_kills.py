@@ -39,12 +39,12 @@ IN_EXPORT = [
     Kill("table-replace", "after", 2),
     Kill("table-commit", "before"),
     Kill("table-commit", "after"),
-    Kill("export-noted", "before", 2),
-    Kill("export-noted", "after", 2),
+    Kill("hold-end", "before"),
+    Kill("hold-end", "after"),
 ]
 WHILE_MADE = [Kill("table-create", when, nth) for nth in (1, 2) for when in ("before", "after")]
 """In a database without the table: in the check, and in the export."""
-COMMITTED = ("after table-commit", "before export-noted 2", "after export-noted 2")
+COMMITTED = ("after table-commit", "before hold-end", "after hold-end")
 FIXED = ("before table-row 5", "after table-create 2")
 """The points that run each time, with a driver for each database."""
 Rows = list[tuple[Any, ...]]
@@ -92,10 +92,8 @@ class Exports:
         self._options: dict[str, Any] = {
             "name": self.name,
             "export": database.table("results"),
-            "ledger": str(folder / "ledger.db"),
             "key": "id",
             "wait": WAIT,
-            "on_change": "continue",
             "retry_failed": True,
             "breaker": None,
         }
