@@ -62,7 +62,8 @@ class Hook:
     """The purpose of a URL: one kind of webhook of one attempt, until `expires` (aware; whole seconds).
 
     `attempt` is its id in the crew database. `round` is the number of answers that the run had when we signed the URL.
-    `names`: whether events may contain the names of tasks and agents.
+    `names`: whether events may contain the names of tasks and agents. `texts`: whether the crew database may contain the
+    text of a question.
     """
 
     kind: WebhookKind
@@ -70,6 +71,7 @@ class Hook:
     expires: datetime
     round: int = 0
     names: bool = True
+    texts: bool = True
 
 
 def webhooks_for(
@@ -100,8 +102,9 @@ def webhooks_for(
         )
     # A name may repeat an input, and the receiver does not know the secret ones.
     names = crew.show != "none" and not crew.secret_inputs
+    texts = crew.show == "full" and not crew.secret_inputs
     expires = hooks_expire(wait or crew.wait, utcnow())
-    return hook_urls(url, secret, Hook("crew", attempt.id, expires, round, names))
+    return hook_urls(url, secret, Hook("crew", attempt.id, expires, round, names, texts))
 
 
 def is_prefect_cloud(url: str) -> bool:
