@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 
+from prefect_crew.store.attempts import get
 from prefect_crew.store.database import Transaction, transaction
 from prefect_crew.store.decision import Attempt
 from prefect_crew.store.news import tell
 from prefect_crew.store.schema import attempts, questions
 
 Q = questions.c
+FLOW = "flow"
+"""The mark of a Flow's question, whose answer goes to a URL of its own."""
+Marks = Mapping[str, str]
+"""Digests of what the status or a webhook tells of a question, by the name of the fact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +32,11 @@ class Question:
     number: int
     task: str | None
     text: str | None
+    message: str | None
+    options: Sequence[str] | None
+    marks: Marks
     asked_at: float
+    expires_at: float | None
     answer: Any
     answered_by: str | None
     answered_at: float | None
@@ -44,23 +54,95 @@ def _set(transaction: Transaction, question_id: str, *where: sa.ColumnElement[bo
     return transaction.changed(sa.update(questions).where(Q.id == question_id, *where).values(values)) == 1
 
 
+def _is_last() -> sa.ColumnElement[bool]:
+    later = questions.alias()
+    return ~sa.exists().where(later.c.attempt_id == Q.attempt_id, later.c.number > Q.number).correlate(questions)
+
+
 def _is_open() -> sa.ColumnElement[bool]:
     """The condition that the run has not ended, and has asked nothing later."""
-    later = questions.alias()
-    return sa.and_(
-        sa.exists().where(attempts.c.id == Q.attempt_id, attempts.c.ended_at.is_(None)).correlate(questions),
-        ~sa.exists().where(later.c.attempt_id == Q.attempt_id, later.c.number > Q.number).correlate(questions),
-    )
+    is_in_flight = sa.exists().where(attempts.c.id == Q.attempt_id, attempts.c.ended_at.is_(None)).correlate(questions)
+    return sa.and_(is_in_flight, _is_last())
+
+
+# Ask
+
+
+def is_same(marks: Marks, other: Marks) -> bool:
+    """Return whether marks may be of one question: none of them differs."""
+    return all(other.get(name, mark) == mark for name, mark in marks.items())
+
+
+def new_facts(question: Question, before: Question | None, marks: Marks, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is not known of a question yet. Marks of the question `before` are of a status that is late."""
+    if before is not None and marks and marks.items() <= before.marks.items():
+        return {}
+    new = {name: fact for name, fact in facts.items() if fact is not None and getattr(question, name) is None}
+    return new if marks.items() <= question.marks.items() else {**new, "marks": {**question.marks, **marks}}
 
 
 @transaction("write")
-def ask(transaction: Transaction, attempt: Attempt, number: int, *, task: str | None, text: str | None) -> Question:
-    """Write a question, once for each number of a run; return it as it is now."""
-    now = transaction.lock(f"key:{attempt.key}")
-    values = {"id": secrets.token_urlsafe(24), "attempt_id": attempt.id, "number": number, "task": task, "text": text}
-    if transaction.insert_once(questions, **values, asked_at=now):
-        tell(transaction, now, attempt.id, "question", number=number)
+def ask(transaction: Transaction, attempt: Attempt, number: int, *, marks: Marks, **facts: Any) -> Question:
+    """Write a question of a run, or what is new about it, and return it as it is now.
+
+    It is the first one from `number` on whose marks may be of the same question, else the next one. `facts`: task,
+    text, message, options.
+    """
+    now, before = transaction.lock(f"key:{attempt.key}"), None
+    asked = _read(transaction, Q.attempt_id == attempt.id)
+    for question in asked:
+        is_of_flow = FLOW in marks and FLOW not in question.marks
+        is_it = question.number >= number and is_same(question.marks, marks)
+        if is_it and not (is_of_flow and question.sent_at is not None):
+            if new := new_facts(question, before, marks, facts):
+                _set(transaction, question.id, **new)
+                tell(transaction, now, attempt.id, "question", number=question.number)
+            return _read(transaction, Q.id == question.id)[0]
+        before = question
+    number = max(number, before.number + 1) if before is not None else number
+    _arrived(transaction, now, attempt.id, number - 1)
+    values = {"id": secrets.token_hex(24), "attempt_id": attempt.id, "number": number, "marks": dict(marks)}
+    transaction.insert_once(questions, **values, **facts, asked_at=now)
+    a = attempts.c
+    waits = sa.update(attempts).where(a.id == attempt.id, a.ended_at.is_(None), a.human_since.is_(None))
+    transaction.changed(waits.values(human_since=now))
+    tell(transaction, now, attempt.id, "question", number=number)
     return _read(transaction, Q.attempt_id == attempt.id, Q.number == number)[0]
+
+
+def _arrived(transaction: Transaction, now: float, attempt_id: str, number: int) -> None:
+    """Write that the answers up to a number were sent: the run has moved on."""
+    where = (Q.attempt_id == attempt_id, Q.number <= number, Q.sender.is_not(None), Q.sent_at.is_(None))
+    transaction.changed(sa.update(questions).where(*where).values(sent_at=now))
+
+
+@transaction("write")
+def take_webhook(
+    transaction: Transaction,
+    attempt: Attempt,
+    kind: str,
+    *,
+    number: int,
+    kickoff_id: str | None,
+    body: Any,
+    question: Mapping[str, Any] | None,
+) -> None:
+    """Write what a webhook brought, whose URL was made for the answer to question `number`: news, and a question."""
+    now = transaction.lock(f"key:{attempt.key}")
+    tell(transaction, now, attempt.id, kind, number=number, kickoff_id=kickoff_id, body=body)
+    _arrived(transaction, now, attempt.id, number)
+    if question is not None:
+        ask(transaction, attempt, number + 1, **question)
+
+
+@transaction("write")
+def open_link(transaction: Transaction, question_id: str, seconds: float) -> float | None:
+    """Let a link answer a question for some seconds. Return until when; None if somebody has made the link before."""
+    until = transaction.lock() + seconds
+    return until if _set(transaction, question_id, Q.expires_at.is_(None), expires_at=until) else None
+
+
+# Answer
 
 
 @transaction("write")
@@ -94,19 +176,42 @@ def sent(transaction: Transaction, question_id: str) -> bool:
 
 
 @transaction("write")
-def not_sent(transaction: Transaction, question_id: str, sender: str, *, keep_answer: bool) -> bool:
-    """Say, as its sender, that an answer surely was not sent. Without it, a person may answer once more."""
+def moved_on(transaction: Transaction, question_id: str) -> None:
+    """Write that the run goes on after the answer to its last question, so that a wait for a person is a new one."""
+    now, a = transaction.lock(), attempts.c
+    is_its = a.id == sa.select(Q.attempt_id).where(Q.id == question_id, _is_last()).scalar_subquery()
+    values = {"human_since": None, "human_seconds": a.human_seconds + now - a.human_since}
+    transaction.changed(sa.update(attempts).where(is_its, a.human_since.is_not(None)).values(values))
+
+
+@transaction("write")
+def not_sent(transaction: Transaction, question_id: str, sender: str) -> bool:
+    """Say, as its sender, that an answer surely was not sent. A person may answer once more."""
     transaction.lock()
-    values: dict[str, Any] = {"sender": None, "send_deadline": None}
-    if not keep_answer:
-        values |= {"answer": None, "answered_by": None, "answered_at": None}
+    values = dict.fromkeys(("sender", "send_deadline", "answer", "answered_by", "answered_at"))
     return _set(transaction, question_id, Q.sender == sender, Q.sent_at.is_(None), **values)
 
 
+@transaction("write")
+def uncertain(transaction: Transaction, question_id: str, sender: str) -> bool:
+    """Say, as its sender, that nobody knows whether an answer arrived, and that its POST is over."""
+    now = transaction.lock()
+    return _set(transaction, question_id, Q.sender == sender, Q.sent_at.is_(None), send_deadline=now)
+
+
+# Read
+
+
 @transaction("read")
-def get_question(transaction: Transaction, question_id: str) -> Question | None:
-    """Return a question by its id."""
-    return next(iter(_read(transaction, Q.id == question_id)), None)
+def look(transaction: Transaction, attempt_id: str) -> tuple[float, Attempt | None, list[Question]]:
+    """Return the time, an attempt and its questions, the first one first."""
+    return transaction.now(), get(transaction, attempt_id), _read(transaction, Q.attempt_id == attempt_id)
+
+
+@transaction("read")
+def get_question(transaction: Transaction, question_id: str) -> tuple[float, Question | None]:
+    """Return the time, and a question by its id."""
+    return transaction.now(), next(iter(_read(transaction, Q.id == question_id)), None)
 
 
 @transaction("read")

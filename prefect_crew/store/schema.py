@@ -182,7 +182,11 @@ questions = _table(
     _number("number"),
     _text("task"),
     _text("text"),
+    _text("message"),
+    sa.Column("options", Json),
+    sa.Column("marks", Json, nullable=False),
     _time("asked_at", nullable=False),
+    _time("expires_at"),
     sa.Column("answer", Json),
     _text("answered_by"),
     _time("answered_at"),
@@ -191,7 +195,8 @@ questions = _table(
     _time("sent_at"),
     sa.UniqueConstraint("attempt_id", "number"),
 )
-"""Questions to people. The id is random: the link that answers carries it."""
+"""Questions to people. The id is random: the link that answers carries it, until `expires_at`. `message` and `options`:
+of a Flow. `marks`: the digests that tell a question from the others of its run."""
 
 batches = _table(
     "batches",

@@ -167,48 +167,75 @@ async def test_a_data_set_that_has_changed_keeps_what_has_completed(store: Store
 
 async def test_a_question_is_asked_once_and_answered_once(store: Store, clock: Clock):
     attempt = await in_flight(store, request())
-    question = await store.run(ask, attempt, 1, task="review", text="Good?")
-    assert await store.run(ask, attempt, 1, task="other", text="Bad?") == question
+    question = await store.run(ask, attempt, 1, marks={"webhook": "a"}, task="review", text="Good?")
+    assert await store.run(ask, attempt, 1, marks={"webhook": "a"}, task="other", text="Bad?") == question
     assert await store.run(open_questions) == [question]
     assert not await store.run(send, question.id, "me", 30.0)  # nobody has answered
     clock.now += 1
     assert await store.run(answer, question.id, {"approve": True}, "anna")
     assert not await store.run(answer, question.id, {"approve": False}, "bert")
-    stored = await store.run(get_question, question.id)
+    now, stored = await store.run(get_question, question.id)
     assert stored is not None
+    assert now == clock.now
     assert (stored.answer, stored.answered_by, stored.answered_at) == ({"approve": True}, "anna", clock.now)
     news, _ = await store.run(read_news, [attempt.id], None)
     assert [(one.kind, one.number) for one in news] == [("question", 1), ("answer", 1)]
     assert await store.run(open_questions) == []
-    assert await store.run(get_question, "guess") is None
+    assert (await store.run(get_question, "guess"))[1] is None
 
 
 async def test_an_answer_is_sent_by_one_and_known_as_sent_or_not(store: Store, clock: Clock):
     attempt = await in_flight(store, request())
-    question = await store.run(ask, attempt, 1, task=None, text=None)
+    question = await store.run(ask, attempt, 1, marks={}, task=None, text=None)
     await store.run(answer, question.id, "yes", "anna")
     assert await store.run(send, question.id, "me", 30.0)
     assert not await store.run(send, question.id, "you", 30.0)
-    assert not await store.run(not_sent, question.id, "you", keep_answer=True)
-    assert await store.run(not_sent, question.id, "me", keep_answer=True)  # the connection was refused
-    assert await store.run(send, question.id, "you", 30.0)
-    assert await store.run(not_sent, question.id, "you", keep_answer=False)  # the server refused the answer
+    assert not await store.run(not_sent, question.id, "you")
+    assert await store.run(not_sent, question.id, "me")  # the server refused the answer
     assert await store.run(answer, question.id, "no", "bert")
     assert await store.run(send, question.id, "me", 30.0)
     clock.now += 60
     assert not await store.run(send, question.id, "you", 30.0)  # it may have been sent
     assert await store.run(sent, question.id)
     assert not await store.run(sent, question.id)
-    assert not await store.run(not_sent, question.id, "me", keep_answer=True)
+    assert not await store.run(not_sent, question.id, "me")
+
+
+async def test_a_question_is_known_by_its_marks(store: Store):
+    attempt = await in_flight(store, request())
+
+    async def number(first: int, **marks: str) -> int:
+        return (await store.run(ask, attempt, first, marks=marks)).number
+
+    assert await number(1, webhook="a") == 1
+    assert await number(1, output="x") == 1, "a status shows more of it"
+    assert await number(1, webhook="a", output="x") == 1
+    assert await number(1, output="y") == 2, "somebody answered on the crew's page"
+    assert await number(1, webhook="a") == 1, "that webhook came twice"
+    assert await number(2, webhook="b") == 2
+    assert await number(3, webhook="c") == 3
+    assert await number(3, output="y") == 3, "that status is late"
+    marks = [question.marks for question in await store.run(questions_of, attempt.id)]
+    assert marks == [{"webhook": "a", "output": "x"}, {"output": "y", "webhook": "b"}, {"webhook": "c"}]
+
+
+async def test_a_next_question_says_that_the_answer_before_arrived(store: Store):
+    attempt = await in_flight(store, request())
+    question = await store.run(ask, attempt, 1, marks={"webhook": "a"})
+    await store.run(answer, question.id, {"approve": True}, "anna")
+    assert await store.run(send, question.id, "me", 30.0)
+    await store.run(ask, attempt, 2, marks={"webhook": "b"})
+    assert not await store.run(not_sent, question.id, "me")
+    assert (await store.run(questions_of, attempt.id))[0].sent_at is not None
 
 
 async def test_only_the_last_question_of_a_run_in_flight_is_open(store: Store):
     attempt = await in_flight(store, request(), "id")
-    first = await store.run(ask, attempt, 1, task=None, text=None)
+    first = await store.run(ask, attempt, 1, marks={}, task=None, text=None)
     await store.run(answer, first.id, "yes", "anna")
-    second = await store.run(ask, attempt, 2, task=None, text=None)
+    second = await store.run(ask, attempt, 2, marks={}, task=None, text=None)
     assert not await store.run(send, first.id, "me", 30.0)
-    assert await store.run(questions_of, attempt.id) == [await store.run(get_question, first.id), second]
+    assert await store.run(questions_of, attempt.id) == [(await store.run(get_question, first.id))[1], second]
     await store.run(ended, attempt, "id", AttemptState.FAILED)
     assert not await store.run(answer, second.id, "yes", "anna")
     assert await store.run(open_questions) == []
@@ -313,7 +340,7 @@ async def prune(store: Store, before: float) -> list[str]:
 
 async def test_what_has_ended_long_ago_is_deleted_with_all_that_belongs_to_it(store: Store, clock: Clock):
     attempt = await in_flight(store, request("old"), "id")
-    await store.run(ask, attempt, 1, task=None, text=None)
+    await store.run(ask, attempt, 1, marks={}, task=None, text=None)
     await store.run(ended, attempt, "id", AttemptState.COMPLETED, result="x")
     failed = request("again")
     await over(store, failed, AttemptState.FAILED)
