@@ -82,7 +82,7 @@ async def _result(waiter: _Waiter) -> CrewResult:
             return await waiter.wait()
         run.is_fresh = False
         if waiter.own is not None:
-            waiter.meet_people()
+            await waiter.meet_people()
         try:
             return await read_result(run)
         finally:
@@ -106,6 +106,7 @@ class _Waiter(Watcher):
         self.last: CrewStatus | None = None
         self.news: Subscription | None = None
         self.people: People | None = None
+        self.stack = AsyncExitStack()
         self._in_trouble = self._has_stopped = False
         self._is_stale = False
         self._showing: asyncio.Task[None] | None = None
@@ -113,25 +114,27 @@ class _Waiter(Watcher):
         # If this process has kicked the run off, its artifact was shown just now.
         self._shown_at = time.monotonic() if run.owned else 0.0
 
-    def meet_people(self, *, asked: bool = False) -> None:
-        """Create `people` if the run has a question, or may have one. Most runs never ask.
+    async def meet_people(self, *, asked: bool = False) -> None:
+        """Create `people` if the run has a question, or may have one, and read its news. Most runs never ask.
 
         With `review="form"` at once: an earlier attempt of the flow run may have left a form.
         """
-        if asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since:
-            self.people = self.people or People(
-                self.run, self.policy, self.review, stop=self._stop_late, news=self.news
-            )
+        may_ask = asked or self.review == "form" or self.phases.human_seconds or self.phases.human_since
+        if self.people is not None or not may_ask:
+            return
+        if asked and self.news is None and self.run.attempt is not None:
+            self.news = await self.stack.enter_async_context(news_of(self.run.attempt.id))
+        self.people = People(self.run, self.policy, self.review, stop=self._stop_late, news=self.news)
 
     async def wait(self) -> CrewResult:
         """Wait until the run has ended, and return its result."""
         run, ended = self.run, False
-        async with AsyncExitStack() as stack:
+        async with self.stack:
             if run.attempt is not None and (run.has_webhooks or self.phases.human_since):
-                self.news = await stack.enter_async_context(news_of(run.attempt.id))
+                self.news = await self.stack.enter_async_context(news_of(run.attempt.id))
             if not run.is_fresh:
                 await self._hold_slot()
-            self.meet_people()
+            await self.meet_people()
             if run.artifact.is_new:
                 self._show_beside()
             run.is_fresh = False  # from here on, this wait stops the crew of a cancelled flow run
@@ -210,7 +213,7 @@ class _Waiter(Watcher):
         if is_new_task:
             task = "" if run.show == "none" or run.is_blind else run.redact(str(status.current_task))[:200]
             self.log.info("Crew run %s: %s%s", run.kickoff_id, task, progress(status))
-        self.meet_people(asked=status.state is CrewState.WAITING)
+        await self.meet_people(asked=status.state is CrewState.WAITING)
         is_asked = self.people is not None and await self.people.see_status(status)
         if status.state.ended:
             return
