@@ -291,3 +291,17 @@ def seen(prefect_api: PrefectServer) -> Iterator[Seen]:
     reader = Seen(prefect_api)
     yield reader
     reader.close()
+
+
+@pytest.fixture(autouse=True)
+def crew_database(tmp_path: Path) -> Iterator[None]:
+    """Each test has a crew database of its own, which the processes that it starts share."""
+    name = "PREFECT_INTEGRATIONS_CREW_DATABASE_URL"
+    before = os.environ.get(name)
+    os.environ[name] = f"sqlite:///{tmp_path}/crew.db"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+        if "prefect_crew.runs.database" in sys.modules:
+            sys.modules["prefect_crew.runs.database"].forget_stores()

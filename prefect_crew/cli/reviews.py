@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import getpass
 import shlex
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from prefect_crew.batches.stored import batches_waiting_for_people
+from prefect_crew._internal.clock import moment
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import CrewOfRun, Output
 from prefect_crew.cli._prefect import page_url
@@ -19,13 +17,11 @@ from prefect_crew.cli.runs import ago, short_name
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError, NotWaitingError
-from prefect_crew.records.model import RecordStore, RunRecord
-from prefect_crew.records.notes import kept_questions
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight, list_open_questions, read_question
 from prefect_crew.runs.reviews.questions import describe_answer
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.runs.stop import crew_option
+from prefect_crew.store.decision import Attempt
 
 RunName = Annotated[str, Parameter(name="ID", help="The run: its idempotency key or its kickoff id.")]
 
@@ -52,37 +48,27 @@ class AnswerOptions:
     output: Output = None
 
 
-@asynccontextmanager
-async def _open_stores() -> AsyncGenerator[tuple[list[RecordStore], list[str]]]:
-    """Yield the stores that have records of waiting runs, and a sentence for each that cannot be opened."""
-    async with batches_waiting_for_people() as (batches, missed):
-        yield [PrefectRecords(), *(batch.ledger for batch in batches)], missed
-
-
 @app.command
 async def ls(*, output: Output = None) -> None:
     """List the runs that wait for a person, the longest waiting first."""
     stored: dict[tuple[str, str], Crew | None] = {}
 
-    async def crew(record: RunRecord) -> Crew | None:
-        name = record.crew, record.crew_url
+    async def crew(attempt: Attempt) -> Crew | None:
+        name = attempt.crew, attempt.crew_url
         if name not in stored:
-            stored[name] = await CrewOfRun().find(record)
+            stored[name] = await CrewOfRun().find(attempt)
         return stored[name]
 
-    async with _open_stores() as (stores, missed):
-        waiting = await list_open_questions(stores, crew)
-    for sentence in missed:
-        _output.note(sentence)
+    waiting = await list_open_questions(crew)
     rows = [
         (
-            short_name(record),
-            record.crew,
+            short_name(attempt),
+            attempt.crew,
             question.task_id,
             str(question.round),
-            (record.human_since and ago(record.human_since)) or "",
+            (attempt.human_since and ago(attempt.human_since)) or "",
         )
-        for record, question in waiting
+        for attempt, question in waiting
     ]
     as_json = output and [_as_json(*run) for run in waiting]
     header = ("Run", "Crew", "Task", "Question", "Since")
@@ -94,17 +80,14 @@ async def ls(*, output: Output = None) -> None:
 @app.command
 async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
     """Show the question of one run, how to answer it, and the answers before."""
-    async with _open_stores() as (stores, _):
-        record, records = await find_run_in_flight(run, stores)
-        kickoff_id = str(record.kickoff_id)
-        of_flow = (await kept_questions(kickoff_id)).get(kickoff_id)
-        question = await read_question(record, records, crew.find, of_flow)
+    attempt = await find_run_in_flight(run)
+    question = await read_question(attempt, crew.find)
     if question is None:
-        raise NotWaitingError(f"Run {kickoff_id} of crew {record.crew} does not wait for a person.")
+        raise NotWaitingError(f"Run {attempt.first_id} of crew {attempt.crew} does not wait for a person.")
     if output:
-        _output.put_json(_as_json(record, question))
+        _output.put_json(_as_json(attempt, question))
     else:
-        _put(record, question)
+        _put(attempt, question)
 
 
 @app.command
@@ -134,14 +117,13 @@ async def reject(
 
 
 async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, crew: CrewOfRun) -> None:
-    async with _open_stores() as (stores, _):
-        record, records = await find_run_in_flight(run, stores)
-        live_run = LiveRun(await crew.need(record), str(record.kickoff_id), record, records=records)
-        review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or _user_name())
-        _, written = await answer_run(live_run, review, task_id=options.task, round=options.round)
-    facts = {"idempotency_key": record.idempotency_key, "kickoff_id": record.kickoff_id}
+    attempt = await find_run_in_flight(run)
+    live_run = LiveRun(await crew.need(attempt), str(attempt.first_id), attempt)
+    review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or _user_name())
+    _, written = await answer_run(live_run, review, task_id=options.task, round=options.round)
+    facts = {"idempotency_key": attempt.key, "kickoff_id": attempt.first_id}
     as_json = options.output and {**facts, **written.model_dump(mode="json")}
-    _output.put(f"Run {record.kickoff_id}: {_sentence(written)}", json=as_json)
+    _output.put(f"Run {attempt.first_id}: {_sentence(written)}", json=as_json)
 
 
 def _user_name() -> str:
@@ -152,11 +134,11 @@ def _user_name() -> str:
         return "the command line"
 
 
-def _put(record: RunRecord, question: ReviewRequest) -> None:
+def _put(attempt: Attempt, question: ReviewRequest) -> None:
     """Write a question, the earlier answers, and how to answer."""
-    _output.put(f"{record.idempotency_key}: task {question.task_id or 'not named'}, question {question.round}")
-    since = f"since {record.human_since:%Y-%m-%d %H:%M:%S} UTC" if record.human_since else None
-    facts = (f"crew {record.crew}", f"run {record.kickoff_id}", since, page_url(record.flow_run_id))
+    _output.put(f"{attempt.key}: task {question.task_id or 'not named'}, question {question.round}")
+    since = f"since {moment(attempt.human_since):%Y-%m-%d %H:%M:%S} UTC" if attempt.human_since else None
+    facts = (f"crew {attempt.crew}", f"run {attempt.first_id}", since, page_url(attempt.flow_run_id))
     _output.put("  " + " · ".join(filter(None, facts)))
     for answer in question.answers:
         _output.put(f"  {_sentence(answer)}")
@@ -165,9 +147,8 @@ def _put(record: RunRecord, question: ReviewRequest) -> None:
         _output.put(f"  The output to judge is not shown: {question.withheld or ''}")
     else:
         _output.put_markdown(question.output)
-    # If the status names no task, the answer has to name it; TASK, if the record does not have it either.
-    task = "" if question.task_id else f" --task {shlex.quote(record.human_task or 'TASK')}"
-    run = f"{shlex.quote(str(record.kickoff_id))}{crew_option(record)}{task}"
+    task = "" if question.task_id else " --task TASK"  # if the status names none, the answer has to name it
+    run = f"{shlex.quote(str(attempt.first_id))}{crew_option(attempt)}{task}"
     option = f" (--option {' | '.join(map(shlex.quote, question.options))})" if question.options else ""
     _output.put(f"\n  Answer: prefect-crew reviews approve {run}")
     _output.put(f"      or: prefect-crew reviews reject {run} --feedback TEXT{option}")
@@ -180,12 +161,14 @@ def _sentence(answer: Review) -> str:
     return f"task {answer.task_id}, question {answer.round} {verb} by {describe_answer(answer)}{unsure}{feedback}"
 
 
-def _as_json(record: RunRecord, question: ReviewRequest) -> dict[str, Any]:
-    about = {"crew", "idempotency_key", "kickoff_id", "flow_run_id"}
+def _as_json(attempt: Attempt, question: ReviewRequest) -> dict[str, Any]:
     return {
-        **record.model_dump(mode="json", include=about),
+        "crew": attempt.crew,
+        "idempotency_key": attempt.key,
+        "kickoff_id": attempt.first_id,
+        "flow_run_id": attempt.flow_run_id,
         **question.model_dump(mode="json", include={"round", "output", "withheld", "options", "answers"}),
         "task_id": question.task_id or None,
-        "since": record.human_since and record.human_since.isoformat(),
-        "page": page_url(record.flow_run_id),
+        "since": attempt.human_since and moment(attempt.human_since).isoformat(),
+        "page": page_url(attempt.flow_run_id),
     }

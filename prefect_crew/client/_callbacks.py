@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,7 +18,7 @@ from pydantic import SecretStr
 
 from prefect_crew.client._parsing import RUN_KEYS, as_id, as_list, as_object, as_text, decode, pick, values_at
 from prefect_crew.client._transport import Call, Connections, is_loopback
-from prefect_crew.client.models import ResumeAnswer, Review, ReviewRequest
+from prefect_crew.client.models import ResumeAnswer, Review
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError, ResponseFormatError
 
@@ -28,6 +29,19 @@ ANSWER_WITHIN = 30.0
 MOST_OPTIONS = 50
 _YES = frozenset({"approve", "approved", "accept", "accepted", "yes", "ok"})
 _NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", "no"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowQuestion:
+    """A question of a Flow, with the URL for its answer. `id` is the same in each delivery of the question."""
+
+    kickoff_id: str
+    callback_url: SecretStr
+    id: str = ""
+    task_id: str = ""
+    message: str | None = field(default=None, repr=False)
+    output: str | None = field(default=None, repr=False)
+    options: tuple[str, ...] = ()
 
 
 def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, now: float) -> bool:
@@ -47,7 +61,7 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
     return fits
 
 
-def parse_question(body: bytes) -> ReviewRequest | None:
+def parse_question(body: bytes) -> FlowQuestion | None:
     """Return the question in a webhook, None if the webhook contains no new question.
 
     Raises:
@@ -64,7 +78,7 @@ def parse_question(body: bytes) -> ReviewRequest | None:
     if kickoff_id is None or id_ is None or _read_url(url) is None:
         raise ResponseFormatError(expected=expected, body=f"the keys {', '.join(sorted(source)[:20])}")
     options = map(as_text, as_list(next(values_at(source, "emit_options", "emit"), None)))
-    return ReviewRequest(
+    return FlowQuestion(
         # A digest: the id may be a response token, which is a secret and must not be in a name.
         id=hashlib.sha256(id_.encode("utf-8", "surrogatepass")).hexdigest()[:32],
         kickoff_id=kickoff_id,
@@ -76,14 +90,14 @@ def parse_question(body: bytes) -> ReviewRequest | None:
     )
 
 
-async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bool = False) -> ResumeAnswer:
+async def post_answer(question: FlowQuestion, review: Review, *, allow_http: bool = False) -> ResumeAnswer:
     """Send an answer once, to the callback URL of a Flow's question. The request has no token but the URL's.
 
     Raises:
         ConfigurationError: The URL is not valid, or the Flow has no such outcome. Nothing was sent.
         CrewAPIError, CrewConnectionError: The errors of `CrewClient`. `kickoff_fate` returns their meaning.
     """
-    url = "" if question.callback_url is None else question.callback_url.get_secret_value()
+    url = question.callback_url.get_secret_value()
     where = _read_url(url)
     if where is None:
         raise ConfigurationError(
@@ -95,7 +109,7 @@ async def post_answer(question: ReviewRequest, review: Review, *, allow_http: bo
             f"{label.capitalize()} is plain http, so the answer's token would cross the network in plain text. Nothing "
             "was sent. Answer on the Flow's page on the CrewAI platform, or set allow_http if you trust the network."
         )
-    content = json.dumps({"feedback": answer_text(question, review), "source": review.by}).encode()
+    content = json.dumps({"feedback": answer_text(question.options, review), "source": review.by}).encode()
     call = Call("POST", "", question.kickoff_id, Redactor((url, *where.params.values())), content)
     connections = Connections(url, label=label, timeout=ANSWER_WITHIN / 2)  # a whole POST takes twice that
     del url, where, content  # error reporters show the local variables of all frames
@@ -127,17 +141,17 @@ def approves(options: Sequence[str], option: str) -> bool:
     return option in (approving or [name for name in options if name.casefold() not in _NO][:1])
 
 
-def answer_text(question: ReviewRequest, review: Review) -> str:
+def answer_text(options: Sequence[str], review: Review) -> str:
     """Return the text for a Flow: the outcome, if the Flow names outcomes, then the feedback.
 
     Raises:
         ConfigurationError: The Flow does not have the outcome, or the answer selects none.
     """
     words = _YES if review.approve else _NO
-    option = review.option or next((name for name in question.options if name.casefold() in words), None)
-    if question.options and option not in question.options:
+    option = review.option or next((name for name in options if name.casefold() in words), None)
+    if options and option not in options:
         raise ConfigurationError(
-            f"The Flow has the outcomes {', '.join(question.options)}. Nothing was sent. Choose an outcome (option=…, "
+            f"The Flow has the outcomes {', '.join(options)}. Nothing was sent. Choose an outcome (option=…, "
             "--option)."
         )
     if not option and not review.feedback:

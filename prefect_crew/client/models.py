@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from prefect_crew.exceptions import InvalidCallError
 from prefect_crew.states import CrewState
@@ -185,13 +185,8 @@ class Review(BaseModel):
     `option` is one of the question's options. Default: the option with the meaning of `approve`, if there is one. `by`
     is the name of the giver. Default: the name of the function, `the form` or the user of this machine.
 
-    This package fills in the other fields when it stores the answer, before it sends it. `outcome` says whether the
-    answer arrived. `moved_on`: a later status showed another state, so the crew's next question is a new one. `task_id`
-    is masked. `task_digest` is of the crew's own id of the task, `shown_task_digest` of the task in the status,
-    `output_digest` of the output in the status: these distinguish the next question from this question. `question_id`
-    is the id of a Flow's question. `call` names the call that answered, and is the same on every retry of it. `nonce`
-    names the attempt to answer: two callers may answer in the same words. `continued_as` is the kickoff id under which
-    the run goes on after this answer; None if it keeps its id.
+    An answer on record has the other fields as well. `round` counts the questions about the task, from 1. `outcome` says
+    whether the answer arrived: `intended` is on record and not sent yet.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -204,31 +199,15 @@ class Review(BaseModel):
     task_id: str = ""
     round: int = 0
     outcome: Literal["intended", "sent", "uncertain"] = "intended"
-    moved_on: bool = False
-    task_digest: str | None = None
-    shown_task_digest: str | None = None
-    output_digest: str | None = None
-    question_id: str | None = None
-    call: str | None = None
-    nonce: str = ""
-    continued_as: str | None = None
-
-    def is_older_than(self, seconds: float | None, now: datetime) -> bool:
-        """Return whether the answer was stored at least `seconds` ago; False if `seconds` is None."""
-        return seconds is not None and self.at is not None and (now - self.at).total_seconds() >= seconds
 
 
 class ReviewRequest(BaseModel):
     """A question that a crew asks a person.
 
-    `output` is the text to judge, None if unknown. `round` counts the questions about the task, from 1. `answers` are
-    the earlier answers to the run's questions. `meta` is the `meta` of the kickoff. A Flow also sends `options`, the
-    outcomes that it can continue with, and `message`, its own words.
-
-    The other fields are for this package. `id` and `callback_url` belong to a Flow's question: its answer goes to that
-    URL; other answers go to `/resume`. `output_digest` is of the output in the status, None if the status shows none.
-    `state` says whether the question has its answer; in the state `uncertain` nobody knows whether the answer arrived.
-    `withheld` is the reason for a missing output.
+    `output` is the text to judge, None if unknown; then `withheld` may say why. `round` counts the questions about the
+    task, from 1. `answers` are the earlier answers to the run's questions. `meta` is the `meta` of the kickoff. A Flow
+    also sends `options`, the outcomes that it can continue with, and `message`, its own words. `id` is random, and part
+    of the link that answers: whoever has it may answer.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -241,8 +220,5 @@ class ReviewRequest(BaseModel):
     meta: Mapping[str, Any] | None = Field(default=None, repr=False)
     options: tuple[str, ...] = ()
     message: str | None = Field(default=None, repr=False)
-    id: str | None = None
-    callback_url: SecretStr | None = Field(default=None, repr=False)
-    output_digest: str | None = None
-    state: Literal["open", "answered", "uncertain"] = "open"
+    id: str = Field(default="", repr=False)
     withheld: str | None = Field(default=None, repr=False)

@@ -14,14 +14,13 @@ import pytest
 from prefect import flow
 
 from prefect_crew import DeployedCrew, WaitPolicy, arun_crew, run_batch
-from prefect_crew.batches.stored import list_batches, open_stored_batch
-from prefect_crew.client.models import Review
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase, RunRecord, utcnow
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import ASKS
+from prefect_crew.runs.database import find_store
+from prefect_crew.store import attempts, questions
+from prefect_crew.store.decision import Attempt, AttemptState
 from support.commands import TOKEN, Command
-from support.records import new_record, put
+from support.crew_database import in_flight, request
+from support.links import answers_of
 from support.servers import Crews, nameless
 from support.waiting import wait_until
 
@@ -58,7 +57,7 @@ def test_what_waits_is_answered_once_a_round(
     here: Command, block: str, crews: CrewServer, tmp_path: Path, rows: int
 ) -> None:
     name = f"asked {uuid.uuid4().hex[:8]}"
-    key = f"batch/{name}/row 0" if rows else name
+    key = f"{name}/row 0" if rows else name
     with ThreadPoolExecutor() as background:
         call = partial(reviewed_rows, block, name, tmp_path, rows) if rows else partial(reviewed_run, block, name)
         running = background.submit(call)
@@ -71,8 +70,6 @@ def test_what_waits_is_answered_once_a_round(
         assert first["answers"] == []
         assert f"{key}\t{block}\tdraft\t1\t" in here("reviews", "ls").out
         assert f"Answer: prefect-crew reviews approve {first['kickoff_id']}" in here("reviews", "inspect", key).out
-        if rows:
-            assert "3 in flight wait for a person" in here("batch", "inspect", name).out
 
         rejected = here("reviews", "reject", first["kickoff_id"], "--feedback", "warmer", "--by", "Grace")
         assert "task draft, question 1 rejected by Grace" in rejected.ok
@@ -90,31 +87,29 @@ def test_what_waits_is_answered_once_a_round(
         assert approved.json.items() >= {"round": 2, "approve": True, "outcome": "sent"}.items()
         outcome: Any = running.result(90)
     again = here("reviews", "approve", key)
+    assert "does not wait for a person: it has ended (completed)" in again.error(1)
     if not rows:
         assert outcome == "sent to Ada"
-        assert "does not wait for a person: it has ended (completed)" in again.error(1)
         return
-    assert again.code == 2
     assert outcome.completed == 3
     assert outcome.kickoffs == 3
     outputs = [json.loads(line)["output"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert sorted(outputs) == [f"sent to person {number}" for number in range(3)]
-    assert asyncio.run(answers(name, key)) == [(1, False, "sent"), (2, True, "sent")]
-    assert name not in dict(asyncio.run(list_batches(ASKS)))
+    given = asyncio.run(answers_of(key))
+    assert [(one.round, one.approve, one.outcome) for one in given] == [(1, False, "sent"), (2, True, "sent")]
 
 
-async def answers(name: str, key: str) -> list[tuple[Any, ...]]:
-    async with open_stored_batch(name) as batch:
-        (record,) = await batch.ledger.attempts(key)
-        reviews = await batch.ledger.reviews(record)
-        return [(review.round, review.approve, review.outcome) for review in reviews]
+def write(crews: CrewServer, kickoff_id: str, *, task: str | None = "draft", **facts: Any) -> Attempt:
+    """Write a run in flight that asks, as somebody else would have left it."""
 
+    async def written() -> Attempt:
+        store = find_store()
+        of = {"crew": "not-stored", "crew_url": f"{crews.url}/reviewed"}
+        attempt = await in_flight(store, request(f"asked {uuid.uuid4()}", **of | facts), kickoff_id)
+        await store.run(questions.ask, attempt, 1, marks={}, task=task)
+        return attempt
 
-def write(crews: CrewServer, **facts: Any) -> RunRecord:
-    """Write a record as somebody else would have left it."""
-    of = {"crew": "not-stored", "crew_url": f"{crews.url}/reviewed"}
-    asks = {"phase": RecordPhase.STARTED, "human_since": utcnow(), "human_task": "draft"}
-    return asyncio.run(put(new_record(**of | asks | facts)))
+    return asyncio.run(written())
 
 
 def asked(crews: CrewServer) -> str:
@@ -127,65 +122,55 @@ def asked(crews: CrewServer) -> str:
 
 
 def test_a_crew_that_is_not_stored_is_listed_as_noted_and_asked_for(here: Command, crews: CrewServer) -> None:
-    record = write(crews, kickoff_id=asked(crews))
-    # A start that was refused does not hide the run that waits.
-    asyncio.run(put(new_record(record.idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED)))
-    (line,) = listed(here, record.idempotency_key)
+    record = write(crews, asked(crews))
+    (line,) = listed(here, record.key)
     assert line["task_id"] == "draft"
     assert line["output"] is None
     assert "was not asked" in line["withheld"]
-    assert "Give --crew" in here("reviews", "approve", record.idempotency_key).error(2)
+    assert "Give --crew" in here("reviews", "approve", record.key).error(2)
     crew = ("--crew", f"{crews.url}/reviewed", "--by", "Ada")
-    assert "approved by Ada" in here("reviews", "approve", record.idempotency_key, *crew).out
+    assert "approved by Ada" in here("reviews", "approve", record.key, *crew).out
 
 
-@pytest.mark.parametrize("noted", [None, "draft"])
-def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Command, noted: str | None) -> None:
+def test_where_the_status_names_no_task_the_commands_ask_for_it(here: Command) -> None:
     script = "name: reviewed\ninputs: [who]\ntasks: [{name: draft, output: x, human: true}]"
     with Crews({"reviewed": script}, token=TOKEN) as server:
         nameless(server.crews["reviewed"])
         kickoff_id = asked(server)
-        write(server, crew=f"127.0.0.1:{server.port}/reviewed", kickoff_id=kickoff_id, human_task=noted)
+        write(server, kickoff_id, task=None, crew=f"127.0.0.1:{server.port}/reviewed")
         crew = ("--crew", f"{server.url}/reviewed")
-        command = f"prefect-crew reviews approve {kickoff_id} --crew {server.url}/reviewed --task {noted or 'TASK'}"
+        command = f"prefect-crew reviews approve {kickoff_id} --crew {server.url}/reviewed --task TASK"
         assert f"Answer: {command}\n" in here("reviews", "inspect", kickoff_id, *crew).out
         assert here("reviews", "approve", kickoff_id, *crew).code == 2
         assert here("reviews", "approve", kickoff_id, *crew, "--task", "draft").code == 0
 
 
 def test_what_cannot_be_answered_is_refused_and_nothing_is_sent(here: Command, block: str, crews: CrewServer) -> None:
-    gone = write(crews, phase=RecordPhase.ENDED, state="failed", ended_at=utcnow(), kickoff_id="ended")
-    assert "has ended (failed)" in here("reviews", "inspect", gone.idempotency_key).err
-    record, resumes = write(crews, crew=block, kickoff_id=asked(crews)), crews.requests["resume"]
+    gone = write(crews, "ended")
+    asyncio.run(find_store().run(attempts.ended, gone, "ended", AttemptState.FAILED))
+    assert "has ended (failed)" in here("reviews", "inspect", gone.key).err
+    record, resumes = write(crews, asked(crews), crew=block), crews.requests["resume"]
     for feedback in ((), ("--feedback", " ")):
-        assert here("reviews", "reject", record.idempotency_key, *feedback).code == 2
-    sent = Review(task_id="draft", round=1, approve=True, by="Grace", at=utcnow(), outcome="uncertain")
-    assert asyncio.run(PrefectRecords().add_review(record, 1, sent))
-    refused = here("reviews", "approve", record.idempotency_key).error(4)
+        assert here("reviews", "reject", record.key, *feedback).code == 2
+
+    async def died() -> None:
+        store = find_store()
+        (question,) = await store.run(questions.questions_of, record.id)
+        await store.run(questions.answer, question.id, {"approve": True}, "Grace")
+        await store.run(questions.send, question.id, "dead", 0.0)
+
+    asyncio.run(died())
+    refused = here("reviews", "approve", record.key).error(4)
     assert "nobody knows whether it arrived" in refused
     assert "by Grace" in refused
     assert crews.requests["resume"] == resumes
-    assert "nobody knows whether the answer arrived" in here("reviews", "inspect", record.idempotency_key).out
+    assert "nobody knows whether the answer arrived" in here("reviews", "inspect", record.key).out
 
 
 def test_an_answer_that_may_have_arrived_has_an_exit_code_of_its_own(
     here: Command, block: str, crews: CrewServer
 ) -> None:
-    record = write(crews, crew=block, kickoff_id=asked(crews))
+    record = write(crews, asked(crews), crew=block)
     crews.faults.add("resume:500@1")
-    answered = here("reviews", "approve", record.idempotency_key, "--task", "draft")
+    answered = here("reviews", "approve", record.key, "--task", "draft")
     assert "nobody knows whether it arrived" in answered.error(4)
-
-
-def test_a_ledger_that_is_elsewhere_is_named(here: Command, block: str, tmp_path: Path) -> None:
-    name = f"asked {uuid.uuid4()}"
-    report = reviewed_rows(block, name, tmp_path, 1, WaitPolicy(initial=0.1, factor=1, jitter=0, human_timeout=2))
-    assert report.errors == {"CrewTimeoutError": 1}
-    assert len(listed(here, f"batch/{name}/")) == 1
-    ledger = tmp_path / "out.jsonl.ledger.db"
-    ledger.rename(tmp_path / "elsewhere.db")
-    listing = here("reviews", "ls")
-    assert name not in listing.out
-    assert f"Rows of batch '{name}' wait for people" in listing.err
-    assert str(ledger) in " ".join(listing.err.split())
-    assert not ledger.exists()

@@ -5,8 +5,8 @@ import json
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.client._callbacks import answer_text, parse_question, post_answer
-from prefect_crew.client.models import Review, ReviewRequest
+from prefect_crew.client._callbacks import FlowQuestion, answer_text, parse_question, post_answer
+from prefect_crew.client.models import Review
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
 from support.frames import locals_of
 
@@ -20,10 +20,10 @@ def test_an_outcome_is_one_of_the_requests_options():
     assert found.task_id == "review"
     assert found.options == ("yes", "no")
     assert "t0k" not in repr(found)
-    assert answer_text(found, Review(approve=True, feedback="Fine.")) == "yes: Fine."
-    assert answer_text(found, Review(approve=False)) == "no"
+    assert answer_text(found.options, Review(approve=True, feedback="Fine.")) == "yes: Fine."
+    assert answer_text(found.options, Review(approve=False)) == "no"
     with pytest.raises(ConfigurationError):
-        answer_text(found, Review(approve=True, option="maybe"))
+        answer_text(found.options, Review(approve=True, option="maybe"))
     assert parse_question(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None
 
 
@@ -38,7 +38,7 @@ def test_a_request_without_a_callable_url_is_refused(url: object):
 
 @pytest.mark.parametrize("url", ["http://x.example/r", "ftp://x.example/r", "http://[s3cret"])
 async def test_no_answer_goes_to_an_unsafe_url(url: str):
-    request = ReviewRequest(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
+    request = FlowQuestion(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
     with pytest.raises(ConfigurationError) as caught:
         await post_answer(request, Review(approve=True, by="a person"))
     assert "s3cret" not in str(caught.value)
@@ -48,7 +48,7 @@ async def test_no_frame_of_a_failed_answer_shows_it():
     """Error reporters show the local variables of all frames."""
     words = ["w0rds"]
     url = SecretStr("http://127.0.0.1:9/r?token=t0k")
-    request = ReviewRequest(id="r", kickoff_id="k", task_id="t", callback_url=url)
+    request = FlowQuestion(id="r", kickoff_id="k", task_id="t", callback_url=url)
     with pytest.raises(CrewConnectionError) as caught:
         await post_answer(request, Review(approve=True, feedback=words.pop(), by="a person"))
     shown = locals_of(caught.value, but=__file__)

@@ -13,9 +13,10 @@ import prefect_crew as pc
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.store import attempts
 from support.links import QUICK, Chat, Shown, answers_of, notifying, read, running, send
 from support.scripts import script
 from support.waiting import until
@@ -57,7 +58,7 @@ async def test_links_a_command_and_a_form_give_one_answer(with_form: bool, monke
                 link = await chat.link()
                 links = [link, link.replace(url, other)]
                 seen = (await read(link)).seen
-                form = (await PrefectRecords().attempts(key))[0].flow_run_id if with_form else None
+                form = (await in_store(attempts.of_key, key))[0].flow_run_id if with_form else None
                 if with_form:
                     await see_form(str(form))
                 run = LiveRun(crew_of(await pc.DeployedCrew.aload(key)), server.runs[0].id)

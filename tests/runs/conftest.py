@@ -1,22 +1,22 @@
 """What the tests of runs share."""
 
 import logging
+import uuid
 from collections.abc import AsyncIterator
 
 import pytest
 
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.runs import listener, stop
+from prefect_crew.runs import stop
 from prefect_crew.testing import CrewServerFactory
-from support.records import key as new_key
 from support.webhooks import SECRET, served
 
 
 @pytest.fixture
 def key() -> str:
     """Provide an idempotency key of the test's own."""
-    return new_key()
+    return f"kickoff {uuid.uuid4()}"
 
 
 @pytest.fixture
@@ -43,5 +43,4 @@ async def receiver(prefect_api: object, monkeypatch: pytest.MonkeyPatch) -> Asyn
     async with served(create_receiver(SECRET)) as url:
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", url)
         monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-        monkeypatch.setattr(listener, "_hub", listener._Hub())
         yield url

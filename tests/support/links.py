@@ -19,8 +19,10 @@ from pydantic import SecretStr
 
 from prefect_crew import DeployedCrew, Review, WaitPolicy, arun_crew
 from prefect_crew.automations import alert_automations, apply_automation
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews.links import ASKED_ALERT
+from prefect_crew.runs.reviews.questions import reviews_of
+from prefect_crew.store import attempts, questions
 from support.receiver import Receiver
 from support.waiting import until
 
@@ -125,5 +127,5 @@ async def running(crew: DeployedCrew, name: str, **options: Any) -> AsyncIterato
 
 async def answers_of(key: str) -> list[Review]:
     """Return the answers on record to the latest run of a key."""
-    records = PrefectRecords()
-    return await records.reviews((await records.attempts(key))[-1])
+    now, _, asked = await in_store(questions.look, (await in_store(attempts.of_key, key))[-1].id)
+    return reviews_of(asked, now)

@@ -1,6 +1,7 @@
 """What tests of webhooks need: a secret, bodies of both generations, and a receiver's other side."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -10,10 +11,7 @@ from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
 from prefect_crew._internal.web_server import open_listener
-from prefect_crew.client.models import ReviewRequest
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
-from prefect_crew.receiver.events import WebhookEvent
-from prefect_crew.receiver.forward import Forwarder, RecentWebhooks
 from prefect_crew.receiver.serve import ReceiverServer
 from support.corpus import cases
 from support.environment import program
@@ -21,6 +19,7 @@ from support.prefect_server import free_port
 from support.processes import Process
 from support.waiting import until
 
+DATABASE = "PREFECT_INTEGRATIONS_CREW_DATABASE_URL"
 SECRET = "a-secret-of-the-tests-that-is-long-enough"
 
 _CORPUS = cases("webhook")
@@ -51,43 +50,12 @@ def headers_of(hooks: Webhooks, kind: str) -> dict[str, str]:
     return {}
 
 
-class Kept(Forwarder):
-    """Takes events and requests as a forwarder does, and keeps them."""
-
-    def __init__(self) -> None:  # pyright: ignore[reportMissingSuperCall]
-        self.recent = RecentWebhooks()
-        self.events: list[WebhookEvent] = []
-        self.questions: list[ReviewRequest] = []
-        self.ready = True
-        self.has_unsent_events = False
-
-    def start(self) -> None:
-        """Do nothing."""
-
-    def put(self, item: WebhookEvent | ReviewRequest) -> None:
-        """Keep it."""
-        if isinstance(item, ReviewRequest):
-            self.questions.append(item)
-        else:
-            self.events.append(item)
-            self.recent.add(item)
-
-    @property
-    def is_ready(self) -> bool:
-        return self.ready
-
-    def report(self) -> dict[str, int]:
-        return {"received": len(self.events)}
-
-    async def aclose(self) -> None:
-        """Do nothing."""
-
-
 @contextmanager
 def receiver_of(env: dict[str, str], tmp_path: Path) -> Iterator[tuple[Process, int]]:
     """Run `prefect-crew receiver start` as a process of its own, and give it with its port once it listens."""
     port = free_port()
     env |= {"PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET": SECRET, "PREFECT_LOGGING_LEVEL": "DEBUG"}
+    env[DATABASE] = os.environ[DATABASE]  # whoever waits reads what the receiver writes
     command = [program("prefect-crew"), "receiver", "start", "--port", str(port)]
     with Process(command, log=tmp_path / "webhooks.log", env=env) as process:
         process.wait_for("Listening for webhooks")

@@ -1,13 +1,17 @@
-"""The question that a run asks, and the difference between one question and the next. Pure."""
+"""The question that a run asks, for the person or function that answers it, and the sentences about it. Pure."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
+from prefect_crew._internal.clock import moment
 from prefect_crew.client._parsing import waiting_output
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
+from prefect_crew.store.decision import Attempt
+from prefect_crew.store.questions import Marks, Question
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import LiveRun
@@ -16,7 +20,12 @@ if TYPE_CHECKING:
 ReviewFunction = Callable[[ReviewRequest], "Review | Awaitable[Review]"]
 ReviewChoice = ReviewFunction | Literal["form"]
 """The source of answers to the questions of a run: a function, or a person in Prefect's input form."""
-QuestionState = Literal["open", "answered", "uncertain"]
+MOST_TEXT = 200_000
+"""Characters of a text to judge. A longer one is not stored: nobody can judge a part of it."""
+LEFT_AFTER = 5.0
+"""Seconds after which an answer without a sender was left behind: its giver sends it at once."""
+WITHHELD_FOR = 60.0
+"""The same for an answer whose text is not stored, so that nobody else can send it."""
 
 
 def waiting_task(status: CrewStatus) -> str | None:
@@ -24,7 +33,8 @@ def waiting_task(status: CrewStatus) -> str | None:
     return status.human_task_id or status.current_task
 
 
-def _shown_output(status: CrewStatus) -> str | None:
+def shown_output(status: CrewStatus) -> str | None:
+    """Return the output of the task that waits, None if the status does not show it."""
     task_id = waiting_task(status)
     of_task = next((task.output for task in reversed(status.tasks) if task.name == task_id and task.output), None)
     return of_task or waiting_output(status.raw)
@@ -36,7 +46,7 @@ def judged_output(status: CrewStatus) -> str | None:
     The text is the output of the task that waits, else the status's `last_step`. The output of an earlier task does not
     count.
     """
-    return _shown_output(status) or status.last_step
+    return shown_output(status) or status.last_step
 
 
 def digest(*facts: object) -> str:
@@ -44,94 +54,111 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(repr(facts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def output_digest(status: CrewStatus) -> str | None:
-    """Return a digest of the task that waits and of its output, None if the status shows no output.
-
-    A message and a last step may change while the crew asks the same question, so neither is part of the digest.
-    """
-    output = _shown_output(status)
-    return None if output is None else digest(waiting_task(status), output)
+def marks_of(status: CrewStatus) -> Marks:
+    """Return the marks of the question that a status shows. A message and a last step may change meanwhile."""
+    facts = {"task": waiting_task(status), "output": shown_output(status)}
+    return {name: digest(fact) for name, fact in facts.items() if fact is not None}
 
 
-def may_be_same(digest: str | None, other: str | None) -> bool:
-    """Return whether two digests may be of the same question: they are equal, or one of them is None."""
-    return digest is None or other is None or digest == other
+State = Literal["open", "left", "answering", "answered", "uncertain"]
 
 
-def place_of(question: ReviewRequest) -> tuple[object, ...]:
-    """Return the facts that distinguish a question from all others of its run, except for the output.
-
-    After an answer was taken back, another answer gets its number. So these are the answers, not their number.
-    """
-    answers = [(answer.task_digest, answer.at and answer.at.timestamp()) for answer in question.answers]
-    return question.task_id, question.id, answers
-
-
-def is_same_question(question: ReviewRequest, other: ReviewRequest) -> bool:
-    """Return whether two reads show the same question; one of them may show more of it."""
-    return place_of(question) == place_of(other) and may_be_same(question.output_digest, other.output_digest)
-
-
-def next_round(answers: Sequence[Review], task_id: str) -> int:
-    """Return the number of a task's next question after these answers, counted from 1."""
-    return sum(answer.task_digest == digest(task_id) for answer in answers) + 1
-
-
-def question_state(
-    answers: Sequence[Review], task: str | None, shown: str | None, *, has_webhook: bool = False
-) -> QuestionState:
-    """Return the state of the question that a status shows: whether the answers on record contain its answer.
-
-    Args:
-        answers: The answers on record before the status was read, in order.
-        task: The task that the status names, if any.
-        shown: The status's `output_digest`.
-        has_webhook: Whether a webhook reported a question that came after all these answers.
-    """
-    last = answers[-1] if answers else None
-    if last is None or last.moved_on or has_webhook:
+def state_of(question: Question, now: float) -> State:
+    """Return how far a question is: without an answer; with one that its giver left behind, or sends now; answered; or
+    uncertain, since nobody knows whether the answer arrived."""
+    if question.answer is None:
         return "open"
-    about = last.shown_task_digest or last.task_digest  # an answer without a task may be to this question
-    is_other_task = task is not None and about is not None and digest(task) != about
-    if is_other_task or not may_be_same(shown, last.output_digest):
-        return "open"
-    return "answered" if last.outcome == "sent" else "uncertain"
+    if question.sent_at is not None:
+        return "answered"
+    if question.sender is None:
+        pause = WITHHELD_FOR if "withheld" in question.answer else LEFT_AFTER
+        return "left" if now > (question.answered_at or now) + pause else "answering"
+    return "uncertain" if now >= (question.send_deadline or now) else "answering"
 
 
-def question_of(
-    run: LiveRun,
-    status: CrewStatus,
-    answers: Sequence[Review],
-    of_flow: ReviewRequest | None = None,
-    *,
-    task_id: str | None = None,
-    has_webhook: bool = False,
-) -> ReviewRequest | None:
-    """Return the question that a run asks after these answers; None if the task is unknown.
+def is_over(last: Question, attempt: Attempt, now: float, after: float | None, *, if_approved: bool) -> bool:
+    """Return whether a run that waits asks something else than its last question, though it looks the same.
 
-    Args:
-        run, status, answers: The run, its status, and the answers on record before the status was read.
-        of_flow: The question of a Flow that a webhook brought, if it has no answer of this package.
-        task_id: The task, if the status does not name it.
-        has_webhook: See `question_state`.
+    The run went on since the answer was sent; or `after` seconds are over, since a rejected task may ask again in the
+    same words. `if_approved`: the time counts for an approved task as well.
     """
-    task, output = waiting_task(status), output_digest(status)
-    task_id = task_id or task if of_flow is None else of_flow.task_id
-    if task_id is None:
-        return None
-    meta = None if run.request is None else run.request.options.meta
-    about = {"round": next_round(answers, task_id), "answers": tuple(answers), "meta": meta}
-    if of_flow is not None:
-        is_answered = any(answer.question_id == of_flow.id for answer in answers)
-        return of_flow.model_copy(update={**about, "state": "uncertain" if is_answered else "open"})
-    question = ReviewRequest(
-        kickoff_id=run.kickoff_id,
-        task_id=task_id,
-        output=judged_output(status),
-        output_digest=output,
-        state=question_state(answers, task, output, has_webhook=has_webhook),
+    until = last.sent_at or (None if last.sender is None else last.send_deadline)
+    if until is None or until > now:
+        return False
+    if attempt.human_since is None or attempt.human_since > until:
+        return True
+    has_time = last.sent_at is not None and after is not None and now - until >= after
+    return has_time and (if_approved or not last.answer["approve"])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The question that a run asks at a status, with its state, and all questions of the run up to it. `shown` is the
+    text to judge in that status."""
+
+    question: Question
+    state: State
+    questions: Sequence[Question]
+    task: str | None
+    shown: str | None
+    now: float
+
+
+def round_of(question: Question, questions: Sequence[Question]) -> int:
+    """Return the number of a question among those about its task, from 1."""
+    task, mark = question.task, question.marks.get("task")
+    same = [q for q in questions if (task and q.task == task) or (mark and q.marks.get("task") == mark)]
+    return sum(q.number < question.number for q in same) + 1
+
+
+def reviews_of(questions: Sequence[Question], now: float) -> list[Review]:
+    """Return the answers on record, the first one first, masked as they are stored."""
+    reviews: list[Review] = []
+    for question in questions:
+        if question.answer is None:
+            continue
+        state = state_of(question, now)
+        reviews.append(
+            Review(
+                **{name: question.answer.get(name) for name in ("approve", "option")},
+                feedback=question.answer.get("feedback") or "",
+                by=question.answered_by or "",
+                at=None if question.answered_at is None else moment(question.answered_at),
+                task_id=question.task or question.answer.get("task") or "",
+                round=round_of(question, questions),
+                outcome={"answered": "sent", "uncertain": "uncertain"}.get(state, "intended"),  # pyright: ignore[reportArgumentType]
+            )
+        )
+    return reviews
+
+
+def request_of(kickoff_id: str, asked: Asked, meta: Mapping[str, Any] | None = None) -> ReviewRequest:
+    """Return a question for its function or its page: with the text on record, else with that of the status."""
+    question = asked.question
+    return ReviewRequest(
+        kickoff_id=kickoff_id,
+        task_id=asked.task or "",
+        output=question.text or asked.shown,
+        round=round_of(question, asked.questions),
+        answers=tuple(reviews_of(asked.questions[:-1], asked.now)),
+        meta=meta,
+        options=tuple(question.options or ()),
+        message=question.message,
+        id=question.id,
     )
-    return question.model_copy(update=about)
+
+
+def masked_request(run: LiveRun, request: ReviewRequest) -> ReviewRequest:
+    """Return a question as people may see it in a terminal."""
+    changes: dict[str, Any] = {"message": None, "meta": None, "task_id": run.redact_name(request.task_id)}
+    if request.output is None:
+        changes["withheld"] = f"neither the status nor a webhook shows it. {where_to_look(run)}"
+    elif run.show != "full":
+        changes["withheld"] = f"{len(request.output):,} characters that this crew does not show. {where_to_look(run)}"
+        changes["output"] = None
+    else:
+        changes["output"] = run.redact(request.output)
+    return request.model_copy(update=changes)
 
 
 # Sentences for people
@@ -164,18 +191,18 @@ def describe_answer(answer: Review) -> str:
 
 
 def describe_question(
-    run: LiveRun, question: ReviewRequest, page: str | None = None, *, with_commands: bool = True
+    run: LiveRun, request: ReviewRequest, unsure: Review | None, page: str | None = None, *, with_commands: bool = True
 ) -> str:
-    """Return the message about a question, which follows the run's name. `page` is the page with the form."""
-    where = f"task {run.redact_name(question.task_id)}, question {question.round}."
-    if question.state == "uncertain":
+    """Return the message about a question, which follows the run's name. `unsure`: its answer that may have arrived;
+    `page`: the page with the form."""
+    where = f"task {run.redact_name(request.task_id)}, question {request.round}."
+    if unsure is not None:
         return (
-            f"may wait for a person: {where} An answer was sent (by {describe_answer(question.answers[-1])}) and "
-            f"nobody knows whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer "
-            "there."
+            f"may wait for a person: {where} An answer was sent (by {describe_answer(unsure)}) and nobody knows "
+            f"whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer there."
         )
     parts = [f"waits for a person: {where}", f"The form is on {page} (Resume)." if page else ""]
-    if question.output is None or run.show != "full":
+    if request.output is None or run.show != "full":
         parts.append(where_to_look(run))
     elif with_commands:
         parts.append(f"See what is to be judged: prefect-crew reviews inspect {run.as_argument()}.")

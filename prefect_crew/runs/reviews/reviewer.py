@@ -1,21 +1,86 @@
-"""WIP: the interface that a wait needs; the room is being written anew."""
+"""The questions of a run while one call waits for the run: find the open question, inform people, get an answer."""
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from prefect_crew.client.models import CrewStatus, Review
+from prefect_crew._internal.asyncio_tasks import call_in_thread, cancel_and_wait
+from prefect_crew._internal.prefect_api import flow_run_id, run_logger
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.artifacts.events import LINK, emit
+from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
+from prefect_crew.exceptions import (
+    AlreadyAnsweredError,
+    CrewAPIError,
+    CrewError,
+    CrewLostError,
+    ReviewFunctionError,
+    ReviewLimitError,
+    StoreError,
+)
 from prefect_crew.runs.news import Subscription
-from prefect_crew.runs.reviews.questions import ReviewChoice
+from prefect_crew.runs.reviews.answer import (
+    answer_question,
+    forget_callback,
+    is_refusal,
+    look,
+    send_left,
+    uncertain_error,
+)
+from prefect_crew.runs.reviews.form import Form, masked_options
+from prefect_crew.runs.reviews.links import notify_people
+from prefect_crew.runs.reviews.questions import (
+    Asked,
+    ReviewChoice,
+    ReviewFunction,
+    answer_commands,
+    describe_question,
+    how_to_answer,
+    request_of,
+    reviews_of,
+)
+from prefect_crew.runs.run import read_attempt
+from prefect_crew.settings import CrewSettings
+from prefect_crew.states import CrewState
+from prefect_crew.store.questions import FLOW
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import LiveRun
 
+NOBODY = "nobody, in time"
+"""The giver of a rejection by `on_human_timeout`."""
+GOES_ON_WITHIN = 20.0
+"""Seconds for the crew to continue after an answer that came as people's time ended."""
+REQUEST_WITHIN = 60.0
+"""Seconds within which the question of a Flow may arrive after `/resume` has refused an answer to it."""
+OUTPUT_WITHIN = 5.0
+"""Seconds for which a question without an output waits for the output that its webhook brings."""
+STOP_WITHIN = 5.0
+"""Seconds for a review function to end after its answer is no longer needed."""
+NOT_ON_RECORD = (
+    "Crew run %s waits for a person. It is not in the crew database, so no question of it can be answered here: answer "
+    "on the crew's page, or with resume_crew."
+)
+
 
 class People:
-    """The questions of one run, and their answers, in one wait."""
+    """The questions of one run, and their answers, in one wait.
+
+    `question` is the open question or None; `answers` are the answers on record at the last status.
+
+    Args:
+        run: The run, in an open session.
+        policy: The time for people, and the most questions about one task.
+        review: The source of answers. None: a person answers by link, on the command line or on the crew's page.
+        stop: Stops the crew; True if its server accepted that.
+        news: The run's news.
+        quiet: Write no log line about each question: a batch writes one line about many.
+    """
 
     def __init__(
         self,
@@ -26,24 +91,325 @@ class People:
         news: Subscription | None = None,
         quiet: bool = False,
     ) -> None:
+        self.run, self.policy, self.stop, self.news, self.quiet = run, policy, stop, news, quiet
+        self.question: ReviewRequest | None = None
         self.answers: list[Review] = []
-        self.notes: tuple[list[str], list[str]] = ([], [])
+        self._form = Form(flow_run_id(), run, policy) if review == "form" else None
+        self._function: ReviewFunction | None = None if review == "form" else review
+        self._asked: Asked | None = None
+        self._flows: list[Any] = []
+        self._thinking: asyncio.Task[Review] | None = None
+        self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
+        self._notifying: asyncio.Task[None] | None = None
+        self._held_until: float | None = None  # a question without an output waits until then; monotonic
+        self._has_extra_time = self._has_answered = self._has_warned = self._was_refused = False
+        self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
+
+    # The open question
 
     async def see_status(self, status: CrewStatus) -> bool:
-        return False
+        """Handle a status. Return True if a question opened or closed, so that the caller updates the artifact.
 
-    async def answer(self) -> None: ...
+        Raises:
+            ReviewLimitError: The task has asked more often than `max_rounds` allows.
+        """
+        try:
+            asked = await self._look(status)
+        except (StoreError, *PREFECT_ERRORS) as error:
+            run_logger().debug("The questions of run %s could not be read: %r", self.run.kickoff_id, error)
+            return False
+        before, question = self.question, None
+        if asked is not None and asked.state in ("open", "uncertain") and not self._is_held(asked):
+            meta = None if self.run.request is None else self.run.request.options.meta
+            question = request_of(self.run.kickoff_id, asked, meta)
+        was_uncertain = self._asked is not None and self._asked.state == "uncertain"
+        self._asked, self.question = asked, question
+        if asked is not None:
+            self.answers = reviews_of(asked.questions, asked.now)
+            self._flows = [row for row in asked.questions if FLOW in row.marks]
+        is_uncertain = asked is not None and asked.state == "uncertain"
+        if before is not None and question is not None and before.id == question.id and was_uncertain == is_uncertain:
+            return before != question  # only its output is new
+        if self._notifying is not None:
+            self._notifying.cancel()  # its link may still be in the queue
+        if question is None or asked is None:
+            return before is not None
+        await self._check_rounds(question)
+        self._announce(question, asked)
+        return True
 
-    async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
-        return await pause(seconds)
+    async def _look(self, status: CrewStatus) -> Asked | None:
+        run = self.run
+        if status.state is CrewState.WAITING and run.attempt is None and run.is_unread:
+            await read_attempt(run)
+        if run.attempt is not None:
+            return await look(run, status, after=self.policy.next_round_after, if_approved=False)
+        if status.state is CrewState.WAITING and not self._has_warned:
+            self._has_warned = True
+            run_logger().warning(NOT_ON_RECORD, run.kickoff_id)
+        return None
 
-    def next_pause(self, delay: float) -> float:
-        return delay
+    def _is_held(self, asked: Asked) -> bool:
+        """Return whether to wait some seconds for the webhook with the output, or with a Flow's question."""
+        is_full = asked.shown is not None or asked.question.text is not None or FLOW in asked.question.marks
+        has_webhook = self.run.has_webhooks and not is_full
+        if asked.state != "open" or not (has_webhook or self._was_refused or CrewSettings().review_secret):
+            self._held_until = None
+            return False
+        if FLOW in asked.question.marks:
+            self._held_until, self._was_refused = None, False
+            return False
+        if self._held_until is None:
+            self._held_until = time.monotonic() + OUTPUT_WITHIN
+        return time.monotonic() < self._held_until
 
-    def has_answered(self) -> bool:
-        return False
+    async def _check_rounds(self, question: ReviewRequest) -> None:
+        most = self.policy.max_rounds
+        if most is not None and question.round > most:
+            raise ReviewLimitError(
+                kickoff_id=self.run.kickoff_id,
+                task_id=self.run.redact_name(question.task_id),
+                max_rounds=most,
+                crew=self.run.crew.label,
+                idempotency_key=self.run.idempotency_key,
+                stopped=self.policy.on_human_timeout == "stop" and await self.stop(),
+            )
+
+    # Messages to people
+
+    @property
+    def _unsure(self) -> Review | None:
+        """The answer to the open question that may have arrived."""
+        return self.answers[-1] if self._asked is not None and self._asked.state == "uncertain" else None
+
+    @property
+    def notes(self) -> tuple[list[str], list[str]]:
+        """The notes of the artifact about the open question, and the commands that answer it."""
+        run, question, unsure = self.run, self.question, self._unsure
+        if question is None or (self._function is not None and unsure is None):
+            return [], []
+        form = "" if self._form is None else "The form is on this flow run's page: Resume. "
+        note = f"{form}It {describe_question(run, question, unsure, with_commands=False)}"
+        commands = [f"prefect-crew reviews inspect {run.as_argument()}", *answer_commands(run)]
+        return [note], [] if unsure is not None else commands
+
+    def _announce(self, question: ReviewRequest, asked: Asked) -> None:
+        """Emit an event about a question, and send a link to people. Log the question, unless a function answers it or
+        a batch logs it."""
+        page = None if self._form is None else self._form.page
+        is_for_people = self._function is None and asked.state == "open"
+        has_link = is_for_people and CrewSettings().answer_url is not None
+        self._emit_waiting(question, has_link=has_link)
+        if has_link:
+            self._notifying = asyncio.create_task(self._notify(question))
+        is_quiet = self.quiet or self._function is not None
+        if not is_quiet or asked.state != "open":
+            text = describe_question(self.run, question, self._unsure, page)
+            run_logger().warning("Crew run %s %s", self.run.kickoff_id, text)
+
+    def _emit_waiting(self, question: ReviewRequest, *, has_link: bool) -> None:
+        run = self.run
+        if run.attempt is not None:
+            page = None if self._form is None else self._form.page
+            facts: dict[str, Any] = {"task_id": run.redact_name(question.task_id), "round": question.round}
+            facts |= {"answer": how_to_answer(run), "page": page, "crew_page": run.crew.page_url}
+            emit("waiting", run.attempt, labels={LINK: "yes" if has_link else "no"}, **facts)
+
+    async def _notify(self, question: ReviewRequest) -> None:
+        """Send the link for a question, concurrently with the polls. If that fails, the automation sends its alert."""
+        run = self.run
+        try:
+            await notify_people(run, question, self.policy)
+        except CrewError as error:
+            log = run_logger().debug if self.quiet else run_logger().warning
+            reason, how = str(error).rstrip("."), how_to_answer(run)
+            log("Crew run %s: the link to its question was not sent: %s. Answer: %s", run.kickoff_id, reason, how)
+            if self.question is not None and self.question.id == question.id:
+                self._emit_waiting(question, has_link=False)
+
+    # Answers
+
+    async def answer(self) -> None:
+        """Send the answer of the function or the form to the open question, if there is one; or an answer that its
+        giver left behind.
+
+        Raises:
+            CrewError: The function failed, or the answer could not be sent. A submitted form stays for the next
+                attempt.
+        """
+        asked, question = self._asked, self.question
+        try:
+            if asked is not None and asked.state == "left":
+                self._has_answered = await send_left(self.run, asked) is not None
+                return
+            if self._function is None and self._form is None:
+                return
+            if question is not None and (unsure := self._unsure) is not None:
+                raise uncertain_error(self.run, unsure)
+            if self._form is not None:
+                await self._form.show(question)
+            review = await self._review_of(question)
+            if question is not None and review is not None:
+                await self._send(question, review)
+        except (StoreError, *PREFECT_ERRORS) as error:  # the next status tries again
+            log = run_logger().debug if self._has_warned else run_logger().warning
+            log("Crew run %s: %s The answer is tried again while the polls go on.", self.run.kickoff_id, error)
+            self._has_warned = True
+
+    async def _review_of(self, question: ReviewRequest | None) -> Review | None:
+        """Return the answer to a question if the form or the function has given one by now, else None.
+
+        The polls of the run go on while the function works. Stop a function whose question is not open any more.
+        """
+        if self._form is not None:
+            submitted = None if question is None else await self._form.look()
+            if question is None or submitted is None:
+                return None
+            return submitted.review(question, masked_options(self.run, question))
+        about = () if question is None else (question.id, question.options)  # a Flow's webhook may bring options late
+        if self._thinking is not None and about != self._thinks_about:
+            await self._stop_thinking()
+        if question is None or self._function is None:
+            return None
+        if self._thinking is None:
+            self._thinks_about, self._has_ended_pause = about, False
+            self._thinking = asyncio.create_task(self._think(self._function, question))
+            await asyncio.sleep(0)  # so that the answer of a fast function is sent now, and not after the next status
+        return self._thinking.result() if self._thinking.done() else None
+
+    async def _think(self, function: ReviewFunction, question: ReviewRequest) -> Review:
+        # A sync function may take long: it runs in a thread, so that other runs do not wait for it.
+        is_async = inspect.iscoroutinefunction(function)
+        name = getattr(function, "__name__", "a function")
+        next_step = (
+            f"Nothing was sent, and run {question.kickoff_id} waits on: correct the function, then wait for the run "
+            "again under the same key."
+        )
+        try:
+            answer: Any = function(question) if is_async else await call_in_thread(function, question)
+            review: Any = await answer if inspect.isawaitable(answer) else answer
+        except Exception as error:
+            # Otherwise a caller could take its error for an error of the crew's server or of the Prefect API.
+            reason = self.run.redact_text(f"{type(error).__name__}: {error}").rstrip(".")
+            raise ReviewFunctionError(f"The review function {name} raised {reason}. {next_step}") from error
+        if not isinstance(review, Review):
+            raise ReviewFunctionError(
+                f"The review function {name} returned a {type(review).__name__}, not a Review. {next_step}"
+            )
+        return review.model_copy(update={"by": review.by or name})
+
+    async def _stop_thinking(self) -> None:
+        thinking, self._thinking = self._thinking, None
+        if thinking is not None:
+            await cancel_and_wait(thinking, within=STOP_WITHIN)  # a function may ignore its cancellation
+
+    async def _send(self, question: ReviewRequest, review: Review) -> bool:
+        """Send an answer to a question. Return False if the question takes no answer now: the next status shows why."""
+        run, asked = self.run, self._asked
+        if self._form is not None:
+            await self._form.take_down()
+        try:
+            _, answer = await answer_question(run, review, seen=question, looks=0)
+        except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
+            if isinstance(error, CrewAPIError) and not (
+                asked and is_refusal(asked.question, error) and self._waits_on()
+            ):
+                raise
+            run_logger().warning(
+                "Crew run %s: the answer of %s was not sent: %s", run.kickoff_id, review.by, run.redact(str(error))
+            )
+            self.question = self._asked = None
+            if not isinstance(error, CrewLostError):  # the server may know the run again at the next status call
+                await self._drop_answer()
+            return False
+        await self._drop_answer()
+        self.answers = [*(answer for answer in self.answers if answer.outcome != "intended"), answer]
+        self.question, self._asked, self._has_answered, self._has_warned = None, None, True, False
+        verdict = "approved" if review.approve else "rejected"
+        run_logger().info(
+            "Crew run %s: task %s, question %d: %s by %s.",
+            *(run.kickoff_id, answer.task_id, answer.round, verdict, answer.by),
+        )
+        return True
+
+    def _waits_on(self) -> bool:
+        """Return whether to look for the open question again after the server has refused an answer.
+
+        With a form, a person sees the question before the next answer. A Flow takes its answer at another URL, and the
+        webhook with its question may be on its way.
+        """
+        if self._form is not None:
+            return True
+        if CrewSettings().review_secret is None or self._was_refused:
+            return False
+        self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
+        return True
+
+    async def _drop_answer(self) -> None:
+        """Forget the answer of the function or the form: it was sent, or will never be sent."""
+        await self._stop_thinking()
+        if self._form is not None:
+            await self._form.forget_answer()
 
     async def more_time(self) -> float:
-        return 0.0
+        """Return the extra seconds for people after their time is over. An automatic rejection (`on_human_timeout`)
+        restarts their time."""
+        budget, kickoff_id, question = self.policy.human_timeout, self.run.kickoff_id, self.question
+        try:
+            review = None if self._form is None else await self._review_of(question)
+            if question is not None and review is not None and await self._send(question, review):
+                return GOES_ON_WITHIN
+        except (CrewError, *PREFECT_ERRORS) as error:
+            run_logger().warning("The form's answer to run %s was not used: %s", kickoff_id, error)
+        await self._stop_thinking()
+        if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
+            return 0.0
+        if question is None and self._held_until is not None:
+            return OUTPUT_WITHIN  # a question is about to open
+        self._has_extra_time = True
+        # If another process has rejected it automatically, the restarted time is over as well.
+        if question is not None and self._unsure is None and not any(answer.by == NOBODY for answer in self.answers):
+            try:
+                await self._send(question, Review(approve=False, feedback=self.policy.human_message, by=NOBODY))
+            except (*PREFECT_ERRORS, CrewError) as error:
+                reason = self.run.redact(str(error))
+                run_logger().warning("Run %s could not be rejected for lack of an answer: %s", kickoff_id, reason)
+                return 0.0
+        return budget
 
-    async def aclose(self, *, ended: bool) -> None: ...
+    # Pauses, and the end
+
+    async def pause(self, pause: Callable[[float], Awaitable[bool]], seconds: float) -> bool:
+        """Pause. Return True at once if there is news, a person submits the form, or the function has decided."""
+        if self._form is not None:
+            return await self._form.pause(pause, seconds)
+        if self._thinking is None or self._has_ended_pause:
+            return await pause(seconds)
+        pausing = asyncio.ensure_future(pause(seconds))
+        try:
+            await asyncio.wait({pausing, self._thinking}, return_when=asyncio.FIRST_COMPLETED)
+            self._has_ended_pause = self._thinking.done()
+            return self._has_ended_pause or pausing.result()
+        finally:
+            await cancel_and_wait(pausing)
+
+    def next_pause(self, delay: float) -> float:
+        """Return the next pause, at most 1 s while an output to judge is about to arrive."""
+        return delay if self._held_until is None else min(delay, 1.0)
+
+    def has_answered(self) -> bool:
+        """Return whether this wait has sent an answer since the last call of this method."""
+        has_answered, self._has_answered = self._has_answered, False
+        return has_answered
+
+    async def aclose(self, *, ended: bool) -> None:
+        """End with the wait: take the form down. If the run has `ended`, delete the callback URLs of its questions."""
+        await self._stop_thinking()
+        if self._notifying is not None:
+            await cancel_and_wait(self._notifying)
+        if ended:
+            for row in self._flows:
+                if row.sent_at is None:
+                    await forget_callback(row)
+        if self._form is not None:
+            await self._form.aclose(ended=ended)

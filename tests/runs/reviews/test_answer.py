@@ -1,33 +1,32 @@
 """One answer a round, whoever gives it: function, task, command line, another process, a batch row."""
 
 import asyncio
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
 
-import httpx
 import pytest
 from prefect import flow
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
 import prefect_crew as pc
+from prefect_crew._internal.clock import utcnow
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RunRecord, utcnow
-from prefect_crew.records.notes import kept_note
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.reviews import questions as questions_module
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.store import attempts, questions
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from prefect_crew.webhooks import read_token
 from support.asking import AskingServer, judging
 from support.flow_runs import acall_in_flow
+from support.links import answers_of
 from support.scripts import script
 from support.waiting import until
 from support.webhooks import SECRET, served
@@ -35,7 +34,6 @@ from support.webhooks import SECRET, served
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 APPROVED = pc.Review(approve=True)
 DAY = 86_400.0
-RECORDS = PrefectRecords()
 
 
 @asynccontextmanager
@@ -55,17 +53,13 @@ def run_of(crew: pc.DeployedCrew, review: Any = None, retries: int = 0, **policy
     return reviewed()
 
 
-async def answers(crew: pc.DeployedCrew) -> list[pc.Review]:
-    return await RECORDS.reviews((await RECORDS.attempts(crew.url))[-1])
-
-
 async def _kicked_off(crew: pc.DeployedCrew) -> str:
     return (await acall_in_flow(lambda: kickoff_crew(crew, {}, idempotency_key=crew.url)))[1]
 
 
 async def approve(crew: pc.DeployedCrew, kickoff_id: str | None = None, feedback: str = "") -> Any:
     """Approve the question of a run, by default that of the only run, from outside of its wait."""
-    kickoff_id = kickoff_id or str((await RECORDS.attempts(crew.url))[-1].kickoff_id)
+    kickoff_id = kickoff_id or str((await in_store(attempts.of_key, crew.url))[-1].kickoff_id)
     return await resume_run(LiveRun(crew_of(crew), kickoff_id), feedback=feedback, approve=True)
 
 
@@ -78,7 +72,7 @@ async def test_an_uncertain_answer_is_not_sent_again() -> None:
             await approve(crew)
         assert len(server.resumes) == 1
         assert len(asked) == 1, "nobody is asked what could not be answered"
-        assert [one.outcome for one in await answers(crew)] == ["uncertain"]
+        assert [one.outcome for one in await answers_of(crew.url)] == ["uncertain"]
         server.lag = server._left = 0
         assert await run_of(crew, judging(asked)) == "done"
         assert len(server.resumes) == 1
@@ -91,7 +85,7 @@ async def test_the_question_after_an_uncertain_answer() -> None:
             await run_of(crew, lambda _: APPROVED)
         assert await run_of(crew, lambda _: APPROVED) == "done"
         assert len(server.resumes) == 2
-        assert [(one.outcome, one.moved_on) for one in await answers(crew)] == [("uncertain", True), ("sent", True)]
+        assert [one.outcome for one in await answers_of(crew.url)] == ["sent", "sent"], "the first one arrived"
 
 
 async def test_time_alone_makes_no_question_for_functions() -> None:
@@ -118,16 +112,16 @@ async def test_a_repeated_question_is_the_next_round() -> None:
 
 
 async def test_a_retried_flow_answers_each_round_once() -> None:
-    attempts: list[int] = []
+    tries: list[int] = []
 
     async with asking(rounds=2, shown=True) as (server, crew):
 
         @flow(retries=1, retry_delay_seconds=0)
         async def answering() -> None:
-            attempts.append(1)
+            tries.append(1)
             kickoff_id = await kickoff_crew(crew, {}, idempotency_key=crew.url)
-            await resume_crew(crew, kickoff_id, approve=True, feedback=f"attempt {len(attempts)}")
-            if len(attempts) == 1:
+            await resume_crew(crew, kickoff_id, approve=True, feedback=f"attempt {len(tries)}")
+            if len(tries) == 1:
                 raise RuntimeError("after the answer")
             await resume_crew(crew, kickoff_id, approve=True, feedback="the second question")
             await wait_for_crew(crew, kickoff_id)
@@ -136,24 +130,13 @@ async def test_a_retried_flow_answers_each_round_once() -> None:
         assert [sent["human_feedback"] for sent in server.resumes] == ["attempt 1", "the second question"]
 
 
-@pytest.mark.parametrize("on_record", [True, False])
-async def test_one_of_several_answers_is_sent(on_record: bool) -> None:
+async def test_one_of_several_answers_is_sent() -> None:
     async with asking(lag=30) as (server, crew):
-        async with crew.client() as client:
-            kickoff_id = await _kicked_off(crew) if on_record else await client.kickoff({})
-        answered = [approve(crew, kickoff_id, str(number)) for number in range(5)]
+        await _kicked_off(crew)
+        answered = [approve(crew, None, str(number)) for number in range(5)]
         outcomes = await asyncio.gather(*answered, return_exceptions=True)
         assert len(server.resumes) == 1
         assert sum(isinstance(one, pc.CrewError) for one in outcomes) == 4, outcomes
-
-
-async def test_unread_answers_send_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with asking() as (server, crew):
-        kickoff_id = await _kicked_off(crew)
-        monkeypatch.setattr(PrefectRecords, "reviews", AsyncMock(side_effect=httpx.ConnectError("away")))
-        with pytest.raises(pc.CrewError, match="Nothing was sent"):
-            await approve(crew, kickoff_id)
-        assert server.resumes == []
 
 
 # What a reviewer sees of a question whose status shows nothing: what the webhook brought, else where to look
@@ -176,23 +159,6 @@ async def test_a_function_sees_the_webhooks_output(receiver: str, judged: CrewSe
     asked: list[pc.ReviewRequest] = []
     await reviewed(judged.crew(), judging(asked, approves_at=2, feedback="again"), key)
     assert [one.output for one in asked] == ["Draft 1 on tea.", "Draft 2 on tea."]
-    (record,) = await RECORDS.attempts(key)
-    assert [(await kept_note(record, answers)).output for answers in (0, 1)] == [None, None], "nothing stays"
-
-
-async def test_the_webhooks_output_is_forgotten(receiver: str, judged: CrewServer, key: str) -> None:
-    waiting = asyncio.create_task(reviewed(judged.crew(), None, key))
-
-    async def seen_by_the_wait() -> RunRecord | None:
-        given = await RECORDS.attempts(key)
-        is_seen = bool(given) and given[0].human_since is not None
-        return given[0] if is_seen and (await kept_note(given[0], 0)).output else None
-
-    record = await until(seen_by_the_wait, "the wait sees the question")
-    async with judged.crew().client() as client:
-        await client.resume(str(record.kickoff_id), "draft", "", True)
-    await waiting
-    assert (await kept_note(record, 0)).output is None
 
 
 @pytest.mark.parametrize("secret", [(), ("topic",)], ids=["not secret", "secret"])
@@ -200,21 +166,18 @@ async def test_secret_inputs_keep_no_webhook_output(receiver: str, judged: CrewS
     crew = judged.crew(secret_inputs=secret)
     with pytest.raises(pc.CrewTimeoutError):
         await reviewed(crew, None, key, human_timeout=8)
-    waiting = await list_open_questions([RECORDS], AsyncMock(return_value=crew_of(crew)))
-    (question,) = [one for record, one in waiting if record.idempotency_key == key]
+    waiting = await list_open_questions(AsyncMock(return_value=crew_of(crew)))
+    ((_, question),) = waiting
     assert question.output == (None if secret else "Draft 1 on tea.")
 
 
-async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str, tmp_path: Path) -> None:
+async def test_webhooks_live_as_long_as_the_policy_of_the_run(receiver: str) -> None:
     long = {"timeout": 7 * DAY, "human_timeout": 14 * DAY}
     async with asking() as (server, crew):
         await run_of(crew, lambda _: APPROVED, **long)
     async with asking() as (elsewhere, other):
         await approve(other, await _kicked_off(other))  # it does not know the policy
-    async with asking(rounds=0) as (of_row, crew):
-        export, options = str(tmp_path / "out.jsonl"), {"inputs": lambda _: {}, "wait": pc.WaitPolicy(**long)}
-        await pc.arun_batch(crew, [{"id": "tea"}], key="id", name=f"hooks {uuid.uuid4()}", export=export, **options)
-    for body in (*server.starts, *server.resumes, *elsewhere.resumes, *of_row.starts):
+    for body in (*server.starts, *server.resumes, *elsewhere.resumes):
         hook = read_token("crew", body["crewWebhookUrl"].rpartition("/")[2], SECRET, now=utcnow())
         assert hook is not None
         assert hook.expires - utcnow() > timedelta(days=21)
@@ -240,3 +203,22 @@ async def test_the_log_says_where_the_output_is(crew_server: Any, key: str, is_s
     assert (f"Look at the crew's page: {PAGE}" in said) is not is_shown
     assert ("See what is to be judged: prefect-crew reviews inspect" in said) is is_shown
     assert f"--crew {server.url}" in said, "the crew is not a stored block"
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+async def test_an_answer_that_was_left_behind_is_sent_or_asked_for_again(
+    is_stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its giver died before `/resume`. Where its text is not stored, nobody else can send it."""
+    monkeypatch.setattr(questions_module, "LEFT_AFTER", 0.3)
+    monkeypatch.setattr(questions_module, "WITHHELD_FOR", 0.3)
+    async with asking() as (server, crew):
+        waiting = asyncio.create_task(run_of(crew))
+        opened = await until(lambda: in_store(questions.open_questions), "the question")
+        left = {"feedback": "Good."} if is_stored else {"withheld": True}
+        assert await in_store(questions.answer, opened[0].id, {"approve": True, **left}, "Ada")
+        if not is_stored:
+            await until(lambda: in_store(questions.open_questions), "the question is open again")
+            await approve(crew, None, "Better.")
+        assert await waiting == "done"
+        assert [sent["human_feedback"] for sent in server.resumes] == ["Good." if is_stored else "Better."]

@@ -16,14 +16,13 @@ from prefect.runtime import flow_run as this_flow_run
 from prefect_crew import CrewTimeoutError, DeployedCrew, Review, WaitPolicy, arun_crew
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import form
 from prefect_crew.testing import CrewServerFactory
 from support.asking import AskingServer
 from support.chromium import Chromium
+from support.links import answers_of
 from support.prefect_server import PrefectServer
 from support.proxy import Proxy
-from support.records import record_of
 from support.review_page import answer_on_page
 from support.scripts import script
 from support.seen import Seen
@@ -144,8 +143,8 @@ async def test_a_repeated_question_gets_its_own_form(asking: Any) -> None:
     assert [one["is_approve"] for one in server.resumes] == [False, True]
 
 
-def test_the_form_takes_each_answer_once(server: CrewServer, asking: Any, seen: Seen) -> None:
-    run = asking().form()
+def test_the_form_takes_each_answer_once(server: CrewServer, asking: Any, seen: Seen, key: str) -> None:
+    run = asking(idempotency_key=key).form()
     assert "Draft *number 1* <\u2060b>for you" in run.description(), "a tag is text"
     assert "question 1" in run.description()
     assert run.fill_in(decision="maybe") == "REJECT"
@@ -161,8 +160,7 @@ def test_the_form_takes_each_answer_once(server: CrewServer, asking: Any, seen: 
     assert server.requests["resume"] == 2
 
     async def answers() -> list[tuple[Any, ...]]:
-        given = await PrefectRecords().reviews(await record_of(kickoff_id))
-        return [(one.round, one.approve, one.by, one.feedback) for one in given]
+        return [(one.round, one.approve, one.by, one.feedback) for one in await answers_of(key)]
 
     assert asyncio.run(answers()) == [(1, False, "Grace | <b>", "Warmer."), (2, True, "Ada", "")]
     # The last page of the key: an earlier test's crew may have had the same port.

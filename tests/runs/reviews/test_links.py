@@ -5,68 +5,38 @@ import asyncio
 import logging
 import time
 import uuid
-from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
-from pydantic import SecretStr
 
 import prefect_crew as pc
 from prefect_crew._internal.prefect_api import lock_here
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import ReviewRequest
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import utcnow
 from prefect_crew.runs.reviews import links
-from prefect_crew.runs.reviews.links import AnswerLink, describe_link, is_about, read_link
+from prefect_crew.runs.reviews.links import describe_link
 from prefect_crew.runs.run import LiveRun
 from support.flow_runs import acall_in_flow
 from support.links import QUICK, Chat, notifying, running
-from support.records import new_record
 from support.scripts import ASKS, script
 from support.waiting import until
 from support.webhooks import SECRET, events_of
 
-KEY = SecretStr(SECRET)
-HOUR = timedelta(hours=1)
 UNSENT = "the link to its question was not sent"
 
 
 def question(**facts: Any) -> ReviewRequest:
-    return ReviewRequest(**{"kickoff_id": "run-1", "task_id": "draft", "output_digest": "d1", **facts})
+    return ReviewRequest(**{"kickoff_id": "run-1", "task_id": "draft", **facts})
 
 
-# The token
-
-
-def test_a_link_is_for_one_question():
-    answer = pc.Review(approve=False, task_digest="t", at=utcnow())
-    token = AnswerLink.of(question(), utcnow() + HOUR, KEY).token(KEY)
-    link, signer = read_link(token, KEY) or pytest.fail("it is ours")
-    assert is_about(link, question(), signer)
-    assert is_about(link, question(output_digest=None), signer), "the status may show less"
-    others = [
-        {"output_digest": "d2"},
-        {"task_id": "print"},
-        {"answers": (answer,)},
-        {"id": "f"},
-        {"kickoff_id": "run-2"},
-    ]
-    assert [is_about(link, question(**other), signer) for other in others] == [False] * len(others)
-
-
-def test_a_link_outlives_a_change_of_the_secret_and_is_plain_text():
-    old = AnswerLink.of(question(), utcnow() + HOUR, KEY).token(KEY)
-    link, signer = read_link(old, SecretStr(f"{'n' * 40} {SECRET}")) or pytest.fail("an older secret signed it")
-    assert is_about(link, question(), signer)
-    assert read_link(old, SecretStr("n" * 40)) is None
-    assert old.replace(".", "").isalnum()
-    assert old == old.lower()
-    assert len(old) < 300
-    assert "draft" not in old
+def run_of(crew: pc.DeployedCrew, key: str) -> LiveRun:
+    attempt: Any = SimpleNamespace(key=key, secret_names=None, turn=None)
+    return LiveRun(crew_of(crew), "run-1", attempt)
 
 
 # The message
@@ -90,9 +60,8 @@ def test_a_link_outlives_a_change_of_the_secret_and_is_plain_text():
     ],
 )
 def test_a_message_has_no_text_that_a_chat_would_read(task: str, shown: bool):
-    crew = crew_of(pc.DeployedCrew(url="https://crew.example", token="secret-token"))
-    run = LiveRun(crew, "run-1", new_record(f"key {task}"))
-    subject, body = describe_link(run, question(task_id=task), "https://hooks.example/answer/x", utcnow())
+    run = run_of(pc.DeployedCrew(url="https://crew.example", token="secret-token"), f"key {task}")
+    subject, body = describe_link(run, question(task_id=task), "https://hooks.example/answer/x", 2e9)
     assert (task in body) is shown
     assert "\n" not in subject
     assert subject == "Crew crew.example asks a person"
@@ -101,8 +70,8 @@ def test_a_message_has_no_text_that_a_chat_would_read(task: str, shown: bool):
 
 
 def test_a_message_names_no_task_of_a_crew_that_shows_nothing():
-    crew = crew_of(pc.DeployedCrew(url="https://crew.example", token="secret-token", show="none"))
-    _, body = describe_link(LiveRun(crew, "run-1", new_record("tea")), question(), "https://h/answer/x", utcnow())
+    crew = pc.DeployedCrew(url="https://crew.example", token="secret-token", show="none")
+    _, body = describe_link(run_of(crew, "tea"), question(), "https://h/answer/x", 2e9)
     assert "draft" not in body
     assert "run tea, question 1." in body
 
@@ -153,8 +122,6 @@ async def test_a_question_is_sent_once_but_no_functions(review: Any, links_on: N
         ("refused", "the block custom-webhook raised"),
         ("slow", "the block custom-webhook took more than 1 s"),
         ("unnamed", "no block is named for links: prefect-crew automations apply --notify TYPE/NAME"),
-        ("no secret", "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET, the receiver's secret, is not set"),
-        ("short secret", "The webhook secret has 5 characters"),
         ("bad url", "PREFECT_INTEGRATIONS_CREW_ANSWER_URL 'hooks.example' does not start with https://"),
         ("not stored", "the crew is no stored block, so the receiver has no token for it"),
     ],
@@ -162,11 +129,8 @@ async def test_a_question_is_sent_once_but_no_functions(review: Any, links_on: N
 async def test_an_unsent_link_is_in_the_log(
     trouble: str, reason: str, links_on: None, key: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ):
-    secret = "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET"
     {
         "slow": lambda: monkeypatch.setattr(links, "NOTIFY_WITHIN", 1.0),
-        "no secret": lambda: monkeypatch.delenv(secret),
-        "short secret": lambda: monkeypatch.setenv(secret, "short"),
         "bad url": lambda: monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_ANSWER_URL", "hooks.example"),
     }.get(trouble, lambda: None)()
     chat = Chat(answer=500 if trouble == "refused" else 200, delay=4.0 if trouble == "slow" else 0.0)

@@ -3,11 +3,8 @@
 import asyncio
 import threading
 import zlib
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
 from typing import Any
-from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -16,29 +13,20 @@ from prefect.runtime import flow_run as this_flow_run
 from prefect.settings import PREFECT_API_URL
 
 import prefect_crew as pc
-from prefect_crew.blocks import crew_of
-from prefect_crew.client.inputs import Inputs
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import utcnow
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.kickoff import open_run
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews import reviewer
-from prefect_crew.runs.reviews.form import Form, ReviewForm
-from prefect_crew.runs.reviews.reviewer import NOBODY, People
-from prefect_crew.runs.run import LiveRun
-from prefect_crew.runs.wait import wait_for_run
+from prefect_crew.runs.reviews.reviewer import NOBODY
+from prefect_crew.store import attempts
 from prefect_crew.tasks import kickoff_crew, resume_crew
 from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking, judging
-from support.proxy import Proxy
+from support.links import answers_of
 from support.scripts import script
-from support.servers import unseen
 from support.waiting import until
 
 SCRIPT = script({"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"})
 APPROVED = pc.Review(approve=True)
-RECORDS = PrefectRecords()
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
@@ -54,7 +42,7 @@ def key_of(server: CrewServer) -> str:
 
 
 async def answers(server: CrewServer) -> list[pc.Review]:
-    return await RECORDS.reviews((await RECORDS.attempts(key_of(server)))[-1])
+    return await answers_of(key_of(server))
 
 
 def run_with(server: CrewServer, review: Any = None, **policy: Any) -> Any:
@@ -161,63 +149,14 @@ async def test_nobody_in_time_is_one_rejection(server: CrewServer) -> None:
     running = asyncio.ensure_future(run_with(server, **policy))
 
     async def rejected() -> bool:
-        return bool(await RECORDS.attempts(key_of(server))) and [a.outcome for a in await answers(server)] == ["sent"]
+        return bool(await in_store(attempts.of_key, key_of(server))) and [a.outcome for a in await answers(server)] == [
+            "sent"
+        ]
 
     await until(rejected, "the rejection")
     await resume_crew(server.crew(), server.runs[0].id, approve=True)
     assert "Too late for today." in await running
     assert [(one.by == NOBODY, one.approve) for one in await answers(server)] == [(True, False), (False, True)]
-
-
-@asynccontextmanager
-async def met_people(server: CrewServer, **policy: Any) -> AsyncIterator[tuple[LiveRun, People, Any]]:
-    """Give a run that asks, what its wait knows of people, and a function that has it see the status."""
-    options = RunOptions(idempotency_key=key_of(server))
-    opened = await open_run(RunRequest.of(crew_of(server.crew()), Inputs.of({}), options))
-    await until(lambda: server.runs[0].state == "waiting", "it asks")
-    async with opened.session as session:
-        people = People(opened, pc.WaitPolicy(**policy), None, stop=AsyncMock())
-
-        async def see() -> None:
-            await people.see_status(await session.client.status(opened.kickoff_id))
-
-        yield opened, people, see
-
-
-async def test_nobody_in_time_rejects_the_unseen(crew_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is to be judged may come by a webhook: a wait that begins after people's time is over holds back a while."""
-    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.5)
-    server = unseen(crew_server(Asking()))
-    async with met_people(server, human_timeout=86400, on_human_timeout="reject") as (opened, people, see):
-        assert opened.record is not None
-        opened.record.has_webhooks = True
-        opened.record.human_since = utcnow() - timedelta(hours=30)
-        await see()
-        assert people.question is None, "it is held back"
-        assert await people.more_time() == 0.5
-        assert server.requests["resume"] == 0
-        await asyncio.sleep(0.6)
-        await see()
-        assert await people.more_time() == 86400
-        assert server.requests["resume"] == 1
-        assert await people.more_time() == 0, "once"
-    assert [one.by for one in await answers(server)] == [NOBODY]
-
-
-async def test_a_filled_form_is_kept_for_an_unknown_run(server: CrewServer) -> None:
-    async with met_people(server) as (_, people, see):
-        await see()
-        people._form = form = AsyncMock(spec=Form)
-        form.look.return_value = ReviewForm(decision="approve", name="Ada")
-        server.faults.add("status:404@1")
-        await people.answer()
-        assert not people.has_answered()
-        form.forget_answer.assert_not_called()
-        await see()
-        await people.answer()
-        assert people.has_answered()
-        form.forget_answer.assert_awaited_once()
-    assert server.requests["resume"] == 1
 
 
 @pytest.mark.parametrize(
@@ -297,70 +236,3 @@ async def test_an_answer_from_elsewhere_ends_no_wait(server: CrewServer) -> None
     assert server.requests["resume"] == 2
     given = [(one.round, one.approve, one.by) for one in await answers(server)]
     assert given == [(1, False, "resume_crew"), (2, True, "slow")]
-
-
-# The Prefect API is away, or refuses
-
-
-async def waiting_for(server: CrewServer, review: Any = lambda _: APPROVED) -> Any:
-    """Start a run outside a flow; return a task that waits for it with a review function."""
-    run = await server.crew().atrigger({}, idempotency_key=key_of(server))
-    waited = wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=review))
-    return asyncio.ensure_future(asyncio.wait_for(waited, 60))
-
-
-async def test_an_unsaved_outcome_does_not_hold_the_polls(server: CrewServer, proxy: Proxy) -> None:
-    proxy.refuse, proxy.answer = "PATCH /api/variables/name/crew_answer", "503"
-    assert (await (await waiting_for(server))).output == "Draft. "
-    assert server.requests["resume"] == 1
-    assert proxy.count("PATCH /api/variables/name/crew_answer") > 1
-
-
-async def test_an_answer_waits_for_an_absent_prefect(server: CrewServer, proxy: Proxy) -> None:
-    asked: list[str] = []
-
-    async def judge(request: pc.ReviewRequest) -> pc.Review:
-        asked.append(request.kickoff_id)
-        proxy.cut()
-        return APPROVED
-
-    waiting = await waiting_for(server, judge)
-    await until(lambda: asked, "the function has answered")
-    polls = server.requests["status"]
-    await until(lambda: server.requests["status"] > polls + 3 or waiting.done(), "the run is polled meanwhile")
-    assert waiting.done() is False
-    assert server.requests["resume"] == 0
-    proxy.restore()
-    assert (await waiting).output == "Draft. "
-    assert len(asked) == 1
-    assert server.requests["resume"] == 1
-
-
-async def test_a_written_answer_is_known_as_ones_own(server: CrewServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, lost = PrefectRecords.add_review, list[int]()
-
-    async def lose(self: PrefectRecords, record: Any, number: int, review: pc.Review) -> bool:
-        is_ours = await genuine(self, record, number, review)
-        if not lost:
-            lost.append(number)
-            raise httpx.ReadError("the reply was lost")
-        return is_ours
-
-    monkeypatch.setattr(PrefectRecords, "add_review", lose)
-    assert (await (await waiting_for(server))).output == "Draft. "
-    assert lost == [1]
-    assert server.requests["resume"] == 1
-    assert [one.outcome for one in await answers(server)] == ["sent"]
-
-
-@pytest.mark.parametrize("refused", ["POST /api/variables/$", "POST /api/variables/filter"], ids=["writing", "reading"])
-async def test_a_refusing_prefect_ends_the_wait(refused: str, server: CrewServer, proxy: Proxy) -> None:
-    run = await server.crew().atrigger({})
-    proxy.refuse = refused
-    waited = wait_for_run(LiveRun(run._crew, run.kickoff_id), RunOptions(review=lambda _: APPROVED))
-    with pytest.raises(pc.PrefectRefusedError, match=r"The Prefect API \S+ refuses a request \(HTTP 403\)") as caught:
-        await asyncio.wait_for(waited, 60)
-    assert run.kickoff_id in str(caught.value)
-    assert "wait for the run again under its key" in str(caught.value)
-    assert not isinstance(caught.value, pc.PrefectAwayError)
-    assert server.requests["resume"] == 0
