@@ -138,12 +138,7 @@ def start(
     logger.propagate = False
     app = create_receiver(max_body=int(max_body * 1024 * 1024))
     with _listening(host, port):
-        code = serve_receiver(app, host=host, port=port)
-    if app.state.forwarder.has_unsent_events:
-        # While it exits, Python waits for Prefect's thread, which tries to send each event for 7 s.
-        logging.shutdown()
-        os._exit(code)
-    return code
+        return serve_receiver(app, host=host, port=port)
 
 
 INPUTS = {

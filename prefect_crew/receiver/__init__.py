@@ -1,4 +1,4 @@
-"""The webhook receiver: it wakes the processes that wait for a run, and makes events of ends and questions.
+"""The webhook receiver: it writes news and questions of runs into the crew database, and makes events of ends.
 
     from prefect_crew.receiver import create_receiver
 

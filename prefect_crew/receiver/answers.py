@@ -1,15 +1,15 @@
-"""The pages with which people answer the questions of crews, by a signed link and without access to Prefect.
+"""The pages with which people answer the questions of crews, by a link and without access to Prefect.
 
-    GET  /answer/{token}    the question, what is judged, a form; it changes nothing, since chat programs fetch links
-    POST /answer/{token}    sends the answer, once
+    GET  /answer/{id}    the question, what is judged, a form; it changes nothing, since chat programs fetch links
+    POST /answer/{id}    sends the answer, once
 
-    200 the question, or: sent          404 forged, expired, sent by another site, or not about the open question
+    200 the question, or: sent          404 unknown, expired, sent by another site, or not about the open question
     400, 408, 413, 415 no whole form
     409 the question changed, was answered or was closed after the person had opened its page
     502 it may have arrived             503 not sent, or nothing can be read: try again
 
-`answer_question` sends the answer, and the answer on record says that the question has one: a click, a form and the
-command line at the same time give one answer. The receiver keeps nothing, so several may serve one address.
+The id is random, and everybody who has it may answer. `answer_question` sends the answer, and the crew database says
+that the question has one: a click, a form and the command line at the same time give one answer.
 """
 
 from __future__ import annotations
@@ -19,22 +19,20 @@ import base64
 import hashlib
 import logging
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs
-from uuid import uuid4
-from weakref import WeakValueDictionary
 
 from jinja2 import Environment, StrictUndefined
-from pydantic import SecretStr
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from prefect_crew._internal.prefect_api import OneLine
+from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line, plain
-from prefect_crew.batches.stored import batches_waiting_for_people
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import approves
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
@@ -42,36 +40,42 @@ from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
 from prefect_crew.exceptions import (
     AlreadyAnsweredError,
+    AnswerUncertainError,
     ConfigurationError,
     CrewError,
     NotWaitingError,
-    PrefectAwayError,
 )
 from prefect_crew.receiver.bodies import BodyError, read_body
-from prefect_crew.records.model import RecordPhase, RecordStore
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, current_question
-from prefect_crew.runs.reviews.links import AnswerLink, is_about, read_link
-from prefect_crew.runs.reviews.questions import describe_answer, digest, place_of
+from prefect_crew.runs.database import in_store
+from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, look
+from prefect_crew.runs.reviews.questions import Asked, describe_answer, digest, request_of, reviews_of, state_of
 from prefect_crew.runs.reviews.reviewer import NOBODY
-from prefect_crew.runs.run import LiveRun, answers_record
-from prefect_crew.webhooks import fingerprint, seal, unseal
+from prefect_crew.runs.run import LiveRun, read_status
+from prefect_crew.store import attempts, questions
+from prefect_crew.store.questions import Question
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
-SHOWN = 20_000  # characters of a crew's text on a page
-SHOWN_NAME = 200  # characters of a name or an option on a page
-MAX_FEEDBACK = 10_000  # characters
-MAX_FORM = 128 * 1024  # bytes
-READ_WITHIN = 15.0  # seconds to read a question, from the Prefect API and the crew's server
-STORE_WITHIN = 20.0  # seconds to store an answer, while the Prefect API does not answer
-KNOWN_WITHIN = 60.0  # seconds until a page about another answer says that nobody knows whether that arrived
-ANSWER_WITHIN = 90.0  # seconds until a page says the same about its own answer, which is sent on
-AT_ONCE = 20  # questions of one run that are read at the same time
-REFUSED_AFTER, MOST_REFUSED = 0.4, 50
-"""Seconds until a link is refused, about as long as a look at the records takes, so that the time does not tell a
-forged link from a used one; and the most requests that are held up for it. More of them are refused at once."""
-NOBODY_NAMED = "an answer link"  # the giver of an answer, if the person gave no name
+SHOWN = 20_000
+"""Characters of a crew's text on a page."""
+SHOWN_NAME = 200
+"""Characters of a name or an option on a page."""
+MAX_FEEDBACK = 10_000
+"""Characters."""
+MAX_FORM = 128 * 1024
+"""Bytes."""
+MAX_ID = 64
+"""Characters of an id."""
+READ_WITHIN = 15.0
+"""Seconds to read a question, from the crew database and the crew's server."""
+KNOWN_WITHIN = 60.0
+"""Seconds until a page about another answer says that nobody knows whether that arrived."""
+ANSWER_WITHIN = 90.0
+"""Seconds until a page says the same about its own answer, which is sent on."""
+AT_ONCE = 20
+"""Questions that are read at the same time."""
+NOBODY_NAMED = "an answer link"
+"""The giver of an answer, if the person gave no name."""
 _STYLE = files("prefect_crew.receiver").joinpath("answer.css").read_text(encoding="utf-8")
 _PAGE = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
     files("prefect_crew.receiver").joinpath("answer.html").read_text(encoding="utf-8")
@@ -135,163 +139,109 @@ async def _read_form(request: Request) -> _Form:
     return _Form(texts.get("decision", ""), feedback, texts.get("name", ""), texts.get("seen", ""))
 
 
-@dataclass(frozen=True)
-class _Visit:
-    """A request with a link of ours. `signer` is the secret that signed it, `problem` why the request is no use."""
-
-    link: AnswerLink
-    signer: SecretStr
-    form: _Form | None = None
-    problem: BodyError | None = None
-
-
 class AnswerPages:
-    """The pages of questions. `secret` signs their links; several secrets are separated by blanks."""
+    """The pages of questions."""
 
-    def __init__(self, secret: SecretStr) -> None:
-        self._secret = secret
-        self._gates: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-        self._working: set[asyncio.Task[Response | None]] = set()
-        self._refused = 0
+    def __init__(self) -> None:
+        self._gate = asyncio.Semaphore(AT_ONCE)
+        self._working: set[asyncio.Task[Response]] = set()
 
     async def respond(self, request: Request) -> Response:
         """Show the question of a link, or take the form. No error leaves this, since its frames have the link."""
-        began, is_post = time.monotonic(), request.method == "POST"
-        opened = read_link(request.path_params["token"], self._secret)
-        is_foreign = is_post and request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        if opened is None or is_foreign:
-            return await self._refuse(began)
-        try:
-            visit = _Visit(*opened, form=await _read_form(request) if is_post else None)
-        except BodyError as error:
-            visit = _Visit(*opened, problem=error)
-        work = asyncio.create_task(self._respond(visit))
+        id_, form = request.path_params["id"], None
+        if request.method == "POST":
+            if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+                return _refuse()
+            try:
+                form = await _read_form(request)
+            except BodyError as error:
+                return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
+        work = asyncio.create_task(self._respond(id_, form))  # sent on, also if the person closes the page
         self._working.add(work)
         work.add_done_callback(self._working.discard)
         if not (await asyncio.wait({work}, timeout=ANSWER_WITHIN))[0]:
-            return _uncertain(visit.form)
+            return _uncertain(form)
         try:
-            return work.result() or await self._refuse(began)
-        except BodyError as error:
-            return _message(error.status, "Nothing was sent", f"The request cannot be used: {error}.")
+            return work.result()
         except Exception as error:  # noqa: BLE001  the server would log the error with its frames
-            text = "An answer link to run %s could not show its question, and asked to be opened again: %s"
-            logger.warning(text, visit.link.kickoff_id, _reason(error))
+            reason = str(error) if isinstance(error, CrewError) else type(error).__name__
+            logger.warning("An answer link could not show its question, and asked to be opened again: %s", reason)
             why = (
                 "Nothing was sent. Open the link again in a minute. If that fails too, tell the channel where you got "
+                "it: the log of the receiver has the reason."
             )
-            why += "it: the log of the receiver has the reason."
-            return _message(503, "The question cannot be read", why, visit.form)
+            return _message(503, "The question cannot be read", why, form)
 
-    async def _refuse(self, began: float) -> Response:
-        if self._refused < MOST_REFUSED:
-            self._refused += 1
-            try:
-                await asyncio.sleep(began + REFUSED_AFTER - time.monotonic())
-            finally:
-                self._refused -= 1
-        why = "It is incomplete, its time is over, or the question is closed. Ask the channel where you got the link."
-        return _message(404, "This link does not answer a question", why)
-
-    async def _respond(self, visit: _Visit) -> Response | None:
-        """Return the page of a link, None to refuse the link."""
-        link, form = visit.link, visit.form
+    async def _respond(self, id_: str, form: _Form | None) -> Response:
         async with AsyncExitStack() as stack:
-            gate = self._gates.setdefault(link.kickoff_id, asyncio.Semaphore(AT_ONCE))
-            async with asyncio.timeout(READ_WITHIN), gate:
-                run = await _open_run(link.kickoff_id, stack)
-                question = None if run is None else await _open_question(run, visit)
-            if run is None or question is None:
-                return None if run is None else await self._closed(run, visit)
-            if visit.problem is not None:
-                raise visit.problem
-            page, shown = self._page(run, question, link)
+            async with asyncio.timeout(READ_WITHIN), self._gate:
+                now, question = await in_store(questions.get_question, id_) if len(id_) <= MAX_ID else (0.0, None)
+                if question is None or now >= (question.expires_at or now + 1):
+                    return _refuse()
+                run = await stack.enter_async_context(_open_run(question))
+                asked = None if run is None else await _open_question(run, id_)
+            if run is None or asked is None:
+                return _refuse() if form is None or run is None else await self._closed(run, id_, form)
+            request = request_of(run.kickoff_id, asked)
+            seen = digest(request.id, request.output, request.message, request.options)
+            page = _Question(run, request, seen)
             if form is None:
                 return page.response(200)
-            if not self._has_seen(link, form, shown):
+            if form.seen != seen:
                 again = "The question has changed since you read it. Nothing was sent. Read it again, then answer."
                 return page.response(409, replace(form, decision=""), notice=again)
             try:
-                review = form.review(question)
+                review = form.review(request)
             except ConfigurationError as error:
                 return page.response(400, form, notice=f"{error} Nothing was sent.")
-            return await self._send(page, visit, form, review)
+            return await self._send(page, form, review)
 
-    def _page(self, run: LiveRun, question: ReviewRequest, link: AnswerLink) -> tuple[_Question, str]:
-        shown = digest(place_of(question), question.output, question.message, question.options)
-        seen = seal("seen", [link.place, fingerprint(self._secret, shown)], self._secret)
-        return _Question(run, question, seen), shown
-
-    def _has_seen(self, link: AnswerLink, form: _Form, shown: str | None = None) -> bool:
-        """Return whether a form is of this link; with `shown`, whether its page showed that."""
-        unsealed = unseal("seen", form.seen, self._secret)
-        if unsealed is None or unsealed[0][0] != link.place:
-            return False
-        (_, seen), signer = unsealed
-        return shown is None or seen == fingerprint(signer, shown)
-
-    async def _closed(self, run: LiveRun, visit: _Visit) -> Response | None:
-        """Return the page about a question that is not open any more, with the reason; None for a person who has not
-        seen the question open.
-        """
-        link, form = visit.link, visit.form
-        if form is None or not self._has_seen(link, form):
-            return None
+    async def _closed(self, run: LiveRun, id_: str, form: _Form) -> Response:
+        """Return the page about a question that is not open any more, with the reason, once that is known."""
         until = time.monotonic() + KNOWN_WITHIN
-        while answer := next(iter((await run.records.reviews(answers_record(run)))[link.number - 1 :]), None):
-            if answer.outcome != "intended" or time.monotonic() > until:
-                verb = "approved" if answer.approve else "rejected"
-                unsure = "" if answer.outcome == "sent" else " Nobody knows yet whether that answer arrived."
-                why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
-                return _message(409, "The question has its answer", plain(why), form)
-            await asyncio.sleep(1)
-        if question := await _open_question(run, visit):
+        while True:
+            now, question = await in_store(questions.get_question, id_)
+            state = None if question is None else state_of(question, now)
+            if question is None or state == "open" or state != "answering" or time.monotonic() > until:
+                break
+            await asyncio.sleep(0.5)
+        if question is not None and state == "open" and (asked := await _open_question(run, id_)):
             again = "The crew did not take the answer before yours. Yours was not sent: choose again."
-            form = replace(form, decision="")
-            return self._page(run, question, link)[0].response(409, form, notice=again)
-        why = "The crew does not wait for this answer any more. Nothing was sent."
-        return _message(409, "The question is closed", why, form)
+            page = _Question(run, request_of(run.kickoff_id, asked), form.seen)
+            return page.response(409, replace(form, decision=""), notice=again)
+        if question is None or question.answer is None:
+            why = "The crew does not wait for this answer any more. Nothing was sent."
+            return _message(409, "The question is closed", why, form)
+        (answer,) = reviews_of([question], now)
+        verb = "approved" if answer.approve else "rejected"
+        unsure = "" if answer.outcome == "sent" else " Nobody knows yet whether that answer arrived."
+        why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
+        return _message(409, "The question has its answer", plain(why), form)
 
-    async def _send(self, page: _Question, visit: _Visit, form: _Form, review: Review) -> Response | None:
-        run, nonce, until = page.run, uuid4().hex, time.monotonic() + STORE_WITHIN
+    async def _send(self, page: _Question, form: _Form, review: Review) -> Response:
+        run, id_ = page.run, page.request.id
         try:
-            while True:
-                try:
-                    _, answer = await answer_question(run, review, question=page.question, nonce=nonce)
-                    break
-                except PrefectAwayError:  # the answer may be on record, and nothing was sent
-                    if time.monotonic() > until:
-                        raise
-                    await asyncio.sleep(1)
+            _, answer = await answer_question(run, review, seen=page.request)
         except (AlreadyAnsweredError, NotWaitingError):
-            return await self._closed(run, visit)
-        except Exception as error:  # noqa: BLE001  any of them may come after the crew has taken the answer
-            text = "Run %s: an answer by link may not have been sent: %s. To look: prefect-crew reviews inspect %s"
-            logger.warning(text, run.kickoff_id, run.redact(_reason(error)), run.as_argument())
-            return await _failed(page, form, error, nonce)
+            return await self._closed(run, id_, form)
+        except Exception as error:  # noqa: BLE001  any error has to be a page
+            logger.warning("An answer by a link to run %s: %s", run.kickoff_id, run.redact(str(error)))
+            if isinstance(error, AnswerUncertainError) or not isinstance(error, (CrewError, *PREFECT_ERRORS)):
+                return _uncertain(form, run.crew.page_url)
+            if kickoff_fate(error) is KickoffFate.REFUSED:
+                why = "It cannot be sent from this page. Answer on the crew's page."
+                return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
+            why = "Your answer was not sent. Nothing is lost: try again in a minute."
+            return page.response(503, form, notice=why)
         verb = "approved" if answer.approve else "rejected"
         logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
         choice = f"“{plain(run.redact(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
         return _message(200, "Your answer was sent", f"{choice} by {answer.by}. You can close this page.")
 
 
-async def _failed(page: _Question, form: _Form, error: Exception, nonce: str) -> Response:
-    """Return the page about an answer that was not sent, or may have arrived: its record decides."""
-    run, is_away = page.run, isinstance(error, PrefectAwayError)
-    if not is_away:
-        try:
-            answers = await run.records.reviews(answers_record(run))
-        except Exception:  # noqa: BLE001  not known
-            return _uncertain(form, run.crew.page_url)
-        if any(answer.nonce == nonce for answer in answers):
-            return _uncertain(form, run.crew.page_url)
-    if is_away or kickoff_fate(error) is KickoffFate.REFUSED:
-        why = "It cannot be sent from this page. Answer on the crew's page."
-        if is_away:
-            why = "Open the link again in a minute. If it shows no question then, answer on the crew's page."
-        return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
-    why = "Your answer was not sent. Nothing is lost: try again in a minute."
-    return page.response(503, form, notice=why)
+def _refuse() -> Response:
+    why = "It is incomplete, its time is over, or the question is closed. Ask the channel where you got the link."
+    return _message(404, "This link does not answer a question", why)
 
 
 def _uncertain(form: _Form | None, page_url: str | None = None) -> Response:
@@ -299,72 +249,49 @@ def _uncertain(form: _Form | None, page_url: str | None = None) -> Response:
     return _message(502, "Your answer may have arrived", why, form, page_url)
 
 
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, CrewError) else type(error).__name__
-
-
-async def _open_run(kickoff_id: str, stack: AsyncExitStack) -> LiveRun | None:
-    """Return the run of a kickoff id, connected until `stack` closes.
-
-    Return None if no record has the id, or if the run has ended and its crew is not stored any more.
+@asynccontextmanager
+async def _open_run(question: Question) -> AsyncGenerator[LiveRun | None]:
+    """Connect to the run of a question. None: it has ended, and its crew is not stored any more.
 
     Raises:
-        CrewError: The crew of a run in flight is not stored any more, or a batch that cannot be opened here may have
-            the run.
+        CrewError: The crew of a run in flight is not stored any more, or the crew database cannot be used.
         PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
     """
-    records: RecordStore = PrefectRecords()
-    record = await records.of_kickoff(kickoff_id)
-    if record is None:
-        batches, missed = await stack.enter_async_context(batches_waiting_for_people())
-        for records in [batch.ledger for batch in batches]:
-            record = await records.of_kickoff(kickoff_id)
-            # A ledger finds the id among the runs of all its batches, also of other batches than this store's.
-            if record is not None and await records.attempts(record.idempotency_key):
-                break
-        else:
-            if missed:
-                raise CrewError(" ".join(missed))
-            return None
-    crew = await find_crew(record)
-    if crew is None and record.phase is RecordPhase.ENDED:
-        return None
+    attempt = await in_store(attempts.get, question.attempt_id)
+    crew = None if attempt is None else await find_crew(attempt)
+    if attempt is None or (crew is None and attempt.ended_at is not None):
+        yield None
+        return
     if crew is None:
         raise CrewError(
-            f"The crew {record.crew} of the run is not stored, or has another URL than the run. Store it under this "
+            f"The crew {attempt.crew} of the run is not stored, or has another URL than the run. Store it under this "
             "name with the run's URL."
         )
-    run = LiveRun(crew, kickoff_id, record, records=records)
-    stack.enter_context(withholding(run.redact_text))
-    await stack.enter_async_context(run.session)
-    return run
+    run = LiveRun(crew, str(attempt.first_id), attempt)
+    with withholding(run.redact_text):
+        async with run.session:
+            yield run
 
 
-async def _open_question(run: LiveRun, visit: _Visit) -> ReviewRequest | None:
-    """Return the question of a link, None if the run asks another one, or none."""
-    if run.record is not None and run.record.phase is RecordPhase.ENDED:
+async def _open_question(run: LiveRun, id_: str) -> Asked | None:
+    """Return the question of a link, None if the run asks another one, or none, or if it has its answer."""
+    if run.attempt is None or run.attempt.ended_at is not None:
         return None
-    try:
-        question = await current_question(run)
-    except NotWaitingError:
-        return None
-    # A link is made for an open question. If its last answer seems to be to this question, it was to an equal one: the
-    # wait has seen a sign that the crew asks again, such as a webhook.
-    question = question.model_copy(update={"state": "open"})
-    return question if is_about(visit.link, question, visit.signer) else None
+    asked = await look(run, await read_status(run), after=run.crew.wait.next_round_after, if_approved=False)
+    return asked if asked is not None and asked.question.id == id_ and asked.state == "open" else None
 
 
 @dataclass(frozen=True)
 class _Question:
-    """The page of an open question. `seen` proves what it shows. Every text of the crew is masked and cut."""
+    """The page of an open question. `seen` says what it shows. Every text of the crew is masked and cut."""
 
     run: LiveRun
-    question: ReviewRequest
+    request: ReviewRequest
     seen: str
 
     def response(self, status: int, form: _Form | None = None, *, notice: str = "") -> Response:
         """Return the page, with a notice and the texts of a form that was not sent."""
-        run, question = self.run, self.question
+        run, question = self.run, self.request
         is_full = run.show == "full"
         message, output = (run.redact(text or "") if is_full else "" for text in (question.message, question.output))
         withheld = ""

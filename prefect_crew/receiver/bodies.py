@@ -6,7 +6,8 @@ import asyncio
 
 from starlette.requests import ClientDisconnect, Request
 
-BODY_TIMEOUT = 10.0  # seconds for a whole body
+BODY_TIMEOUT = 10.0
+"""Seconds for a whole body."""
 
 
 class BodyError(Exception):

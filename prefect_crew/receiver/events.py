@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
-from uuid import NAMESPACE_URL, UUID, uuid5
+from uuid import NAMESPACE_URL, uuid5
 
 from prefect_crew._text import one_line
 from prefect_crew.artifacts.events import resources_of
@@ -32,13 +30,13 @@ from prefect_crew.client._parsing import (
 )
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import ResponseFormatError
-from prefect_crew.records.model import utcnow
+from prefect_crew.store.decision import Attempt
 from prefect_crew.webhooks import Hook
 
-MAX_STREAMED = 200  # events of one stream delivery that are passed on
+MAX_STREAMED = 200
+"""Events of one stream delivery that are passed on."""
 _MAX_ID = 300
 _MAX_NAME = 100
-_MAX_KEY = 1000  # characters; a longer idempotency key is not a run's
 _ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
 _MODEL = re.compile(r"[\w./:@-]{1,80}", re.ASCII)
 _TIME = re.compile(r"[\d.:+TZ -]{1,40}", re.ASCII)
@@ -50,24 +48,20 @@ class WebhookEvent:
     """An event that the receiver has read from a webhook's body.
 
     Its name on the Prefect server is `crew.webhook.` and then `name`. `facts` are the body's, which nobody has checked.
-    The same delivery has the same `id`, so that a process that waits counts one webhook of two. `said_key` is the
-    idempotency key in the body's `meta`, if there is one. `output` is the text that a person has to judge.
+    `task` and `output` are of a question: the task, and the text that a person has to judge.
     """
 
     hook: Hook
     name: str
-    id: UUID
     facts: Mapping[str, Any]
     kickoff_id: str | None = None
-    said_key: str | None = None
+    usage: TokenUsage | None = None
+    task: str | None = field(default=None, repr=False)
     output: str | None = field(default=None, repr=False)
-    received: datetime = field(default_factory=utcnow)
 
 
 def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     """Return the events in a delivery: one event, or up to `MAX_STREAMED` events of a stream.
-
-    The same body at the same URL gives the same ids, so that a process that waits counts each event once.
 
     Raises:
         ResponseFormatError: The body is not an object, or names no run, or is of a stream and holds no events.
@@ -75,8 +69,6 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     expected = f"a {hook.kind} webhook's body"
     value = decode(body, expected=expected)
     source = as_object(value)
-    facts = repr((hook.kind, hook.idempotency_key, hook.attempt, hook.round)).encode("utf-8", "surrogatepass")
-    digest = hashlib.sha256(facts + b"\0" + body).hexdigest()
     if hook.kind == "stream":
         stream = source.get("events", value)
         items = as_list(stream) if isinstance(stream, list) else [stream]
@@ -84,18 +76,17 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
         is_one = any(pick(as_id, item, *RUN_KEYS) or as_text(item.get("type")) for item in events)
         if len(events) < len(items) or (events and not is_one):
             raise ResponseFormatError(expected=expected, body=shown(body))
-        streamed = enumerate(events[:MAX_STREAMED])
-        return [_streamed(hook, event, f"{digest}/{number}") for number, event in streamed]
+        return [_streamed(hook, event) for event in events[:MAX_STREAMED]]
     kickoff_id = pick(as_id, source, *RUN_KEYS)
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
         raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
-    state = state_of(source)
+    state, usage, is_question = state_of(source), pick(tokens_of, source, *USAGE), hook.kind == "human_input"
     facts_of_body = {
         "kickoff_id": kickoff_id,
         "task_id": as_id(source.get("task_id")),
         "state": str(state.state) if state and state.is_known else None,
         "execution_time": pick(as_number, source, SECONDS),
-        **_counts(pick(tokens_of, source, *USAGE)),
+        **_counts(usage),
     }
     names = {
         "name": pick(as_name, source, "name", "task_name"),
@@ -106,11 +97,11 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     event = WebhookEvent(
         hook=hook,
         name=hook.kind,
-        id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/{digest}"),
         facts=_event_facts(hook, facts_of_body, names),
         kickoff_id=_short(kickoff_id),
-        said_key=_idempotency_key(source.get("meta")),
-        output=_output_of(source) if hook.kind == "human_input" and hook.names else None,
+        usage=usage,
+        task=_short(as_id(source.get("task_id"))) if is_question else None,
+        output=_output_of(source) if is_question and hook.texts else None,
     )
     return [event]
 
@@ -124,28 +115,25 @@ def _output_of(source: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _streamed(hook: Hook, event: Mapping[str, Any], place: str) -> WebhookEvent:
+def _streamed(hook: Hook, event: Mapping[str, Any]) -> WebhookEvent:
     lowered = (as_text(event.get("type")) or "").lower()
     type_ = lowered if _TYPE.fullmatch(lowered) else "other"
     id_, kickoff_id, time = as_id(event.get("id")), pick(as_id, event, *RUN_KEYS), text_of(event.get("timestamp"))
     data = as_object(event.get("data"))
-    model = as_text(data.get("model")) or ""
+    model, usage = as_text(data.get("model")) or "", tokens_of(data.get("usage")) or tokens_of(data)
     facts = {
         "id": id_,
         "kickoff_id": kickoff_id,
         "at": time if hook.names or _TIME.fullmatch(time or "") else None,
-        **_counts(tokens_of(data.get("usage")) or tokens_of(data)),
+        **_counts(usage),
         "model": model if _MODEL.fullmatch(model) else None,
     }
-    # An event that comes once more in another batch is still the same.
-    same = f"{hook.idempotency_key}/{hook.attempt}/{kickoff_id}/{id_}" if id_ else place
     return WebhookEvent(
         hook=hook,
         name=f"stream.{type_}",
-        id=uuid5(NAMESPACE_URL, f"prefect-crew/webhook/stream/{type_}/{same}"),
         facts=_event_facts(hook, facts, {"name": data.get("task_name"), "agent": data.get("agent_role")}),
         kickoff_id=_short(kickoff_id),
-        said_key=_idempotency_key(data.get("meta")),
+        usage=usage,
     )
 
 
@@ -173,36 +161,29 @@ def _short(value: str | None) -> str | None:
     return value if value is not None and len(value) <= _MAX_ID and value.isprintable() else None
 
 
-def _idempotency_key(meta: Any) -> str | None:
-    key = as_object(meta).get("idempotency_key")
-    return key[:_MAX_KEY] if isinstance(key, str) else None
-
-
 def event_name(event: WebhookEvent) -> str:
-    """Return the name of the Prefect event."""
+    """Return the name of the Prefect event, which is also the kind of the news."""
     return f"crew.webhook.{event.name}"
 
 
-def prefect_event(event: WebhookEvent) -> dict[str, Any]:
+def is_task_name(hook: Hook, attempt: Attempt, task: str) -> bool:
+    """Return whether the crew database may have the name of a task, which may repeat an input."""
+    return bool(_ID.fullmatch(task)) or (hook.names and not attempt.secret_names)
+
+
+def prefect_event(event: WebhookEvent, attempt: Attempt) -> dict[str, Any]:
     """Return the arguments of Prefect's `emit_event`. The signed URL, never the body, names the run of the event.
 
     A question or an end of a run has one id, whatever the bodies contain, so that the server keeps one event of each.
     """
-    hook, name = event.hook, event_name(event)
-    key = hook.idempotency_key
-    run = key if hook.attempt is None else f"{key}/{hook.attempt}"
-    resource, related = resources_of(key, run, key, hook.crew or "unknown", hook.step, hook.flow_run_id)
+    name, key = event_name(event), attempt.key
+    run = attempt.first_id or f"{key}/{attempt.number}"
+    resource, related = resources_of(key, run, attempt.first_id or key, attempt.crew, attempt.step, attempt.flow_run_id)
+    facts = {"idempotency_key": key, "attempt": attempt.number, "round": event.hook.round, "said": dict(event.facts)}
     return {
-        "id": uuid5(NAMESPACE_URL, f"prefect-crew/{run}/{hook.claim}/{name}/{hook.round}"),
-        "occurred": event.received,
+        "id": uuid5(NAMESPACE_URL, f"prefect-crew/{attempt.id}/{name}/{event.hook.round}"),
         "event": name,
         "resource": resource,
         "related": related,
-        "payload": {
-            "idempotency_key": key,
-            "attempt": hook.attempt,
-            "claim": hook.claim,
-            "round": hook.round,
-            "said": dict(event.facts),
-        },
+        "payload": facts,
     }

@@ -8,18 +8,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections.abc import Callable
 
-from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
-from prefect_crew.receiver.forward import RecentWebhooks
 
 CONNECTIONS = 600
 """Connections at a time, of the 1,024 open files that are usual; a request on one more is answered with 503."""
-MAX_HEAD = 16 * 1024  # bytes of a request's head
+MAX_HEAD = 16 * 1024
+"""Bytes of a request's head."""
 
 
 class ReceiverServer(WebServer):
@@ -29,8 +27,6 @@ class ReceiverServer(WebServer):
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None) -> None:
-        forwarder = getattr(app.state, "forwarder", None) if isinstance(app, Starlette) else None
-        self._recent: RecentWebhooks | None = getattr(forwarder, "recent", None)
         super().__init__(
             app,
             on_started=on_started,
@@ -46,15 +42,9 @@ class ReceiverServer(WebServer):
         # uvicorn warns of every request that is not HTTP: anybody could fill a disk with that.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop the server, without a wait for the answers that it holds back."""
-        if self._recent is not None:
-            self._recent.close()
-        await super().shutdown(sockets)
-
 
 def serve_receiver(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 8001) -> int:
-    """Serve a receiver until Ctrl-C or SIGTERM, forward what it holds, and return 0.
+    """Serve a receiver until Ctrl-C or SIGTERM, and return 0.
 
     Args:
         app: The app that `create_receiver` returned.
@@ -66,7 +56,7 @@ def serve_receiver(app: ASGIApp, *, host: str = "127.0.0.1", port: int = 8001) -
     """
     bound = open_listener(host, port)
     where = url_of(bound)
-    line = f"Listening for webhooks at {where}  State: {where}/ready  Stop: Ctrl-C"
+    line = f"Listening for webhooks at {where}  State: {where}/health  Stop: Ctrl-C"
     server = ReceiverServer(app, on_started=lambda: print_line(line))
     with contextlib.closing(bound):
         asyncio.run(server.serve(sockets=[bound]))

@@ -11,22 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-from pydantic import SecretStr
 
 import prefect_crew as pc
+from prefect_crew._internal.clock import utcnow
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewInput
 from prefect_crew.devserver import CrewServer, Outcome, ReviewWebhook
 from prefect_crew.receiver import answers
-from prefect_crew.records.model import utcnow
-from prefect_crew.records.store import PrefectRecords
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import resume_run
-from prefect_crew.runs.reviews.links import AnswerLink
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.webhooks import Hook, seal, token_of
+from prefect_crew.webhooks import Hook, token_of
 from support.asking import AskingServer
 from support.chromium import Chromium
 from support.links import QUICK, Chat, answers_of, read, running, send
@@ -58,12 +54,6 @@ async def asking_server(*, show: Any = "full", wait: Any = QUICK, **options: Any
         crew = pc.DeployedCrew(url=url, token="secret-token", wait=wait, show=show)
         async with running(crew, f"link-{uuid.uuid4().hex[:12]}"):
             yield server
-
-
-def token_with(*, secret: str = SECRET, **changes: Any) -> str:
-    """Return a token; `changes` are fields of the link."""
-    facts: dict[str, Any] = {"kickoff_id": "nobody", "number": 1, "expires": utcnow() + timedelta(hours=1)}
-    return AnswerLink(**{**facts, "place": "", "output": None, **changes}).token(SecretStr(secret))
 
 
 async def test_a_link_shows_the_question_and_answers_it(chat: Chat):
@@ -165,8 +155,13 @@ async def test_a_flow_whose_question_comes_late_is_answered(chat: Chat, monkeypa
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
     crew = script({"name": "publish", "human": True, "output": "D."})
     async with asking(crew, options=("ship", "hold"), faults=["webhook:delay=2"]) as (_, flow_run, _):
-        await chat.link()
-        assert (await send(await chat.link(2), decision="option-0")).status == 200
+        url = await chat.link()
+
+        async def has_options() -> bool:
+            return "hold" in (await read(url)).said
+
+        await until(has_options, "the Flow's question comes")
+        assert (await send(url, decision="option-0")).status == 200
         assert await flow_run == "D."
 
 
@@ -174,37 +169,36 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
     async with asking() as (server, flow_run, _):
         url = await chat.link()
         base, _, token = url.rpartition("/")
-        payload, _, signature = token.partition(".")
-        hook = Hook("crew", "k", utcnow() + timedelta(days=1), 1)
+        hook = Hook("crew", "k", utcnow() + timedelta(days=1))
         wrong = {
-            "forged": f"{payload}.{'b' if signature[0] == 'a' else 'a'}{signature[1:]}",
-            "changed": f"{'b' if payload[0] == 'a' else 'a'}{payload[1:]}.{signature}",
-            "expired": token_with(expires=utcnow() - timedelta(seconds=1)),
-            "foreign": token_with(secret="another-secret-that-is-long-enough-too"),
-            "of no run": token_with(),
-            "of another purpose": seal("seen", ["nobody", 1, 9_999_999_999, "", None], SECRET),
+            "guessed": f"{'b' if token[0] == 'a' else 'a'}{token[1:]}",
             "a webhook's": token_of(hook, SECRET),
-            "long": "a" * 5000 + "." + signature,
-            "unsigned": payload,
+            "long": "a" * 5000,
+            "cut off": token[:-1],
             "nonsense": "%00%ff",
         }
-        began = time.monotonic()
         pages = {name: await read(f"{base}/{token}") for name, token in wrong.items()}
-        assert time.monotonic() - began > 0.4 * len(wrong), "the time does not tell them apart"
         for name, token in wrong.items():
             pages[f"{name}, sent"] = await send(f"{base}/{token}", seen="", decision="approve")
         pages["cross-site"] = await send(url, headers={"Sec-Fetch-Site": "cross-site"}, seen="x", decision="approve")
         assert (await send(url, decision="approve")).status == 200
         await flow_run
         pages["used"] = await read(url)
-        pages["used, sent"] = await send(url, seen="", decision="approve")
-        pages["used, no form"] = await send(url, content=b"{}", headers={"Content-Type": "application/json"})
         kinds = {(page.status, page.text, tuple(sorted(page.headers.items()))) for page in pages.values()}
         assert len(kinds) == 1, {name: page.status for name, page in pages.items()}
         assert pages["used"].status == 404
         assert server.requests["resume"] == 1
         hooks = base.removesuffix("/answer") + "/hooks/crew/"
         assert (await send(hooks + url.rpartition("/")[2], content=b"{}")).status == 404
+
+
+async def test_a_link_ends_with_peoples_time(chat: Chat):
+    async with asking(wait=QUICK.model_copy(update={"human_timeout": 2.0})) as (server, _, _):
+        url = await chat.link()
+        assert (await read(url)).status == 200
+        await asyncio.sleep(2)
+        assert (await send(url, seen="", decision="approve")).status == 404
+        assert server.requests["resume"] == 0
 
 
 async def test_pages_are_not_kept_framed_or_indexed(chat: Chat):
@@ -228,7 +222,6 @@ async def test_pages_are_not_kept_framed_or_indexed(chat: Chat):
         ({"decision": "reject", "feedback": "ä" * 10_001}, 400, "at most 10,000 characters"),
         ({"decision": "approve", "name": "nobody, in time"}, 400, "Write another name."),
         ({"decision": "approve", "seen": ""}, 409, "Read it again"),
-        ({"decision": "approve", "seen": seal("seen", ["x", "y"], SECRET)}, 409, "Read it again"),
         ({"decision": "approve", **{f"field-{n}": "x" for n in range(10)}}, 400, "too many fields"),
         ({"content": b"decision=approve&decision=reject"}, 400, "a field twice"),
         ({"content": b"x" * 200_000}, 413, "at most 131072 bytes"),
@@ -325,24 +318,6 @@ async def test_a_click_beside_a_refused_one_says_so(chat: Chat):
         assert "Shorter.</textarea>" in page.text
         assert (await send(url, seen=page.seen, decision="approve", name="Bob")).status == 200
         assert await flow_run == "printed"
-
-
-async def test_an_answer_whose_storing_got_no_reply_is_sent(chat: Chat, monkeypatch: pytest.MonkeyPatch):
-    add_review, lost = PrefectRecords.add_review, list[int]()
-
-    async def lose_reply(self: Any, record: Any, number: int, review: Any) -> bool:
-        is_ours = await add_review(self, record, number, review)
-        if not lost:
-            lost.append(number)
-            raise httpx.ReadError("the Prefect API is away")
-        return is_ours
-
-    monkeypatch.setattr(PrefectRecords, "add_review", lose_reply)
-    async with asking() as (server, flow_run, _):
-        assert (await send(await chat.link(), decision="approve")).status == 200
-        assert await flow_run == "printed"
-        assert lost == [1]
-        assert server.requests["resume"] == 1
 
 
 async def test_a_slow_answer_holds_up_no_page(chat: Chat, monkeypatch: pytest.MonkeyPatch):

@@ -1,56 +1,56 @@
-"""The receiver as an ASGI app: what is taken, what each refusal says, and what a process that waits for runs hears."""
+"""The receiver as an ASGI app: what it takes and refuses, and what it writes for the processes that wait."""
 
-import asyncio
 import gzip
 import json
-import time
-from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.receiver import forward
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.webhooks import recent_bearer
-from support.webhooks import BODIES, SECRET, Kept, headers_of, served, until, url_of
+from prefect_crew.runs.database import find_store
+from prefect_crew.store import attempts, questions
+from prefect_crew.store.news import News, Place, read_news
+from support.webhooks import BODIES, SECRET, events_of, headers_of, url_of
 
 BODY = json.dumps(BODIES["crew-first"]).encode()
 MIB = 1024 * 1024
 
 
+async def news_about(topic: str) -> list[News]:
+    return (await find_store().run(read_news, [topic], Place(0)))[0]
+
+
 @pytest.mark.parametrize("which", BODIES)
-async def test_each_kind_of_both_generations_is_taken(which: str, client: httpx.AsyncClient, kept: Kept, urls: Any):
-    kind, hooks = which.partition("-")[0], urls()
+async def test_each_kind_of_both_generations_is_taken(which: str, client: Any, urls: Any, new_attempt: Any):
+    kind, attempt = which.partition("-")[0], await new_attempt()
+    hooks = urls(attempt)
     answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
     assert answer.status_code == 200
     assert answer.json() == {"status": "accepted"}
-    assert {event.name.partition(".")[0] for event in kept.events} == {kind}
-    assert {event.hook.idempotency_key for event in kept.events} == {"city/lisbon"}
+    kinds = {"crew": ["crew.webhook.crew"], "human_input": ["crew.webhook.human_input", "question"]}
+    assert [event.kind for event in await news_about(attempt.id)] == kinds.get(kind, []), "others wake nobody"
 
 
-async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient, kept: Kept, urls: Any):
-    good, stale = urls(), urls(days=-1)
+async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient, urls: Any, new_attempt: Any):
+    attempt = await new_attempt()
+    good, stale = urls(attempt), urls(attempt, days=-1)
     crew = url_of(good, "crew")
     posts = [
         *(crew[:-1] + ("A" if crew[-1] != "A" else "B"), crew + "/", url_of(stale, "crew"), url_of(good, "stream")),
         *(crew.replace("/crew/", "/task/"), crew.replace("/crew/", "/nonsense/")),
-        *("/hooks/crew/" + "A" * 5000, "/hooks/crew/%00%ff", "/hooks/crew", "/"),
+        *("/hooks/crew/" + "A" * 5000, "/hooks/crew/%00%ff", "/hooks/crew", "/", "/recent"),
     ]
     answers = [await client.post(url, json=BODIES["crew-first"]) for url in posts]
     answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
     stream = url_of(good, "stream")
     answers.append(await client.post(stream, json={}, headers={"Authorization": "Bearer wrong"}))
     answers.append(await client.post("/hooks/crew/AAAA", content=unread()))
-    answers.append(await client.get("/recent"))
-    for value in ("", "Bearer ", "Bearer wrong", f"Basic {recent_bearer(SECRET)}"):
-        answers.append(await client.get("/recent", headers={"Authorization": value}))
     kinds = {(answer.status_code, answer.text, tuple(sorted(answer.headers.items()))) for answer in answers}
     assert [kind[:2] for kind in kinds] == [(404, '{"error":"not found"}')]
-    assert kept.events == []
+    assert await news_about(attempt.id) == []
 
 
 async def unread() -> AsyncIterator[bytes]:
@@ -89,124 +89,92 @@ JSON = {"Content-Type": "application/json"}
     ],
 )
 async def test_bodies_that_are_taken_or_refused(
-    content: bytes, headers: dict[str, str], status: int, client: httpx.AsyncClient, urls: Any, kept: Kept
+    content: bytes, headers: dict[str, str], status: int, client: httpx.AsyncClient, urls: Any, new_attempt: Any
 ):
+    attempt = await new_attempt()
     sent = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    answer = await client.post(url_of(urls(), "crew"), content=content, headers=sent)
+    answer = await client.post(url_of(urls(attempt), "crew"), content=content, headers=sent)
     assert answer.status_code == status
-    assert len(kept.events) == int(status == 200)
+    assert len(await news_about(attempt.id)) == int(status == 200)
     if "content-length" not in headers:  # in chunks, which do not tell their length before
-        assert (await client.post(url_of(urls(), "crew"), content=parts(content), headers=sent)).status_code == status
+        assert (
+            await client.post(url_of(urls(attempt), "crew"), content=parts(content), headers=sent)
+        ).status_code == status
 
 
-async def test_health_and_readiness(client: httpx.AsyncClient, kept: Kept, urls: Any):
-    await client.post(url_of(urls(), "crew"), json=BODIES["crew-first"])
-    await client.post("/hooks/crew/nonsense", json={})
-    assert (await client.get("/health")).json() == {"status": "ok"}
-    answer = await client.get("/ready")
-    assert answer.status_code == 200
-    assert answer.json() == {"ready": True, "answers": {"200": 1, "404": 1}, "received": 1}
-    kept.ready = False
-    assert (await client.get("/ready")).status_code == 503
-
-
-def test_a_receiver_needs_a_secret_and_a_prefect_api(monkeypatch: pytest.MonkeyPatch, kept: Kept):
+def test_a_receiver_needs_a_secret_and_a_prefect_api(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", raising=False)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(ConfigurationError, match="WEBHOOK_SECRET"):
-        create_receiver(forwarder=kept)
-    with pytest.raises(ConfigurationError, match="5 characters"):
-        create_receiver("short", forwarder=kept)
+        create_receiver()
     with pytest.raises(ConfigurationError, match="PREFECT_API_URL"):
         create_receiver(SECRET)
 
 
-# What a process that waits for runs hears
-
-BEARER = {"Authorization": f"Bearer {recent_bearer(SECRET)}"}
-
-
-async def ask(client: httpx.AsyncClient, after: str = "") -> dict[str, Any]:
-    answer = await client.get("/recent", params={"after": after}, headers=BEARER)
-    assert answer.status_code == 200
-    assert answer.headers["cache-control"] == "no-store"
-    return answer.json()
+async def test_a_receiver_whose_secret_is_short_does_not_start(prefect_api: Any):
+    with pytest.raises(ConfigurationError, match="5 characters"):
+        create_receiver("short")
 
 
-async def deliver(client: httpx.AsyncClient, hooks: Webhooks, which: str = "crew-first") -> None:
-    kind = which.partition("-")[0]
-    answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
-    assert answer.status_code == 200
+async def test_the_url_is_evidence_of_an_uncertain_kickoff(client: httpx.AsyncClient, urls: Any, new_attempt: Any):
+    attempt = await new_attempt(None)
+    await client.post(url_of(urls(attempt), "step"), json=BODIES["step-first"])
+    now = await find_store().run(attempts.get, attempt.id)
+    assert (str(now.state), now.first_id) == ("started", "k-1")
 
 
-async def test_an_answer_is_held_back_until_a_webhook_comes(client: httpx.AsyncClient, kept: Kept, urls: Any):
-    cursor = str((await ask(client))["cursor"])
-    asking = [asyncio.create_task(ask(client, cursor)) for _ in range(3)]
-    await asyncio.sleep(0.1)
-    assert not any(task.done() for task in asking)
-    began = time.monotonic()
-    await deliver(client, urls(), "step-first")  # it ends no pause
-    await deliver(client, urls())
-    answers = await asyncio.gather(*asking)
-    assert time.monotonic() - began < 5
-    webhook = {
-        "id": str(kept.events[-1].id),
-        "event": "crew.webhook.crew",
-        "idempotency_key": "city/lisbon",
-        "attempt": 1,
-        "round": 0,
-        "said": {"kickoff_id": "k-1", "state": "completed", "execution_time": 9.0},
+async def test_a_later_round_names_the_run_that_goes_on(client: httpx.AsyncClient, urls: Any, new_attempt: Any):
+    attempt, store = await new_attempt("k-0"), find_store()
+    question = await store.run(questions.ask, attempt, 1, marks={}, task="draft", text=None)
+    await store.run(questions.answer, question.id, {"approve": True}, "Ada")
+    assert await store.run(questions.send, question.id, "sender", 30.0)
+    for number in (0, 1, 1):
+        body = {**BODIES["human_input-first"], "kickoff_id": f"k-{number}", "execution_id": f"k-{number}"}
+        await client.post(url_of(urls(attempt, round=number), "human_input"), json=body)
+    assert await store.run(attempts.ids_of, attempt.id) == ["k-0", "k-1"]
+    first, second = await store.run(questions.questions_of, attempt.id)
+    assert first.sent_at is not None, "a later webhook says that the answer arrived"
+    assert (second.number, second.task, second.text) == (2, "plan", "the output")
+    assert [question.id for question in await store.run(questions.open_questions)] == [second.id]
+
+
+@pytest.mark.parametrize("facts", [{"texts": False}, {"texts": False, "names": False}])
+async def test_a_question_of_a_secret_run_keeps_no_text(facts: Any, client: Any, urls: Any, new_attempt: Any):
+    attempt = await new_attempt(secret_names=["topic"])
+    body = {**BODIES["human_input-first"], "task_id": "hunter2 is the task"}
+    await client.post(url_of(urls(attempt, **facts), "human_input"), json=body)
+    (question,) = await find_store().run(questions.open_questions)
+    assert (question.text, question.task) == (None, None)
+
+
+async def test_an_end_is_one_event_about_its_run(client: httpx.AsyncClient, urls: Any, new_attempt: Any, key: str):
+    own = "8c5d6f2e-0000-4000-8000-000000000001"
+    attempt = await new_attempt(crew="travel", step="research", flow_run_id=own)
+    for number in range(3):
+        body = {**BODIES["crew-later"], "execution_time": number}
+        assert (await client.post(url_of(urls(attempt), "crew"), json=body)).status_code == 200
+    (stored,) = await events_of(key)
+    assert stored["event"] == "crew.webhook.crew"
+    assert stored["resource"] == {
+        "prefect.resource.id": "prefect-crew.run.k-1",
+        "prefect.resource.name": "travel run k-1",
+        "prefect-crew.idempotency-key": key,
+        "prefect-crew.crew": "travel",
     }
-    assert answers == [{"cursor": answers[0]["cursor"], "missed": False, "webhooks": [webhook]}] * 3
+    assert {related["prefect.resource.role"]: related["prefect.resource.id"] for related in stored["related"]} == {
+        "crew": "prefect-crew.crew.travel",
+        "step": "prefect-crew.step.research",
+        "flow-run": f"prefect.flow-run.{own}",
+    }
+    assert stored["payload"].items() >= {"idempotency_key": key, "attempt": 1, "round": 0}.items()
+    usages = [event.body["usage"]["total_tokens"] for event in await news_about(attempt.id)]
+    assert usages == [BODIES["crew-later"]["token_usage"]["total_tokens"]] * 3
 
 
-async def test_a_cursor_of_no_start_gets_the_latest(client: httpx.AsyncClient, urls: Any):
-    await deliver(client, urls())
-    for after in ("", "other-1", "nonsense", "-", "9" * 50, "\u2603"):
-        answer = await ask(client, after)
-        assert answer["missed"] is bool(after)
-        assert len(answer["webhooks"]) == 1
-        assert answer["cursor"].endswith("-1")
-
-
-async def test_an_answer_has_a_limit(client: httpx.AsyncClient, kept: Kept, urls: Any, monkeypatch: Any):
-    monkeypatch.setattr(forward, "MOST_IN_ANSWER", 2)
-    kept.recent._kept = deque(maxlen=4)
-    begin = cursor = str((await ask(client))["cursor"])
-    keys: list[str] = []
-    for number in range(4):
-        await deliver(client, urls(f"city/{number}"))
-    while len(keys) < 4:
-        answer = await ask(client, cursor)
-        assert answer["missed"] is False
-        cursor = answer["cursor"]
-        keys += [webhook["idempotency_key"] for webhook in answer["webhooks"]]
-    assert keys == [f"city/{number}" for number in range(4)]
-    await deliver(client, urls("city/4"))
-    late = await ask(client, begin)
-    assert [webhook["idempotency_key"] for webhook in late["webhooks"]] == ["city/1", "city/2"]
-    assert late["missed"] is True
-
-
-async def test_so_many_are_held_back_and_no_more(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(forward, "MOST_HELD", 1)
-    monkeypatch.setattr(forward, "HOLD", 0.3)
-    cursor = str((await ask(client))["cursor"])
-    asking = asyncio.create_task(ask(client, cursor))
-    await asyncio.sleep(0.1)
-    assert (await client.get("/recent", params={"after": cursor}, headers=BEARER)).status_code == 503
-    assert (await asking)["webhooks"] == []
-
-
-async def test_a_stop_waits_for_no_held_answer(kept: Kept, caplog: pytest.LogCaptureFixture):
-    async with httpx.AsyncClient() as client:
-        async with served(create_receiver(SECRET, forwarder=kept)) as url:
-            client.base_url = url
-            cursor = str((await ask(client))["cursor"])
-            asking = [asyncio.create_task(ask(client, cursor)) for _ in range(3)]
-            await until(lambda: kept.recent._held == 3, "all are held back")
-            began = time.monotonic()
-        answers = await asyncio.gather(*asking)
-    assert time.monotonic() - began < 1.5
-    assert [answer["webhooks"] for answer in answers] == [[], [], []]
-    assert "Traceback" not in caplog.text
+async def test_a_webhook_that_cannot_be_written_is_to_be_sent_again(
+    client: httpx.AsyncClient, urls: Any, new_attempt: Any, monkeypatch: pytest.MonkeyPatch
+):
+    hook = url_of(urls(await new_attempt()), "crew")
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", "sqlite:////proc/nowhere/crew.db")
+    assert (await client.post(hook, json=BODIES["crew-first"])).status_code == 503
+    assert (await client.get("/health")).json() == {"status": "ok"}

@@ -11,7 +11,6 @@ import pytest
 from prefect_crew import WaitPolicy, arun_crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
-from prefect_crew.webhooks import recent_bearer
 from support.deployed import wait_until
 from support.nginx import start_nginx
 from support.prefect_server import free_port
@@ -50,9 +49,6 @@ async def test_nothing_but_a_report_gets_through_nginx(key: str, tmp_path: Path,
             await events_of(key, prefix="crew.webhook.crew")
             async with httpx.AsyncClient(base_url=base) as client:
                 assert (await client.get("/ready")).status_code == 404
-                bearer = {"Authorization": f"Bearer {recent_bearer(SECRET)}"}
-                assert (await client.get("/crews/recent")).status_code == 404
-                assert (await client.get("/crews/recent", headers=bearer)).json()["missed"] is False
                 assert (await client.post("/crews/hooks/crew/forged", json={})).status_code == 404
                 assert (await client.post("/crews/hooks/crew/forged", content=b" " * 2_000_000)).status_code == 413
                 answer = await client.get("/crews/answer/forged.link")

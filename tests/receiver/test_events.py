@@ -21,7 +21,7 @@ NOW = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 def read(kind: WebhookKind, body: Any, *, names: bool = True, **facts: Any) -> list[WebhookEvent]:
-    hook = Hook(kind, "city/lisbon", NOW, 1, names, **facts)
+    hook = Hook(kind, "an-attempt", NOW, 0, names, **facts)
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return read_events(hook, raw)
 
@@ -70,7 +70,6 @@ def test_without_names_nothing_that_may_be_a_secret_is_read(which: str):
     assert [word for word in (*SAID_BY_NOBODY, "Researcher") if word in facts] == []
     for event in events:
         assert event.kickoff_id == event.facts["kickoff_id"] == "k-1"
-        assert event.hook.idempotency_key == "city/lisbon"
 
 
 def test_the_type_of_a_streamed_event_is_a_name():
@@ -114,22 +113,6 @@ def test_long_names_are_cut_and_long_ids_left_out():
     assert set(event.facts) == {"state", "agent"}
     assert event.kickoff_id is None
     assert event.facts["agent"] == ("a " * 50)
-
-
-def test_the_same_delivery_has_the_same_id_and_another_one_another():
-    question = BODIES["human_input-first"]
-    deliveries = [(question, 0), (question, 0), (question, 1), ({**question, "task_id": "research"}, 0)]
-    first, same, *others = (read("human_input", body, round=number)[0].id for body, number in deliveries)
-    assert first == same
-    assert len({first, *others}) == 3
-    (alone,) = read("stream", {"events": [BODIES["stream"]["events"][0]]})
-    assert alone.id == read("stream", BODIES["stream"])[0].id, "also in another delivery"
-
-
-def test_the_key_that_a_body_claims_is_kept_apart():
-    (event,) = read("crew", {**BODIES["crew-first"], "meta": {"idempotency_key": "another"}})
-    assert event.hook.idempotency_key == "city/lisbon"
-    assert event.said_key == "another"
 
 
 json_values = st.recursive(
