@@ -1,45 +1,35 @@
 """Signed webhook URLs: which ones a kickoff asks for, what they say, and whose they are."""
 
-import json
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
-from uuid import UUID
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_crew import DeployedCrew, WaitPolicy
 from prefect_crew.blocks import crew_of
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.webhooks import (
-    LONGEST_NAME,
     MAX_TOKEN,
     Hook,
     WebhookKind,
     bearer_of,
-    claim_of,
     hook_urls,
     hooks_expire,
-    may_read_recent,
     read_token,
-    recent_bearer,
     token_of,
 )
 from prefect_crew.webhooks import webhooks_for as targets_for
-from support.records import new_record
 from support.webhooks import SECRET, headers_of, url_of
 
 KINDS = get_args(WebhookKind)
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
-GOLDEN = Path(__file__).parent / "golden" / "webhook_urls.json"
 
-any_key = st.text(st.characters(), min_size=1, max_size=500)  # halves of surrogate pairs, too
+ids = st.text("0123456789abcdef", min_size=32, max_size=32)
 kinds = st.sampled_from(KINDS)
-claims = st.none() | st.text(max_size=40).map(claim_of)
 
 
 def read(hook: Hook, token: str, *, kind: str | None = None, secret: str = SECRET, now: datetime = NOW) -> Hook | None:
@@ -47,36 +37,18 @@ def read(hook: Hook, token: str, *, kind: str | None = None, secret: str = SECRE
     return read_token(kind or hook.kind, token, secret, now=now, authorization=bearer)
 
 
-@given(
-    *(any_key, kinds, st.none() | st.integers(1, 2**31), st.booleans(), st.integers(0, 255), claims),
-    st.text(max_size=LONGEST_NAME),
-)
-@example("\U0010fffd" * 500, "human_input", 99, False, 9, claim_of("o"), "\U0010fffd" * LONGEST_NAME)
-@example("\0" * 500, "human_input", 99, False, 9, claim_of("o"), "\0" * LONGEST_NAME)
-def test_a_signed_token_is_read_and_fits_a_url(
-    idempotency_key: str, kind: WebhookKind, attempt: int | None, names: bool, number: int, claim: str | None, name: str
-):
-    hook = Hook(kind, idempotency_key, LATER, attempt, names, number, claim, name, name, str(UUID(int=0)))
+@given(ids, kinds, st.integers(0, 10_000), st.booleans(), st.booleans())
+def test_a_signed_token_is_read_and_fits_a_url(attempt: str, kind: WebhookKind, number: int, names: bool, texts: bool):
+    hook = Hook(kind, attempt, LATER, number, names, texts)
     token = token_of(hook, SECRET)
     assert read(hook, token) == hook
     assert len(token) < MAX_TOKEN
     assert set(token) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 
-def test_golden_urls_are_read():
-    """Never change the file: a run that goes on holds such URLs while its receiver is updated."""
-    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
-    for case in golden["urls"]:
-        *_, kind, token = case["url"].split("/")
-        hook = read_token(kind, token, golden["secret"], now=NOW, authorization=case["authorization"])
-        assert hook is not None
-        later: dict[str, Any] = dict.fromkeys(("crew", "step", "flow_run_id"))
-        assert {**asdict(hook), "expires": hook.expires.isoformat()} == {**later, **case["says"]}
-
-
-@given(any_key, kinds, st.data())
-def test_a_changed_token_is_not_ours(idempotency_key: str, kind: WebhookKind, data: st.DataObject):
-    hook = Hook(kind, idempotency_key, LATER)
+@given(ids, kinds, st.data())
+def test_a_changed_token_is_not_ours(attempt: str, kind: WebhookKind, data: st.DataObject):
+    hook = Hook(kind, attempt, LATER)
     token = token_of(hook, SECRET)
     at = data.draw(st.integers(0, len(token) - 1))
     char = data.draw(st.sampled_from("AZaz09-_=+/. \n").filter(lambda one: one != token[at]))
@@ -95,7 +67,7 @@ def test_a_token_has_kind_secret_time_and_version(kind: WebhookKind, monkeypatch
     assert read(hook, token) == read(hook, token, now=LATER - timedelta(seconds=1)) == hook
     assert read(hook, token, now=LATER) is read(hook, token, secret=SECRET + "x") is None
     assert not any(read(hook, token, kind=other) for other in {*KINDS, "other"} - {kind})
-    monkeypatch.setattr("prefect_crew.webhooks.VERSION", 3)
+    monkeypatch.setattr("prefect_crew.webhooks.VERSION", 99)
     assert read(hook, token) is None
 
 
@@ -109,8 +81,6 @@ def test_the_first_secret_signs_and_each_is_accepted(kind: WebhookKind):
         token = token_of(hook, signer)
         assert read_token(kind, token, both, now=NOW, authorization=bearer) == hook
         assert read_token(kind, token, "o" * 40, now=NOW, authorization=bearer) is None
-        assert may_read_recent(both, f"Bearer {recent_bearer(signer)}")
-        assert not may_read_recent("o" * 40, f"Bearer {recent_bearer(signer)}")
     old_bearer = f"Bearer {bearer_of(hook, SECRET)}"
     mixed = read_token(kind, token_of(hook, new), both, now=NOW, authorization=old_bearer)
     assert mixed == (None if kind == "stream" else hook)
@@ -136,8 +106,8 @@ def test_bearer_tokens_stand_in_no_url():
 
 
 def test_equal_facts_give_equal_urls():
-    facts: list[dict[str, Any]] = [{"attempt": 1}, {"attempt": 1}, {"attempt": 2}, {"attempt": 1, "round": 1}]
-    hooks = [Hook("crew", "key", LATER, **one) for one in facts]
+    facts: list[dict[str, Any]] = [{"attempt": "1"}, {"attempt": "1"}, {"attempt": "2"}, {"attempt": "1", "round": 1}]
+    hooks = [Hook("crew", expires=LATER, **one) for one in facts]
     urls = [hook_urls(" https://h.example/a/b/ ", SECRET, hook).crew for hook in hooks]
     assert urls[0] == urls[1]
     assert len(set(urls)) == 3
@@ -167,14 +137,13 @@ def test_what_cannot_be_signed_is_said(changes: dict[str, Any], says: str):
 
 
 def webhooks_for(monkeypatch: pytest.MonkeyPatch, url: str | None, secret: str | None, **fields: Any) -> Any:
-    """Return the webhooks of a crew's second attempt at a key, with the settings given."""
+    """Return the webhooks of an attempt, with the settings given."""
     for name, value in {"URL": url, "SECRET": secret}.items():
         if value is not None:
             monkeypatch.setenv(f"PREFECT_INTEGRATIONS_CREW_WEBHOOK_{name}", value)
     crew = DeployedCrew.model_validate({"url": "https://crew.example.com", "token": "t-o-k-e-n", **fields})
-    own = "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
-    record = new_record("key", attempt=2, owner="me", step="research", flow_run_id=own)
-    return targets_for(crew_of(crew), record, round=1)
+    attempt: Any = SimpleNamespace(id="an-attempt")
+    return targets_for(crew_of(crew), attempt, round=1)
 
 
 def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPatch):
@@ -192,13 +161,7 @@ def test_an_address_with_a_secret_switches_them_on(monkeypatch: pytest.MonkeyPat
     token = url_of(hooks, "crew").removeprefix("https://h.example/crews/hooks/crew/")
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
-    assert hook.idempotency_key == "key"
-    assert hook.attempt == 2
-    assert hook.round == 1
-    assert hook.claim == claim_of("me")
-    assert hook.crew == "crew.example.com"
-    assert hook.step == "research"
-    assert hook.flow_run_id == "6f0c8b3e-8a35-4a35-9d39-0d4f3d1f6a11"
+    assert (hook.attempt, hook.round) == ("an-attempt", 1)
 
 
 def test_an_address_needs_a_secret_or_the_cloud(monkeypatch: pytest.MonkeyPatch):
@@ -217,6 +180,7 @@ def test_names_that_may_be_secret_are_not_shown(fields: dict[str, Any], monkeypa
     hook = read_token("crew", token, SECRET, now=datetime.now(UTC))
     assert hook is not None
     assert hook.names is (fields in ({}, {"show": "summary"}))
+    assert hook.texts is (fields == {})
 
 
 def test_urls_outlive_every_wait():

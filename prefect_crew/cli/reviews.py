@@ -66,7 +66,7 @@ async def ls(*, output: Output = None) -> None:
             attempt.crew,
             question.task_id,
             str(question.round),
-            "" if attempt.human_since is None else ago(attempt.human_since),
+            (attempt.human_since and ago(attempt.human_since)) or "",
         )
         for attempt, question in waiting
     ]

@@ -20,10 +20,10 @@ def test_an_outcome_is_one_of_the_requests_options():
     assert found.task_id == "review"
     assert found.options == ("yes", "no")
     assert "t0k" not in repr(found)
-    assert answer_text(found, Review(approve=True, feedback="Fine.")) == "yes: Fine."
-    assert answer_text(found, Review(approve=False)) == "no"
+    assert answer_text(found.options, Review(approve=True, feedback="Fine.")) == "yes: Fine."
+    assert answer_text(found.options, Review(approve=False)) == "no"
     with pytest.raises(ConfigurationError):
-        answer_text(found, Review(approve=True, option="maybe"))
+        answer_text(found.options, Review(approve=True, option="maybe"))
     assert parse_question(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None
 
 
