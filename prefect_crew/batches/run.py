@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial, wraps
 from hashlib import sha256
-from typing import IO, TYPE_CHECKING, Any, Literal, Unpack, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -30,7 +30,6 @@ from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, 
 from prefect_crew.batches.ledger import BatchEntry, Ledger
 from prefect_crew.batches.options import (
     IN_FLIGHT,
-    BatchArguments,
     BatchOptions,
     InputsFrom,
     KeyFrom,
@@ -256,10 +255,29 @@ async def aplan_batch(
     export: str = "batch.jsonl",
     ledger: str | None = None,
     seconds_per_run: float | None = None,
+    key: KeyFrom | None = None,
+    session: KeyFrom | None = None,
+    inputs: InputsFrom | None = None,
+    max_in_flight: int | None = None,
+    kickoffs_per_second: float | None = None,
+    kickoffs_at_once: int = 64,
+    on_failure: OnFailure = "continue",
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    on_change: Literal["refuse", "continue"] = "refuse",
+    on_cancel: Literal["stop", "drain", "leave"] = "stop",
+    breaker: int | None = 20,
+    retries: int = 0,
+    retry_failed: bool | Collection[str] = False,
+    max_kickoffs: int | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    webhooks: Webhooks | None = None,
+    budgets: Sequence[Budget] = (),
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
-    **options: Unpack[BatchArguments],
+    rows: str | None = None,
 ) -> BatchPlan:
     """Read the data set, check every row, and return the number of rows, the time and the cost. Nothing is started.
 
@@ -269,21 +287,21 @@ async def aplan_batch(
     Raises:
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
-    batch_options = BatchOptions(**options)
+    options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, batch_options, name, export, ledger, **file)
-    async with CrewSession(job.crew) as session:
-        plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session) or ())
+    job = await _batch_job(crew, dataset, options, name, export, ledger, **file)
+    async with CrewSession(job.crew) as crew_session:
+        plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(crew_session) or ())
     checked = await asyncio.to_thread(plan.check)
     done, mean, spent = await _earlier_calls(job)
     duration, each = mean if seconds_per_run is None else seconds_per_run, cost_of(job.crew.price, None)
     if each is None and spent.cost is not None:
         each = spent.cost / spent.priced
     rest = max(checked.total - done, 0)
-    most = batch_options.max_in_flight or IN_FLIGHT
+    most = options.max_in_flight or IN_FLIGHT
     seconds = None if duration is None else -(-rest // most) * duration
-    if batch_options.kickoffs_per_second is not None:
-        seconds = max(seconds or 0.0, rest / batch_options.kickoffs_per_second)
+    if options.kickoffs_per_second is not None:
+        seconds = max(seconds or 0.0, rest / options.kickoffs_per_second)
     return BatchPlan(
         name=job.name,
         rows=checked.total,

@@ -67,21 +67,26 @@ def serve(
         max_runs: How many runs go on at once; others are pending.
         save: Store the crew as a Prefect block under this name, so that flows and commands need only the name.
     """
+    from prefect_crew.devserver import CrewServer
     from prefect_crew.devserver import serve as serve_crew
 
     try:
+        server = CrewServer(
+            spec,
+            port=port,
+            token=token or None,
+            response_format=response_format,
+            faults=fault or (),
+            speed=speed,
+            stop=not no_stop,
+            max_runs=max_runs,
+        )
         with _listening(host, port):
             return serve_crew(
-                spec,
+                server,
                 host=host,
-                port=port,
-                token=token or None,
-                response_format=response_format,
-                faults=fault or (),
-                speed=speed,
-                stop=not no_stop,
-                max_runs=max_runs,
                 name=save,
+                show_token=not (save or token),
                 on_listening=None if save is None else partial(_store, save),
             )
     except ValueError as error:
