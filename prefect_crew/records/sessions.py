@@ -223,12 +223,6 @@ async def take_turn(record: RunRecord, records: RecordStore) -> Turn | None:
 # Pruning
 
 
-async def latest_turns(last: Turn, count: int) -> list[Turn]:
-    """Return the last turns of a session that are on record, the first one first."""
-    numbers = range(max(1, last.number - min(count, PAGE) + 1), last.number + 1)
-    return await _read_turns(last.crew_url, last.session, numbers)
-
-
 async def has_last_turn(records: Iterable[RunRecord]) -> bool:
     """Return whether one of some records has the last turn of its session: it says how the session goes on."""
     for record in records:

@@ -51,7 +51,7 @@ def outputs(batch: Batches) -> list[str]:
 
 async def turns(server: CrewServer, session: str = ANN) -> list[sessions.Turn]:
     last = await sessions.last_turn(server.url, session)
-    return [] if last is None else await sessions.latest_turns(last, 200)
+    return [] if last is None else await sessions._read_turns(server.url, last.session, range(1, last.number + 1))
 
 
 async def test_rows_of_a_session_are_turns_in_their_order(batch: Batches, journal: CrewServer):

@@ -11,7 +11,7 @@ from prefect_crew.records import prune as prune_module
 from prefect_crew.records import sessions
 from prefect_crew.records.model import RecordPhase, RunRecord
 from prefect_crew.records.prune import prune
-from prefect_crew.records.sessions import Turn, has_last_turn, last_turn, latest_turns, passed_turns, take_turn
+from prefect_crew.records.sessions import Turn, has_last_turn, last_turn, passed_turns, take_turn
 from prefect_crew.records.store import PrefectRecords
 from prefect_crew.records.variables import Variable, create_variable, read_exact
 from prefect_crew.states import CrewState
@@ -187,9 +187,7 @@ async def test_pruning_keeps_only_the_last_record(session: str, monkeypatch: pyt
     for _ in range(2):
         await prune(RECORDS, older_than=timedelta(0), share=1.0)
     assert [bool(await RECORDS.attempts(key)) for key in keys] == [False, False, False, False, True]
-    last = await last_turn(URL, session)
-    assert last is not None
-    assert [turn.number for turn in await latest_turns(last, 5)] == [1, 5]
+    assert [turn.number for turn in await sessions._read_turns(URL, session, range(1, 6))] == [1, 5]
 
 
 async def test_a_name_that_is_refused_and_not_shown_is_no_turn(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
