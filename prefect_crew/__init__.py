@@ -60,13 +60,13 @@ __all__ = [
     "InvalidInputsError", "KickoffUncertainError", "LedgerError", "LedgerMissingError", "NoResultError",
     "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError", "PipelineContext",
     "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError", "PrefectRefusedError", "Price",
-    "RateLimitedError", "ResolveError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewFunctionError",
-    "ReviewLimitError", "ReviewRequest", "RunNotFoundError", "ServerError", "SessionBlockedError", "Spending",
-    "StopAnswer", "StreamWebhook", "TaskResult", "TokenUsage", "TooManyAttemptsError", "UnreadableRecordError",
-    "WaitPolicy", "Webhooks", "aget_result", "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew",
-    "arun_pipeline", "crew_flow", "discover_inputs", "get_result", "kickoff_crew", "pipeline_flow", "plan_batch",
-    "plan_pipeline", "resume_crew", "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline",
-    "run_pipeline", "stop_crew", "wait_for_crew",
+    "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewLimitError", "ReviewRequest",
+    "RunNotFoundError", "ServerError", "SessionBlockedError", "Spending", "StopAnswer", "StreamWebhook",
+    "TaskResult", "TokenUsage", "TooManyAttemptsError", "UnreadableRecordError", "WaitPolicy", "Webhooks",
+    "aget_result", "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "crew_flow",
+    "discover_inputs", "get_result", "kickoff_crew", "pipeline_flow", "plan_batch", "plan_pipeline", "resume_crew",
+    "run_batch", "run_crew", "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew",
+    "wait_for_crew",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(

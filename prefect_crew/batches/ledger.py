@@ -21,7 +21,7 @@ from prefect_crew.batches.outcomes import CONFLICT_REASON, CORRECTABLE, SENDER_E
 from prefect_crew.batches.rows import BadRow, BadRows, RowJob
 from prefect_crew.client.models import Review, TokenUsage
 from prefect_crew.crew import Crew
-from prefect_crew.exceptions import CrewError, LedgerError, ResolveError, RunNotFoundError
+from prefect_crew.exceptions import CrewError, LedgerError, RunNotFoundError
 from prefect_crew.prices import Spending
 from prefect_crew.records.keys import escape_name
 from prefect_crew.records.model import SPARE, Lease, RecordPhase, RunRecord, digest, resolution
@@ -381,7 +381,7 @@ class Ledger:
     async def save(self, record: RunRecord) -> None:
         """Write the current state of an attempt, unless the ledger knows more already.
 
-        Raises ClaimLostError if somebody has resolved our claim, ResolveError if another caller's attempt has changed.
+        Raises ClaimLostError if somebody has resolved our claim, CrewError if another caller's attempt has changed.
         """
         mine = record.owner in self._own_claims
         if not await self._write(record):
@@ -436,7 +436,7 @@ class Ledger:
         stored = records[0]
         state = f"{stored.phase}{f', run {stored.kickoff_id}' if stored.kickoff_id else ''}"
         if not mine:
-            raise ResolveError(f"{place[:1].upper()}{place[1:]} is {state} in the ledger. Nothing was changed.")
+            raise CrewError(f"{place[:1].upper()}{place[1:]} is {state} in the ledger. Nothing was changed.")
         if record.kickoff_id in (None, stored.kickoff_id):
             text = "The ledger says that %s is %s, and keeps that: the state %s of this call was not written.%s"
             advice = "" if stored.is_unresolved else " Nothing has to be done."

@@ -17,7 +17,6 @@ from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     ConfigurationError,
     CrewError,
-    ResolveError,
     RunNotFoundError,
 )
 from prefect_crew.records.budgets import release
@@ -51,7 +50,7 @@ async def unresolved(idempotency_key: str, records: RecordStore) -> RunRecord:
     if not record.is_unresolved:
         run = record.kickoff_id
         is_now = f"run {run} is {record.state or 'started'}" if run else f"it is {record.phase}"
-        raise ResolveError(f"Run {idempotency_key!r} is not uncertain: {is_now}. There is nothing to resolve.")
+        raise CrewError(f"Run {idempotency_key!r} is not uncertain: {is_now}. There is nothing to resolve.")
     _check_over(record, record.phase)
     return record
 
@@ -123,7 +122,7 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
 
     Raises:
         RunNotFoundError: No run has the key or the id.
-        ResolveError: No run is in flight.
+        CrewError: No run is in flight.
     """
     attempts = await records.attempts(name)
     if not attempts and (holder := await records.of_kickoff(name)):
@@ -134,7 +133,7 @@ async def in_flight(name: str, records: RecordStore) -> RunRecord:
     if not started:
         latest = latest_start(attempts) or attempts[-1]
         is_now = f"it is {latest.state or latest.phase}"
-        raise ResolveError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
+        raise CrewError(f"Run {name!r} is not in flight: {is_now}. Only a run in flight can be lost.")
     return started[-1]
 
 
@@ -177,7 +176,7 @@ def _check_over(record: RunRecord, phase: RecordPhase) -> None:
     # sender's flow run does not matter: its process may be alive.
     needs_wait = record.phase is RecordPhase.CLAIMED or phase is RecordPhase.NOT_STARTED
     if needs_wait and record.open_for:
-        raise ResolveError(
+        raise CrewError(
             f"The kickoff of run {record.idempotency_key!r} may still be sent, or on its way. Nothing was changed. "
             f"Resolve it in {record.open_for:.0f} s, if it is still uncertain then."
         )
@@ -192,7 +191,7 @@ def _resolved_by_another(record: RunRecord, current: RunRecord | None) -> CrewEr
     is_now = "gone"
     if current is not None:
         is_now = f"{current.state or current.phase}, run {current.kickoff_id or 'unknown'}"
-    return ResolveError(f"Run {record.idempotency_key!r} was resolved by somebody else. Now it is {is_now}.")
+    return CrewError(f"Run {record.idempotency_key!r} was resolved by somebody else. Now it is {is_now}.")
 
 
 # By a webhook
