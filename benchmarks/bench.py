@@ -1,12 +1,6 @@
-"""Measure what has a goal, and print a table: figures, goals, and the machine's load.
+"""Measure what has a goal, and print a table: figures, goals, and the machine's load. README.md says how.
 
-    python benchmarks/bench.py                  all parts: about an hour on a quiet machine
-    python benchmarks/bench.py run burst        these parts
-    python benchmarks/bench.py --small          tiny numbers, to see that everything works
-    python benchmarks/bench.py --postgres       Prefect servers on PostgreSQL, not on SQLite
-
-It starts what it needs: Prefect servers with Prefect's own settings. What is compared is measured alternately, each
-measurement in a process of its own, three times; medians count.
+It starts what it needs: Prefect servers with Prefect's own settings.
 """
 
 from __future__ import annotations
@@ -21,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,10 +30,6 @@ from support.postgres import Postgres, find_postgres
 from support.prefect_server import QUICK, PrefectServer
 
 HERE = Path(__file__).parent
-LIMIT = 5400.0
-"""Seconds for one measurement."""
-CALM, CALM_WITHIN = 0.2, 60.0
-"""Share of a core below which a server has done what the measurement before left to it; seconds to wait for that."""
 Figures = dict[str, Any]
 
 
@@ -53,9 +43,9 @@ class Row:
     goal: float | None = None
     parts: str = ""
 
-    def cells(self) -> Iterable[str]:
+    def line(self) -> str:
         goal = "" if self.goal is None else f"{self.goal:g}, {'met' if self.value <= self.goal else '**missed**'}"
-        return self.work, self.figure, number(self.value), goal, self.parts
+        return f"| {self.work} | {self.figure} | {number(self.value)} | {goal} | {self.parts} |"
 
 
 class DurablePostgres(Postgres):
@@ -65,22 +55,15 @@ class DurablePostgres(Postgres):
 
 
 class Bench:
-    """Runs measurements, and starts the servers that they need; all end with the stack.
-
-    Attributes:
-        small: Whether everything is to be tiny.
-        load: The highest load of the machine since a part began.
-    """
+    """Runs measurements, tiny ones if `small`, and starts the servers that they need; all end with the stack."""
 
     def __init__(self, stack: contextlib.ExitStack, *, small: bool, on_postgres: bool) -> None:
         self.small = small
-        self.load = 0.0
         self._stack = stack
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="prefect-crew-bench-")))
         self._postgres: Postgres | None = None
         if on_postgres:
-            if (programs := find_postgres()) is None:
-                sys.exit("It needs PostgreSQL's programs (Debian: apt-get install postgresql).")
+            programs = find_postgres() or sys.exit("It needs PostgreSQL's programs (apt-get install postgresql).")
             self._postgres = stack.enter_context(DurablePostgres(programs))
         self._servers: dict[str, PrefectServer] = {}
 
@@ -97,9 +80,8 @@ class Bench:
         """Run a benchmark against a server; return its figures, and the server's CPU seconds."""
         folder, server = self._folder / f"work-{time.monotonic_ns()}", self.server(on)
         folder.mkdir()
-        pid = server.process.pid
-        self._calm_down(pid)
-        before = cpu_seconds(pid)
+        self._calm_down(server)
+        before = cpu_seconds(server.process)
         env = {
             FILE: str(folder / "figures"),
             "BENCHMARK_DATABASE": server.database_url,
@@ -108,20 +90,18 @@ class Bench:
             "PYTHONDONTWRITEBYTECODE": "",  # what is imported is compiled once, and not in each measurement
         }
         command = [sys.executable, str(HERE / f"{script}.py"), *map(str, arguments)]
-        done = subprocess.run(
-            command, env=isolated(folder / "home", env), timeout=LIMIT, stderr=subprocess.PIPE, text=True
-        )
+        env = isolated(folder / "home", env)
+        done = subprocess.run(command, env=env, timeout=5400, stderr=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"{' '.join(command[1:])} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-        self._calm_down(pid)
+        self._calm_down(server)
         figures = json.loads((folder / "figures").read_text())
-        self.load = max(self.load, figures.pop("load"))
-        return {**figures, "server_cpu_seconds": cpu_seconds(pid) - before}
+        return {**figures, "server_cpu_seconds": cpu_seconds(server.process) - before}
 
-    def _calm_down(self, pid: int) -> None:
-        """Wait until a server rests: it records late what a flow has left behind."""
-        deadline, cpu = time.monotonic() + (0 if self.small else CALM_WITHIN), -1.0
-        while time.monotonic() < deadline and (now := cpu_seconds(pid)) - cpu > CALM:
+    def _calm_down(self, server: PrefectServer) -> None:
+        """Wait until a server rests, for a minute: it records late what a flow has left behind."""
+        deadline, cpu = time.monotonic() + (0 if self.small else 60), -1.0
+        while time.monotonic() < deadline and (now := cpu_seconds(server.process)) - cpu > 0.2:
             cpu = now
             time.sleep(1)
 
@@ -132,10 +112,8 @@ class Bench:
             for way, server, measured in zip(ways, on, several, strict=False):
                 measured.append(self.measure(str(way[0]), *way[1:], on=server))
         for measured in several:
-            yield {
-                name: median(one[name] for one in measured) if isinstance(value, int | float) else value
-                for name, value in measured[0].items()
-            }
+            numbers = (name for name, value in measured[0].items() if isinstance(value, int | float))
+            yield measured[0] | {name: median(one[name] for one in measured) for name in numbers}
 
 
 def run(bench: Bench) -> list[Row]:
@@ -151,8 +129,8 @@ def run(bench: Bench) -> list[Row]:
 
 def burst(bench: Bench) -> list[Row]:
     runs, seconds = (5, 0.5) if bench.small else (100, 8.0)
-    options = ("--runs", runs, "--seconds", seconds)
-    crews, tasks = bench.alternately(("burst", "crews", *options), ("burst", "tasks", *options))
+    numbers = ("--runs", runs, "--seconds", seconds)
+    crews, tasks = bench.alternately(("burst", "crews", *numbers), ("burst", "tasks", *numbers))
     work = f"{runs} runs of {seconds:g} s at once in one flow"
     cpu, own_cpu = (1000 * way["server_cpu_seconds"] / runs for way in (crews, tasks))
     walls = f"{number(crews['seconds'])} and {number(tasks['seconds'])} s"
@@ -164,11 +142,10 @@ def burst(bench: Bench) -> list[Row]:
 
 def past(bench: Bench) -> list[Row]:
     records = 500 if bench.small else 150_000
-    servers = ("empty", "full")
-    for server, count in zip(servers, (1, records), strict=True):
-        bench.measure("past", "make", "--records", count, on=server)
+    bench.measure("past", "make", "--records", 1, on="empty")
+    bench.measure("past", "make", "--records", records, on="full")
     way = ("past", "work", "--times", 1 if bench.small else 3)
-    empty, full = bench.alternately(way, way, on=servers)
+    empty, full = bench.alternately(way, way, on=("empty", "full"))
     rows: list[Row] = []
     for name in (name for name in full if name.endswith("_seconds") and not name.startswith("server")):
         figure = name.removesuffix("_seconds").replace("_", " ")
@@ -179,8 +156,8 @@ def past(bench: Bench) -> list[Row]:
 
 def rows(bench: Bench) -> list[Row]:
     count, in_flight, seconds = (100, 50, 0.2) if bench.small else (5000, 2000, 2.0)
-    options = ("--rows", count, "--in-flight", in_flight, "--seconds", seconds)
-    batch, loop = bench.alternately(("rows", "batch", *options), ("rows", "loop", *options))
+    numbers = ("--rows", count, "--in-flight", in_flight, "--seconds", seconds)
+    batch, loop = bench.alternately(("rows", "batch", *numbers), ("rows", "loop", *numbers))
     work = f"{count:,} rows of {seconds:g} s, {in_flight:,} in flight"
     walls = f"{number(batch['seconds'])} and {number(loop['seconds'])} s"
     return [
@@ -192,9 +169,7 @@ def rows(bench: Bench) -> list[Row]:
 
 def worker(bench: Bench) -> list[Row]:
     runs, hold = (5, 2) if bench.small else (300, 20)
-    itself, another = (
-        bench.measure("worker", "--runs", runs, "--hold", hold, "--by", by) for by in ("itself", "another")
-    )
+    itself, another = (bench.measure("worker", by, "--runs", runs, "--hold", hold) for by in ("itself", "another"))
     work = f"{runs} flow runs that wait in one crew worker"
     of_each = f"{number(itself['run_kb'])} KB a flow run, {number(itself['core_percent'])} % of a core"
     begun = f"{number(itself['run_begun_seconds'])} s to begin each"
@@ -212,29 +187,21 @@ def pipeline(bench: Bench) -> list[Row]:
     return [Row(work, "on top of a step of the critical path, ms", figures["step_ms"], 130, parts)]
 
 
-PARTS: dict[str, Callable[[Bench], list[Row]]] = {
-    part.__name__: part for part in (run, burst, past, rows, worker, pipeline)
-}
+PARTS = {part.__name__: part for part in (run, burst, past, rows, worker, pipeline)}
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *PARTS], help=f"of {', '.join(PARTS)}")
     parser.add_argument("--small", action="store_true", help="tiny numbers")
     parser.add_argument("--postgres", action="store_true", help="Prefect servers on PostgreSQL")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the servers end with it
-    head = ("work", "figure", "measured", "goal", "made of", "load")
-    lines = [head, ("---",) * len(head)]
+    lines = ["| work | figure | measured | goal | made of |", "| --- | --- | --- | --- | --- |"]
     with contextlib.ExitStack() as stack:
         bench = Bench(stack, small=options.small, on_postgres=options.postgres)
         for name in options.parts or PARTS:
-            bench.load = os.getloadavg()[0]
-            print(f"{name} (load {bench.load:.1f})", flush=True)
-            lines += [(*row.cells(), f"{bench.load:.1f}") for row in PARTS[name](bench)]
+            print(f"{name} (load {os.getloadavg()[0]:.1f})", flush=True)
+            lines += [row.line() for row in PARTS[name](bench)]
     print(f"\n{len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, Prefect {version('prefect')}\n")
-    print(*(f"| {' | '.join(line)} |" for line in lines), sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+    print(*lines, sep="\n")

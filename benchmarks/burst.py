@@ -8,16 +8,14 @@ On the Prefect server of PREFECT_API_URL.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-from typing import Any
 
-from figures import report, used
-from lean_server import TOKEN, lean_server
+from figures import options_of, report, used
+from lean_server import lean_server
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from prefect_crew import DeployedCrew, arun_crew
+from prefect_crew import arun_crew
 
 
 @task(cache_policy=NO_CACHE)
@@ -30,29 +28,19 @@ async def tasks(seconds: float) -> None:
     await sleep(seconds)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["crews", "tasks"])
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long a crew works")
-    options = parser.parse_args()
-    with lean_server(options.seconds) as server:
-        crew: Any = DeployedCrew(url=server.url, token=TOKEN)  # type: ignore[arg-type]
-
-        @flow(name="burst", validate_parameters=False)
-        async def burst() -> None:
-            with used() as work:
-                runs = range(options.runs)
-                if options.what == "tasks":
-                    await asyncio.gather(*(tasks(options.seconds) for _ in runs))
-                else:
-                    await asyncio.gather(*(arun_crew(crew, {"topic": str(number)}) for number in runs))
-            report(options.what, runs=options.runs, seconds=work.seconds, cpu_seconds=work.cpu_seconds)
-
-        asyncio.run(burst())
-        if options.what == "crews":
-            server.assert_each_once(options.runs)
+@flow(name="burst", validate_parameters=False)
+async def burst(what: str, runs: int, seconds: float) -> None:
+    wall, cpu = list[float](), list[float]()
+    with lean_server(seconds) as server:
+        crew = server.crew()
+        with used(wall, cpu):
+            one_run = (lambda _: tasks(seconds)) if what == "tasks" else (lambda n: arun_crew(crew, {"topic": str(n)}))
+            await asyncio.gather(*map(one_run, range(runs)))
+        if what == "crews":
+            server.assert_each_once(runs)
+    report(what, runs=runs, seconds=wall[0], cpu_seconds=cpu[0])
 
 
 if __name__ == "__main__":
-    main()
+    options = options_of(__doc__, "crews", "tasks", runs=100, seconds=8.0)
+    asyncio.run(burst(options.what, options.runs, options.seconds))

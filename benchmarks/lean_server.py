@@ -2,14 +2,12 @@
 
 It answers in the documented format over plain asyncio. A run has ended once its time is over. Benchmarks ask it:
 
-    GET  /_counts    kickoffs, distinct idempotency keys, status calls
-    GET  /_looks     how often each run was asked for its status, by its id
-    POST /_end       end all runs now: with `--seconds inf` they go on until then
+    GET /_facts     distinct idempotency keys, and how often each run was asked for its status, by its id
+    GET /_end       the same, and end all runs now: runs of `inf` seconds go on until then
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
@@ -22,8 +20,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from typing import Any
+
+import httpx
 
 TOKEN = "bench-token"  # of a server that only this machine reaches
 _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
@@ -57,16 +56,12 @@ class Crew:
                 return _RUNNING
             took = 0.0 if math.isinf(self.seconds) else self.seconds
             return _COMPLETED % (path[8:], took, took)
-        return json.dumps(self._facts(path)).encode()
-
-    def _facts(self, path: bytes) -> Any:
         if path == b"/inputs":
-            return {"inputs": ["topic"]}
+            return b'{"inputs":["topic"]}'
         if path == b"/_end":
             self.ends = [min(end, time.monotonic()) for end in self.ends]
-        if path == b"/_looks":
-            return {f"{self.name}-{number}": looks for number, looks in enumerate(self.looks, 1)}
-        return {"kickoffs": len(self.ends), "keys": len(self.keys - {""}), "status_calls": sum(self.looks)}
+        looks = {f"{self.name}-{number}": looks for number, looks in enumerate(self.looks, 1)}
+        return json.dumps({"keys": len(self.keys - {""}), "looks": looks}).encode()
 
 
 class Connection(asyncio.Protocol):
@@ -102,22 +97,22 @@ async def serve(seconds: float) -> None:
 
 @dataclass
 class LeanServer:
-    """The address of a server that runs."""
+    """A server that runs."""
 
-    port: int
+    url: str
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def ask(self, path: str, method: str = "GET") -> Any:
-        with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
-            connection.request(method, f"/{path}")
-            return json.loads(connection.getresponse().read())
+    def ask(self, path: str) -> Any:
+        return httpx.get(f"{self.url}/{path}", timeout=60).json()
 
     def assert_each_once(self, runs: int) -> None:
-        counts = self.ask("_counts")
-        assert counts["kickoffs"] == counts["keys"] == runs, f"{runs} runs, but {counts}"
+        facts = self.ask("_facts")
+        assert len(facts["looks"]) == facts["keys"] == runs, f"{runs} runs, but {facts}"
+
+    def crew(self, **fields: Any) -> Any:
+        """Return the block of the crew."""
+        from prefect_crew import DeployedCrew
+
+        return DeployedCrew(url=self.url, token=TOKEN, **fields)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -126,17 +121,14 @@ def lean_server(seconds: float) -> Iterator[LeanServer]:
     process = subprocess.Popen([sys.executable, __file__, str(seconds)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        yield LeanServer(int(process.stdout.readline()))
+        yield LeanServer(f"http://127.0.0.1:{int(process.stdout.readline())}")
     finally:
         process.kill()
         process.wait()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seconds", type=float, help="how long a run takes")
-    options = parser.parse_args()
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(options.seconds))
+        asyncio.run(serve(float(sys.argv[1])))

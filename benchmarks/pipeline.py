@@ -6,23 +6,21 @@ Prefect server of PREFECT_API_URL.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import time
 from statistics import median
 from typing import Any
 
 from burst import tasks
-from figures import report
-from lean_server import TOKEN, LeanServer, lean_server
+from figures import options_of, report, used
+from lean_server import lean_server
 from prefect import flow
 
-from prefect_crew import CrewStep, DeployedCrew, WaitPolicy, arun_pipeline
+from prefect_crew import CrewStep, WaitPolicy, arun_pipeline
 
 LAYERS, WIDE, SECONDS = 5, 4, 0.2
 
 
-def steps(crew: DeployedCrew) -> list[CrewStep]:
+def steps(crew: Any) -> list[CrewStep]:
     made: list[CrewStep] = []
     for layer in range(LAYERS):
         before = [f"s{layer - 1}x{column}" for column in range(WIDE)] if layer else []
@@ -32,32 +30,21 @@ def steps(crew: DeployedCrew) -> list[CrewStep]:
 
 
 @flow(validate_parameters=False)
-async def measured(runs: int, server: LeanServer) -> None:
-    often = WaitPolicy(initial=0.1, max_interval=0.1)
-    crew: Any = DeployedCrew(url=server.url, token=TOKEN, wait=often)  # type: ignore[arg-type]
-    times: list[float] = []
-    floors: list[float] = []
-    for _ in range(runs + 1):  # the first loads and opens what the others use
-        began = time.perf_counter()
-        await arun_pipeline(steps(crew), {"topic": "Lisbon"}, name="benchmark")
-        times.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        for _ in range(LAYERS):
-            await asyncio.gather(*(tasks(SECONDS) for _ in range(WIDE)))
-        floors.append(time.perf_counter() - began)
+async def measured(runs: int) -> None:
+    times, floors = list[float](), list[float]()
+    with lean_server(SECONDS) as server:
+        crew = server.crew(wait=WaitPolicy(initial=0.1, max_interval=0.1))
+        for _ in range(runs + 1):  # the first loads and opens what the others use
+            with used(times):
+                await arun_pipeline(steps(crew), {"topic": "Lisbon"}, name="benchmark")
+            with used(floors):
+                for _ in range(LAYERS):
+                    await asyncio.gather(*(tasks(SECONDS) for _ in range(WIDE)))
+        server.assert_each_once((runs + 1) * LAYERS * WIDE)
     seconds, floor = median(times[1:]), median(floors[1:])
     step_ms, floor_step_ms = (1000 * (one - LAYERS * SECONDS) / LAYERS for one in (seconds, floor))
     report("pipeline", seconds=seconds, floor_seconds=floor, step_ms=step_ms, floor_step_ms=floor_step_ms)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5)
-    runs = parser.parse_args().runs
-    with lean_server(SECONDS) as server:
-        asyncio.run(measured(runs, server))
-        server.assert_each_once((runs + 1) * LAYERS * WIDE)
-
-
 if __name__ == "__main__":
-    main()
+    asyncio.run(measured(options_of(__doc__, runs=5).runs))

@@ -21,20 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from figures import memory_mb, report, used
+from figures import memory_mb, options_of, report, used
 from lean_server import TOKEN, LeanServer, lean_server
 
 CLIENTS = 16
 
 
 async def batch(options: argparse.Namespace, server: LeanServer, dataset: Path, output: Path) -> None:
-    from prefect_crew import DeployedCrew, WaitPolicy, arun_batch
+    from prefect_crew import WaitPolicy, arun_batch
 
-    wait = WaitPolicy(initial=max(options.seconds, 0.001), factor=1, max_interval=10, jitter=0)
-    crew: Any = DeployedCrew(url=server.url, token=TOKEN, wait=wait)  # type: ignore[arg-type]
-    outcome = await arun_batch(
-        crew, dataset, name=f"bench {os.getpid()}", export=str(output), max_in_flight=options.in_flight
-    )
+    crew = server.crew(wait=WaitPolicy(initial=max(options.seconds, 0.001), factor=1, max_interval=10, jitter=0))
+    name, most = f"bench {os.getpid()}", options.in_flight
+    outcome = await arun_batch(crew, dataset, name=name, export=str(output), max_in_flight=most)
     assert outcome.completed == options.rows, str(outcome)
     server.assert_each_once(options.rows)
 
@@ -71,23 +69,15 @@ async def loop(options: argparse.Namespace, server: LeanServer, dataset: Path, o
                 group.create_task(run(topic))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["batch", "loop"])
-    parser.add_argument("--rows", type=int, default=5000)
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long a run takes")
-    parser.add_argument("--in-flight", type=int, default=2000)
-    options = parser.parse_args()
+if __name__ == "__main__":
+    options = options_of(__doc__, "batch", "loop", rows=5000, seconds=2.0, in_flight=2000)
+    wall, cpu = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder, lean_server(options.seconds) as server:
         dataset, output = Path(folder, "rows.csv"), Path(folder, "out.jsonl")
         dataset.write_text("topic\n" + "".join(f"topic {number}\n" for number in range(options.rows)))
         importlib.import_module("prefect_crew.batches.run")  # which is not what is measured
-        with used() as work:
+        with used(wall, cpu):
             asyncio.run({"batch": batch, "loop": loop}[options.what](options, server, dataset, output))
         assert len(output.read_text().splitlines()) == options.rows
-    row_cpu_ms, peak_mb = 1000 * work.cpu_seconds / options.rows, memory_mb(field="VmHWM")
-    report(options.what, rows=options.rows, seconds=work.seconds, row_cpu_ms=row_cpu_ms, memory_mb=peak_mb)
-
-
-if __name__ == "__main__":
-    main()
+    row_cpu_ms, peak_mb = 1000 * cpu[0] / options.rows, memory_mb(field="VmHWM")
+    report(options.what, rows=options.rows, seconds=wall[0], row_cpu_ms=row_cpu_ms, memory_mb=peak_mb)

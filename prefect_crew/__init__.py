@@ -60,7 +60,7 @@ __all__ = [
     "InvalidInputsError", "KickoffUncertainError", "NoResultError",
     "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError", "PipelineContext",
     "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError", "PrefectRefusedError", "Price",
-    "RateLimitedError", "ResolveError", "ResponseFormatError", "ResumeAnswer", "Review", "ReviewFunctionError",
+    "RateLimitedError", "ResponseFormatError", "ResumeAnswer", "Review",
     "ReviewLimitError", "ReviewRequest", "RunNotFoundError", "ServerError", "SessionBlockedError", "Spending",
     "StopAnswer", "StoreError", "StreamWebhook", "TaskResult", "TokenUsage", "TooManyAttemptsError",
     "UnreadableRecordError", "WaitPolicy", "Webhooks", "aget_result", "aplan_batch", "aplan_pipeline", "arun_batch",

@@ -16,14 +16,12 @@
     ├── NoResultError                the run has no result: it has not ended, or never began
     ├── NotStartedError              no kickoff could be sent in ten minutes; nothing was started
     ├── KickoffUncertainError        the kickoff may or may not have started a run
-    ├── ResolveError                 there is nothing to resolve, it is too early, or somebody else has resolved it
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
     ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
     ├── SessionBlockedError          an earlier turn of the session is not over, and nobody may know its end
     ├── BudgetExceededError          a budget has no room for another run
     ├── NotWaitingError              the run does not wait for a person
     ├── AnswerUncertainError         an answer was sent, and nobody knows whether it arrived
-    ├── ReviewFunctionError          the review function raised, or returned no Review
     ├── UnreadableRecordError        a later version, or somebody else, wrote the record of a run
     ├── FlowRunCancelledError        the flow run was cancelled, so it starts no run and waits for none
     ├── CrewFailedError              the crew ran and failed
@@ -67,8 +65,8 @@ __all__ = [
     "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
     "InvalidCallError", "InvalidInputsError", "KickoffUncertainError",
     "NoResultError", "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError",
-    "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError", "ResolveError",
-    "ResponseFormatError", "ReviewFunctionError", "ReviewLimitError", "RunNotFoundError", "ServerError",
+    "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError",
+    "ResponseFormatError", "ReviewLimitError", "RunNotFoundError", "ServerError",
     "SessionBlockedError", "StoreError", "TooManyAttemptsError", "UnreadableRecordError",
 ]  # fmt: skip
 
@@ -325,10 +323,6 @@ class NotStartedError(CrewError):
     """For ten minutes, the run lost each claim before its kickoff could be sent. Nothing was started."""
 
 
-class ResolveError(CrewError):
-    """The kickoff is not uncertain, may still be on its way, or somebody else has resolved it. Nothing was changed."""
-
-
 class UnreadableRecordError(CrewError):
     """A later version of this package, or somebody else, wrote the record of a run. The call did not use the record."""
 
@@ -339,10 +333,6 @@ class NotWaitingError(CrewError):
 
 class AnswerUncertainError(CrewError):
     """A person's answer was sent, and nobody knows whether it arrived. It is not sent again automatically."""
-
-
-class ReviewFunctionError(CrewError):
-    """The review function raised, or returned no `Review`. Nothing was sent, and the run waits on."""
 
 
 class FlowRunCancelledError(CrewError):

@@ -15,25 +15,17 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 
 if TYPE_CHECKING:
-    from typing import Unpack
-
     from prefect_crew.devserver import CrewServer
-    from prefect_crew.devserver._server import ServerOptions, Spec
 
 __all__ = ["CrewServerFactory", "crew_database", "crew_server", "instant_polling", "scripted_crew"]
 
-
-class CrewServerFactory(Protocol):
-    """The function of the fixture `crew_server`: each call starts a server."""
-
-    def __call__(self, spec: Spec = "echo", *, port: int = 0, **options: Unpack[ServerOptions]) -> CrewServer:
-        """Start a server; see `prefect_crew.devserver.CrewServer`."""
-        ...
+CrewServerFactory: TypeAlias = "type[CrewServer]"
+"""The type of the fixture `crew_server`: a `CrewServer` that starts when it is made."""
 
 
 @pytest.fixture
@@ -61,10 +53,12 @@ def crew_server(crew_database: Path) -> Iterator[CrewServerFactory]:
 
     with contextlib.ExitStack() as running:
 
-        def start(spec: Any = "echo", **options: Any) -> CrewServer:
-            return running.enter_context(CrewServer(spec, **options))
+        class Started(CrewServer):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                running.enter_context(self)
 
-        yield start
+        yield Started
 
 
 @pytest.fixture

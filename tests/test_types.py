@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prefect_crew.batches.options import BatchArguments, BatchOptions
-from prefect_crew.batches.run import arun_batch
+from prefect_crew.batches.options import BatchOptions
+from prefect_crew.batches.run import aplan_batch, arun_batch
 
 HERE = Path(__file__).parent
 PROGRAMS = [HERE / "typed" / "right.py", HERE / "typed" / "wrong.py"]
@@ -52,8 +52,8 @@ def test_a_strict_checker_refuses_each_mistake(check: Callable[[Path], Found], t
     assert check(tmp_path) == wrong
 
 
-def test_options_of_a_batch_are_equal_in_three_places():
-    signature = inspect.signature(arun_batch).parameters
-    assert {*BatchArguments.__annotations__} == BatchOptions.model_fields.keys()
+@pytest.mark.parametrize("function", [arun_batch, aplan_batch])
+def test_options_of_a_batch_are_those_of_its_functions(function: Callable[..., object]):
+    signature = inspect.signature(function).parameters
     for name, field in BatchOptions.model_fields.items():
         assert signature[name].default == field.default, name

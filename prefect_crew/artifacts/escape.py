@@ -52,9 +52,9 @@ LINE = 60
 """Characters of a line of code that fit Prefect's page in a window of 1280 pixels."""
 
 
-def fenced(text: str, cap: int = OUTPUT_CAP) -> str:
-    """Return text as a block of code, cut to `cap`, also text with backticks. The page does not break long lines."""
-    content = text if len(text) <= cap else f"{text[:cap]}…"
+def fenced(text: str) -> str:
+    """Return text as a block of code, cut to `OUTPUT_CAP`. The page does not break long lines."""
+    content = text if len(text) <= OUTPUT_CAP else f"{text[:OUTPUT_CAP]}…"
     whole: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
     lines = (textwrap.wrap(line, LINE, **whole) for line in content.split("\n"))
     content = "\n".join("\n".join(parts) for parts in lines)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ImportString, ValidationError, field_serializer, field_validator
 from pydantic_core import PydanticSerializationError
@@ -31,30 +31,6 @@ KeyFrom = str | RowFunction
 Count = Annotated[int, Field(strict=True, ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OnFailure = Literal["continue", "stop"] | int | float
-
-
-class BatchArguments(TypedDict, total=False):
-    """The options of `run_batch` for type checkers, in the types that a caller may give."""
-
-    key: KeyFrom | None
-    session: KeyFrom | None
-    inputs: InputsFrom | None
-    rows: str | None
-    max_in_flight: int | None
-    kickoffs_per_second: float | None
-    kickoffs_at_once: int
-    on_failure: OnFailure
-    on_bad_row: Literal["refuse", "skip"]
-    on_cancel: Literal["stop", "drain", "leave"]
-    breaker: int | None
-    retries: int
-    retry_failed: bool | Collection[str]
-    max_kickoffs: int | None
-    wait: WaitPolicy | None
-    output_type: type[BaseModel] | None
-    meta: Mapping[str, Any] | None
-    webhooks: Webhooks | None
-    budgets: Sequence[Budget]
 
 
 class BatchOptions(BaseModel):

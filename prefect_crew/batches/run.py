@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import wraps
-from typing import IO, TYPE_CHECKING, Any, Literal, Unpack, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
@@ -23,7 +23,6 @@ from prefect_crew.batches.batch import pages_of, since_pass
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address
 from prefect_crew.batches.hold import Hold
 from prefect_crew.batches.options import (
-    BatchArguments,
     BatchOptions,
     InputsFrom,
     KeyFrom,
@@ -204,10 +203,28 @@ async def aplan_batch(
     name: str = "plan",
     export: str = "batch.jsonl",
     seconds_per_run: float | None = None,
+    key: KeyFrom | None = None,
+    session: KeyFrom | None = None,
+    inputs: InputsFrom | None = None,
+    max_in_flight: int | None = None,
+    kickoffs_per_second: float | None = None,
+    kickoffs_at_once: int = 64,
+    on_failure: OnFailure = "continue",
+    on_bad_row: Literal["refuse", "skip"] = "refuse",
+    on_cancel: Literal["stop", "drain", "leave"] = "stop",
+    breaker: int | None = 20,
+    retries: int = 0,
+    retry_failed: bool | Collection[str] = False,
+    max_kickoffs: int | None = None,
+    wait: WaitPolicy | None = None,
+    output_type: type[BaseModel] | None = None,
+    meta: Mapping[str, Any] | None = None,
+    webhooks: Webhooks | None = None,
+    budgets: Sequence[Budget] = (),
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
-    **options: Unpack[BatchArguments],
+    rows: str | None = None,
 ) -> BatchPlan:
     """Read the data set, check every row, and return the number of rows, the time and the cost. Nothing is started.
 
@@ -217,11 +234,11 @@ async def aplan_batch(
     Raises:
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
-    batch_options = BatchOptions(**options)
+    options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, batch_options, name, export, **file)
-    async with CrewSession(job.crew) as session:
-        plan = RowPlan(job.dataset, batch_options, job.crew, await expected_inputs(session) or ())
+    job = await _batch_job(crew, dataset, options, name, export, **file)
+    async with CrewSession(job.crew) as crew_session:
+        plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(crew_session) or ())
     checked = await asyncio.to_thread(plan.check)
     counts = await in_store(batches.count_rows, job.name)
     use = await in_store(batches.use_of_batch, job.name)
@@ -229,10 +246,10 @@ async def aplan_batch(
     if each is None and use.runs_with_cost:
         each = use.cost / use.runs_with_cost
     done = min(checked.total, counts.get(AttemptState.COMPLETED, 0))
-    rest, most = checked.total - done, rows_at_once(job.crew, batch_options)
+    rest, most = checked.total - done, rows_at_once(job.crew, options)
     seconds = None if duration is None else -(-rest // most) * duration
-    if batch_options.kickoffs_per_second is not None:
-        seconds = max(seconds or 0.0, rest / batch_options.kickoffs_per_second)
+    if options.kickoffs_per_second is not None:
+        seconds = max(seconds or 0.0, rest / options.kickoffs_per_second)
     return BatchPlan(
         name=job.name,
         rows=checked.total,

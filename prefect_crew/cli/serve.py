@@ -67,21 +67,26 @@ def serve(
         max_runs: How many runs go on at once; others are pending.
         save: Store the crew as a Prefect block under this name, so that flows and commands need only the name.
     """
+    from prefect_crew.devserver import CrewServer
     from prefect_crew.devserver import serve as serve_crew
 
     try:
+        server = CrewServer(
+            spec,
+            port=port,
+            token=token or None,
+            response_format=response_format,
+            faults=fault or (),
+            speed=speed,
+            stop=not no_stop,
+            max_runs=max_runs,
+        )
         with _listening(host, port):
             return serve_crew(
-                spec,
+                server,
                 host=host,
-                port=port,
-                token=token or None,
-                response_format=response_format,
-                faults=fault or (),
-                speed=speed,
-                stop=not no_stop,
-                max_runs=max_runs,
                 name=save,
+                show_token=not (save or token),
                 on_listening=None if save is None else partial(_store, save),
             )
     except ValueError as error:
@@ -221,7 +226,9 @@ def init(folder: Annotated[Path, Parameter(name="DIR", help="A folder that is em
         shutil.copytree(source, folder / target, ignore=shutil.ignore_patterns(*NOT_COPIED), dirs_exist_ok=True)
     readme = folder / "README.md"  # the repository's tests are told by comments how to run its blocks
     readme.write_text(re.sub(r"<!-- .*? -->\n", "", readme.read_text(encoding="utf-8")), encoding="utf-8")
-    (folder / "requirements.txt").write_text(f"prefect-crew[postgres]=={version('prefect-crew')}\npytest\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text(
+        f"prefect-crew[postgres]=={version('prefect-crew')}\npytest\n", encoding="utf-8"
+    )
     _output.put(f"Wrote a project to {folder}. Start with its README.md.")
 
 

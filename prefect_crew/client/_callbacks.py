@@ -151,8 +151,7 @@ def answer_text(options: Sequence[str], review: Review) -> str:
     option = review.option or next((name for name in options if name.casefold() in words), None)
     if options and option not in options:
         raise ConfigurationError(
-            f"The Flow has the outcomes {', '.join(options)}. Nothing was sent. Choose an outcome (option=…, "
-            "--option)."
+            f"The Flow has the outcomes {', '.join(options)}. Nothing was sent. Choose an outcome (option=…, --option)."
         )
     if not option and not review.feedback:
         option = "approved" if review.approve else "rejected"

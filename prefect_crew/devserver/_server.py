@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from anyio.abc import TaskStatus
 from anyio.from_thread import start_blocking_portal
@@ -40,18 +40,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=BaseModel)
 Work = Callable[[Request], Awaitable[Response]]
-
-
-class ServerOptions(TypedDict, total=False):
-    """The options of `CrewServer`, which describes each."""
-
-    token: str | None
-    response_format: FormatName
-    faults: Iterable[Fault | str]
-    speed: float
-    stop: bool
-    max_runs: int | None
-    review_webhook: ReviewWebhook | None
 
 
 class _Kickoff(BaseModel, extra="allow"):
@@ -104,18 +92,15 @@ class CrewServer:
     Args:
         spec: The crew; see `load_program`.
         port: The port; 0 takes a free one.
-        **options: As below.
-
-    Options:
-        - `token`: The bearer token that every request but `GET /` must carry; a random one by default.
-        - `response_format`: The words of answers: "documented" is the published API to the letter, "live" is what crews
-          on AMP really answer.
-        - `faults`: Mistakes of the server, as `Fault` or as text such as "status:500@1".
-        - `speed`: The divisor of the seconds in scripts.
-        - `stop`: Whether there is `/stop`; the published contract has none.
-        - `max_runs`: At most this many runs at once; later ones are pending. None: no limit for scripts, 100
-          for CrewAI code.
-        - `review_webhook`: Where people are asked as a Flow does it: by a signed webhook, answered at its callback URL.
+        token: The bearer token that every request but `GET /` must carry; a random one by default.
+        response_format: The words of answers: "documented" is the published API to the letter, "live" is what crews
+            on AMP really answer.
+        faults: Mistakes of the server, as `Fault` or as text such as "status:500@1".
+        speed: The divisor of the seconds in scripts.
+        stop: Whether there is `/stop`; the published contract has none.
+        max_runs: At most this many runs at once; later ones are pending. None: no limit for scripts, 100
+            for CrewAI code.
+        review_webhook: Where people are asked as a Flow does it: by a signed webhook, answered at its callback URL.
 
     Attributes:
         port: The port; 0 before the first start of a server that takes a free one.
@@ -130,14 +115,25 @@ class CrewServer:
         ValueError: An option or the crew is wrong. The text has the reason.
     """
 
-    def __init__(self, spec: Spec = "echo", *, port: int = 0, **options: Unpack[ServerOptions]) -> None:
-        response_format = options.get("response_format", "documented")
+    def __init__(
+        self,
+        spec: Spec = "echo",
+        *,
+        port: int = 0,
+        token: str | None = None,
+        response_format: FormatName = "documented",
+        faults: Iterable[Fault | str] = (),
+        speed: float = 1.0,
+        stop: bool = True,
+        max_runs: int | None = None,
+        review_webhook: ReviewWebhook | None = None,
+    ) -> None:
         if response_format not in FORMATS:
             raise ValueError(f"There is no response format {response_format!r}. Formats: {', '.join(FORMATS)}.")
-        program = load_program(spec, speed=options.get("speed", 1.0))
+        program = load_program(spec, speed=speed)
         self.port: int = port
-        self.token: str = options.get("token") or secrets.token_urlsafe(24)
-        self.faults: Faults = Faults(options.get("faults", ()))
+        self.token: str = token or secrets.token_urlsafe(24)
+        self.faults: Faults = Faults(faults)
         self.requests: Counter[str] = Counter()
         self.unauthorized: int = 0
         self.accepted: dict[str, Any] = {}
@@ -145,13 +141,12 @@ class CrewServer:
         self._format = FORMATS[response_format]
         self._tasks: set[asyncio.Task[None]] = set()
         self.hanging: set[Connection] = set()
-        review = options.get("review_webhook")
-        self._sender = WebhookSender(self.faults, spawn=self._spawn, response_format=self._format, review=review)
-        self.crew_runs: CrewRuns = CrewRuns(
-            program, listener=self._sender, spawn=self._spawn, max_runs=options.get("max_runs")
+        self._sender = WebhookSender(
+            self.faults, spawn=self._spawn, response_format=self._format, review=review_webhook
         )
+        self.crew_runs: CrewRuns = CrewRuns(program, listener=self._sender, spawn=self._spawn, max_runs=max_runs)
         self.asgi: Starlette = Starlette(
-            routes=self._routes(stop=options.get("stop", True)),
+            routes=self._routes(stop=stop),
             lifespan=self._lifespan,
             exception_handlers={404: self._not_here, 405: self._not_here},
         )
@@ -514,41 +509,36 @@ class _Uvicorn(WebServer):
 
 
 def serve(
-    spec: Spec = "travel",
+    server: CrewServer,
     *,
     host: str = "127.0.0.1",
-    port: int = 8000,
     name: str | None = None,
+    show_token: bool = False,
     on_listening: Callable[[str, str, bool], None] | None = None,
-    **options: Unpack[ServerOptions],
 ) -> int:
     """Serve a crew until Ctrl-C or SIGTERM, which cancel the runs in flight. Returns 0.
 
     Once the server answers, standard output gets a line with its URL and the command that runs the crew. A terminal
-    also gets a line with the kickoff id of each run. The other arguments are those of `CrewServer`.
+    also gets a line with the kickoff id of each run.
 
     Args:
-        spec: The crew.
-        host: The address to listen on.
-        port: The port; 0 takes a free one.
-        name: The name under which the crew is stored; without one it is run by its URL, with the token if that is a
-            random one.
+        server: The server, not started.
+        host: The address to listen on, with the server's port.
+        name: The name under which the crew is stored; without one it is run by its URL.
+        show_token: Whether the command has the token in it.
         on_listening: Called with the crew's URL, its token, and whether it is a Flow, before the server answers.
-        **options: The options of `CrewServer`.
 
     Raises:
-        ValueError: An option or the crew makes no sense.
         OSError: The port is taken, or the host is not this machine's.
     """
-    server = CrewServer(spec, **options)
     if sys.stdout.isatty():  # a pipe that nobody reads would block the server once it is full
         server.on_kickoff = lambda kickoff_id: print_line(f"Started run {kickoff_id}")
-    with contextlib.closing(open_listener(host, port)) as listener:
+    with contextlib.closing(open_listener(host, server.port)) as listener:
         program, url = server.crew_runs.program, url_of(listener)
         inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in program.inputs() if item.required)
         if on_listening is not None:
             on_listening(url, server.token, server.crew_runs.is_flow)
-        token = "" if name or options.get("token") else f"CREW_TOKEN={server.token} "
+        token = f"CREW_TOKEN={server.token} " if show_token else ""
         line = f"{token}prefect-crew run {shlex.quote(name) if name else url}{inputs}"
         line = f"Serving the crew {program.name} at {url}  Try: {line}  Stop: Ctrl-C"
         asyncio.run(_Uvicorn(server, on_started=lambda: print_line(line)).serve(sockets=[listener]))

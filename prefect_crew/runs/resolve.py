@@ -16,7 +16,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.client._transport import encoded_id
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
-from prefect_crew.exceptions import ConfigurationError, ResolveError, RunNotFoundError
+from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import normalize_key
 from prefect_crew.states import CrewState
@@ -116,7 +116,7 @@ async def resolve_never_started(name: str, by: str) -> Attempt:
     """
     attempt = await _unresolved(name)
     if attempt.state is AttemptState.STARTED:
-        raise ResolveError(f"Run {attempt.key!r} is not uncertain: run {attempt.first_id} is started.")
+        raise CrewError(f"Run {attempt.key!r} is not uncertain: run {attempt.first_id} is started.")
     resolved = await in_store(attempts.resolve, attempt, AttemptState.NOT_STARTED, by)
     return _resolved(attempt, AttemptState.NOT_STARTED, resolved, None)
 
@@ -133,7 +133,7 @@ async def resolve_lost(name: str, by: str, *, look: Look | None = None) -> Attem
     found = await find_attempts(name)
     started = [attempt for attempt in found if attempt.state is AttemptState.STARTED]
     if not started:
-        raise ResolveError(
+        raise CrewError(
             f"Run {name!r} is not in flight: it is {latest(found).state}. Only a run in flight can be lost."
         )
     attempt = started[-1]
@@ -152,7 +152,7 @@ async def _unresolved(name: str) -> Attempt:
     answer may not have arrived.
 
     Raises:
-        RunNotFoundError, ResolveError: There is none, or it is too early.
+        RunNotFoundError, CrewError: There is none, or it is too early.
     """
     found = await find_attempts(name)
     now = await in_store(attempts.time_now)
@@ -169,12 +169,12 @@ async def _unresolved(name: str) -> Attempt:
             return attempt
     run = attempt.first_id
     is_now = f"run {run} is {attempt.state}" if run else f"it is {attempt.state}"
-    raise ResolveError(f"Run {name!r} is not uncertain: {is_now}. There is nothing to resolve.")
+    raise CrewError(f"Run {name!r} is not uncertain: {is_now}. There is nothing to resolve.")
 
 
-def _too_early(attempt: Attempt, now: float) -> ResolveError:
+def _too_early(attempt: Attempt, now: float) -> CrewError:
     at = moment(attempt.deadline or now)
-    return ResolveError(
+    return CrewError(
         f"The kickoff of run {attempt.key!r} may still be sent, or on its way. Nothing was changed. Look again at "
         f"{at:%H:%M:%S} UTC, in {max(1.0, (attempt.deadline or now) - now):.0f} s: the run may have appeared on the "
         "crew's page by then. Only if it has not, it was never started."
@@ -197,5 +197,5 @@ def _resolved(
     is_done = current is not None and current.state is to
     if current is None or not is_done or (kickoff_id is not None and current.kickoff_id != kickoff_id):
         is_now = "gone" if current is None else f"{current.state}, run {current.first_id or 'unknown'}"
-        raise ResolveError(f"Run {attempt.key!r} was resolved by somebody else. Now it is {is_now}.")
+        raise CrewError(f"Run {attempt.key!r} was resolved by somebody else. Now it is {is_now}.")
     return current

@@ -84,9 +84,12 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("batch inspect nobody's/x*", 2, 'There is no batch "nobody\'s/x*"'),
         ("batch inspect b --ledger postgresql://me:hunter2@127.0.0.1:1/x", 2, "'b'"),
         ("batch plan {crew} nowhere.csv", 2, "nowhere.csv"),
-        (f"{BATCH_RUN} --map who=naem", 6, "none of its 20 rows can be run: input 'who' needs column naem"),
-        (f"{BATCH_RUN} --map who=naem", 6, "needs column naem (did you mean name?)"),
-        (f"{BATCH_RUN} --map who=naem", 6, "as a template, with both pairs of braces: {{{{ 'text' }}}})"),
+        (
+            f"{BATCH_RUN} --map who=naem",
+            6,
+            "none of its 20 rows can be run: input 'who' needs column naem (did you mean name?), which the row does "
+            "not have (for a constant text, write it as a template, with both pairs of braces: {{{{ 'text' }}}})",
+        ),
         ("crews save new", 2, RENAMED),
         ("crews save new --overwrite", 2, RENAMED),
         ("crews save new --url http://x.example.com", 2, "plain text"),

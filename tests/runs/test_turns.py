@@ -52,7 +52,7 @@ def states(server: CrewServer) -> dict[str, dict[str, Any]]:
 
 async def turns(server: CrewServer, session: str | None = None) -> list[sessions.Turn]:
     last = await sessions.last_turn(server.url, session or SESSION)
-    return [] if last is None else await sessions.latest_turns(last, 200)
+    return [] if last is None else await sessions._read_turns(server.url, last.session, range(1, last.number + 1))
 
 
 # What a turn remembers

@@ -19,7 +19,6 @@ from prefect_crew.exceptions import (
     CrewAPIError,
     CrewError,
     CrewLostError,
-    ReviewFunctionError,
     ReviewLimitError,
     StoreError,
 )
@@ -291,11 +290,9 @@ class People:
         except Exception as error:
             # Otherwise a caller could take its error for an error of the crew's server or of the Prefect API.
             reason = self.run.redact_text(f"{type(error).__name__}: {error}").rstrip(".")
-            raise ReviewFunctionError(f"The review function {name} raised {reason}. {next_step}") from error
+            raise CrewError(f"The review function {name} raised {reason}. {next_step}") from error
         if not isinstance(review, Review):
-            raise ReviewFunctionError(
-                f"The review function {name} returned a {type(review).__name__}, not a Review. {next_step}"
-            )
+            raise CrewError(f"The review function {name} returned a {type(review).__name__}, not a Review. {next_step}")
         return review.model_copy(update={"by": review.by or name})
 
     async def _stop_thinking(self) -> None:

@@ -22,8 +22,6 @@ from prefect_crew.exceptions import (
     KickoffUncertainError,
     NoResultError,
     NotWaitingError,
-    ResolveError,
-    ReviewFunctionError,
     RunNotFoundError,
     UnreadableRecordError,
 )
@@ -71,8 +69,6 @@ UNEXPECTED = (
     FlowRunCancelledError,
     NoResultError,
     NotWaitingError,
-    ResolveError,
-    ReviewFunctionError,
     RunNotFoundError,
     UnreadableRecordError,
 )
