@@ -62,8 +62,8 @@ class Hook:
     """The purpose of a URL: one kind of webhook of one attempt, until `expires` (aware; whole seconds).
 
     `attempt` is its id in the crew database. `round` is the number of answers that the run had when we signed the URL.
-    `names`: whether events may contain the names of tasks and agents. `texts`: whether the crew database may contain the
-    text of a question.
+    `names`: whether events may contain the names of tasks and agents. `texts`: whether the crew database may contain
+    the text of a question.
     """
 
     kind: WebhookKind

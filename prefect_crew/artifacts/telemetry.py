@@ -2,8 +2,9 @@
 
 The call that writes the end of the run writes the span, with the times of the attempt, so a run in flight needs no
 span. The parent is the current span, which is the span of Prefect's task run in a wait. A span holds no text of the
-crew. The names are from the semantic conventions for GenAI, v1.41, and from CrewAI (crewai/telemetry/tracing/semantic_conventions.py),
-which puts `crewai.execution_uuid`, the kickoff id, on each span of the same run.
+crew. The names are from the semantic conventions for GenAI, v1.41, and from CrewAI
+(crewai/telemetry/tracing/semantic_conventions.py), which puts `crewai.execution_uuid`, the kickoff id, on each span of
+the same run.
 """
 
 from __future__ import annotations

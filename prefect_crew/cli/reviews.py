@@ -66,7 +66,7 @@ async def ls(*, output: Output = None) -> None:
             attempt.crew,
             question.task_id,
             str(question.round),
-            (attempt.human_since and ago(attempt.human_since)) or "",
+            "" if attempt.human_since is None else ago(attempt.human_since),
         )
         for attempt, question in waiting
     ]

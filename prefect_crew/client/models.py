@@ -185,8 +185,8 @@ class Review(BaseModel):
     `option` is one of the question's options. Default: the option with the meaning of `approve`, if there is one. `by`
     is the name of the giver. Default: the name of the function, `the form` or the user of this machine.
 
-    An answer on record has the other fields as well. `round` counts the questions about the task, from 1. `outcome` says
-    whether the answer arrived: `intended` is on record and not sent yet.
+    An answer on record has the other fields as well. `round` counts the questions about the task, from 1. `outcome`
+    says whether the answer arrived: `intended` is on record and not sent yet.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)

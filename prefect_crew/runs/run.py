@@ -59,8 +59,8 @@ LARGEST_RESULT = 5_000_000
 _KEPT = 1000
 """The number of newest runs that a process remembers, in their state right after the kickoff."""
 _kicked_off: OrderedDict[str, LiveRun] = OrderedDict()
-# By kickoff id. Not an argument: a user's own flow passes only the id from the kickoff to the wait, and the crew database
-# has neither secret inputs nor `meta` nor webhooks.
+# By kickoff id. Not an argument: a user's own flow passes only the id from the kickoff to the wait, and the crew
+# database has neither secret inputs nor `meta` nor webhooks.
 
 
 class StoredResult(BaseModel):
@@ -399,8 +399,8 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
     """Write the end of a run by the status of its last id. Whoever writes it also writes the span and the event.
 
     The crew database keeps no error of a run with secret inputs, and a result only if masking changes nothing in it:
-    later calls read the status again. Return whether this call wrote the end; if not, somebody else did, or the run goes
-    on under another id. `run.attempt` is as it is now.
+    later calls read the status again. Return whether this call wrote the end; if not, somebody else did, or the run
+    goes on under another id. `run.attempt` is as it is now.
 
     Raises:
         StoreError, PREFECT_ERRORS: The crew database cannot be used.

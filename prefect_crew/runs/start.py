@@ -99,8 +99,8 @@ def holds_slot_for(policy: WaitPolicy) -> float:
 
 
 async def start_run(request: RunRequest, identity: RunIdentity, session: CrewSession) -> Decision:
-    """Find the run of an idempotency key, or start it. Return the decision, with the run's attempt and the time at which
-    this call first looked.
+    """Find the run of an idempotency key, or start it. Return the decision, with the run's attempt and the time at
+    which this call first looked.
 
     `session` is an open session with the crew. Raises the errors of `run_crew`.
     """
