@@ -393,7 +393,7 @@ def resolve(
             await resolve_never_started(key, by)
             sentence = f"{key} never started. {again} starts it."
         elif kickoff_id is not None:
-            async with _status_call(before, crew) as look:
+            async with _status_call(before, crew, plainly=True) as look:
                 attempt, state = await resolve_started(key, kickoff_id, by, look=look)
             now = f", {state} now" if state else ""
             is_now = "is" if attempt.first_id == kickoff_id else f"was {attempt.first_id} and goes on as"
@@ -412,10 +412,13 @@ def resolve(
 
 
 @asynccontextmanager
-async def _status_call(attempt: Attempt, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
+async def _status_call(
+    attempt: Attempt, crew: CrewOfRun, *, plainly: bool = False
+) -> AsyncGenerator[Look | None]:
     """Yield the status call of a run's crew. If the crew is not known, write a note and yield None.
 
-    For the run's own id, a run that waits for a person does so, though a hosted crew's server does not know it.
+    For the run's own id, a run with an open question waits for a person, though a hosted crew's server does not know
+    it. `plainly`: only what the server says counts.
     """
     loaded_crew = await crew.find(attempt)
     if loaded_crew is None:
@@ -426,7 +429,7 @@ async def _status_call(attempt: Attempt, crew: CrewOfRun) -> AsyncGenerator[Look
         run = LiveRun(session, attempt.first_id or "", attempt)
 
         async def look(kickoff_id: str) -> CrewStatus:
-            if kickoff_id == attempt.kickoff_id:
+            if kickoff_id == attempt.kickoff_id and not plainly:
                 return await read_status(run)
             return await session.call(lambda client: client.status(kickoff_id))
 

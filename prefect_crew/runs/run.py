@@ -313,11 +313,12 @@ class LiveRun:
         )
 
 
-async def read_attempt(run: LiveRun, idempotency_key: str | None = None) -> None:
-    """Read the attempt of a run by the key and the id. If the crew database cannot be used, keep the one that is known.
+async def read_attempt(run: LiveRun, *, is_needed: bool = False) -> None:
+    """Read the attempt of a run. If the crew database cannot be used, keep the one that is known.
 
     Raises:
         ConfigurationError: The run is of another crew.
+        StoreError, PREFECT_ERRORS: It `is_needed`, and the crew database cannot be used.
     """
     kickoff_id, crew, found = run.kickoff_id, run.crew, run.attempt
     run.is_unread = False
@@ -329,6 +330,8 @@ async def read_attempt(run: LiveRun, idempotency_key: str | None = None) -> None
             own = [attempt for attempt in holders if attempt.crew_url == crew.url]
             found = next(iter(own or holders), None)
     except (StoreError, *PREFECT_ERRORS) as error:
+        if is_needed:
+            raise
         run.is_unread = run.attempt is None
         run_logger().warning(
             "The record of run %s could not be read (%s). This call goes on without it.", kickoff_id, error

@@ -445,9 +445,8 @@ async def resume_run(
 
     `answer_question` explains the other arguments, and the errors.
     """
-    await read_attempt(run)
-    if run.is_unread:
-        raise CrewError(f"Nothing was sent to run {run.kickoff_id}, since its attempt could not be read.")
+    with naming_prefect_errors(f"Nothing was sent to run {run.kickoff_id}."):
+        await read_attempt(run, is_needed=True)
     if run.attempt is not None:
         review = Review(approve=approve, feedback=feedback, by="resume_crew")
         return (await answer_run(run, review, task_id=task_id, webhooks=webhooks, call=call))[0]
