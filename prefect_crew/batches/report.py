@@ -346,7 +346,7 @@ class BatchArtifact:
                 for failure in progress.failures
             ]
             name = shlex.quote(self._name)
-            again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
+            again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch resume {name}")
             parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To list or to retry all:", again]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (bad := progress.bad).count:

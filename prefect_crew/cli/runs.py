@@ -401,10 +401,6 @@ def resolve(
         else:
             async with _status_call(before, crew) as look:
                 attempt = await resolve_lost(key, by, look=look)
-            if attempt.batch is not None:
-                again = (
-                    f"prefect-crew batch retry {shlex.quote(attempt.batch)} --row {shlex.quote(str(attempt.row_key))}"
-                )
             sentence = f"run {attempt.first_id} of {attempt.key} is lost. {again} starts another."
         _output.put(f"Resolved: {sentence}")
 
@@ -412,9 +408,7 @@ def resolve(
 
 
 @asynccontextmanager
-async def _status_call(
-    attempt: Attempt, crew: CrewOfRun, *, plainly: bool = False
-) -> AsyncGenerator[Look | None]:
+async def _status_call(attempt: Attempt, crew: CrewOfRun, *, plainly: bool = False) -> AsyncGenerator[Look | None]:
     """Yield the status call of a run's crew. If the crew is not known, write a note and yield None.
 
     For the run's own id, a run with an open question waits for a person, though a hosted crew's server does not know

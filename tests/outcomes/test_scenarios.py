@@ -161,7 +161,7 @@ ROWS = (
     Row("a session of a crew that is no Flow", (turn(ConfigurationError, "a", run=None),), 0),
     # Batches: a row is a run.
     Row("a batch", (Batch(("a", "b", "c"), {"completed": 3, "kickoffs": 3}, lines=3), Batch(("a", "b", "c"), {"completed": 3, "kickoffs": 0}, lines=3)), 3, formats=BOTH),
-    Row("a batch with a row that fails", (Batch(("a", "bad", "c"), {"completed": 2, "failed": 1}, lines=3), Batch(("a", "bad", "c"), {"completed": 2, "failed": 1, "kickoffs": 1}, options={"retry_failed": True})), 4, crew=PICKY),
+    Row("a batch with a row that fails", (Batch(("a", "bad", "c"), {"completed": 2, "failed": 1}, lines=3), Batch(("a", "bad", "c"), {"completed": 2, "failed": 1, "kickoffs": 1})), 4, crew=PICKY),
     Row("a batch that stops and goes on", (Batch(("bad", "b", "c"), {"failed": 1, "completed": 0, "skipped": 2}, options={"on_failure": "stop", "max_in_flight": 1}), Batch(("bad", "b", "c"), {"failed": 1, "completed": 2})), 3, crew=PICKY),
     Row("a batch with an uncertain row", (Batch(("a", "b", "c"), {"completed": 2, "uncertain": 1}), Batch(("a", "b", "c"), {"completed": 2, "uncertain": 1, "kickoffs": 0})), 3, faults=("kickoff:drop-after-accept@2",)),
     Row("a batch at a busy server", (Batch(("a", "b", "c"), {"completed": 3}),), 3, 5, faults=("kickoff:429=0.2@1-2",)),
