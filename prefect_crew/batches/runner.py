@@ -81,7 +81,7 @@ MISFIT_WITHOUT_REASONS = "The result does not fit the output type. The reasons m
 
 def row_key(batch: str, key: str) -> str:
     """Return the idempotency key of a row."""
-    return f"{escape_name(batch)}/{key}"
+    return f"batch/{escape_name(batch)}/{key}"
 
 
 @dataclass

@@ -364,7 +364,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
 
 @app.command
 def resolve(
-    key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: NAME/ROW.")],
+    key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: batch/NAME/ROW.")],
     /,
     *,
     kickoff_id: Annotated[str | None, Parameter(group=OUTCOME)] = None,

@@ -250,6 +250,15 @@ def read_rows(
 _IS_CONFLICT = sa.and_(attempts.c.state == AttemptState.COMPLETED, attempts.c.inputs_digest != rows.c.inputs_digest)
 
 
+@transaction("read")
+def rows_of_keys(transaction: Transaction, name: str, keys: Collection[str]) -> dict[str, Row]:
+    """Return rows of a batch by their keys, a page of them at most."""
+    source, columns = _rows_with_attempts()
+    where = (rows.c.batch == name, rows.c.row_key.in_([*keys]))
+    query = sa.select(*columns, sa.null().label("result")).select_from(source).where(*where)
+    return {row["row_key"]: Row(**row) for row in transaction.connection.execute(query).mappings()}
+
+
 def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
     c = attempts.c
     last_id = (

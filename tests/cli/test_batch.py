@@ -231,7 +231,7 @@ def test_an_uncertain_row_is_resolved(here: Command, leads: Leads, started: bool
     leads.server.faults.add("kickoff:drop-after-accept@1")
     ran = leads.run(*KEY, *JSON)
     (row,) = ran.json["uncertain_keys"]
-    key = f"{leads.name}/{row}"
+    key = f"batch/{leads.name}/{row}"
     assert ran.code == 6
     assert leads.server.kickoffs == 3
     listed = leads("failures")
