@@ -36,6 +36,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.prices import cost_of
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.prune import prune_in_passing
+from prefect_crew.runs.reviews.callbacks import forget_callbacks
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
@@ -434,6 +435,7 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
         return False
     run.attempt = ended
+    await forget_callbacks(ended)
     end_run(ended)
     emit(
         str(status.state), ended, once=True, state=str(status.state), error=error, execution_time=status.execution_time
