@@ -178,7 +178,7 @@ class RunRequest:
             input_digests=inputs.digests,
             flow_run_id=identity.flow_run_id,
             flow_run_count=identity.flow_run_count,
-            flow_run_began=identity.flow_run_began,
+            retried_since=identity.retried_since,
             max_attempts=crew.max_attempts,
             crew=crew.label,
             process=identity.process,

@@ -39,7 +39,7 @@ from prefect_crew.runs.prune import prune_in_passing
 from prefect_crew.runs.reviews.callbacks import forget_callbacks
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
-from prefect_crew.store.decision import Attempt, AttemptState
+from prefect_crew.store.decision import Attempt, AttemptState, is_stopped_by_person
 from prefect_crew.store.questions import Question
 
 if TYPE_CHECKING:
@@ -466,6 +466,8 @@ def next_step(run: LiveRun) -> str:
     if run.advice is not None or run.attempt is None:
         return run.advice or "Correct the crew, then start another run."
     more = "A retry of its caller, or a call with the same key, starts the crew again."
+    if is_stopped_by_person(run.attempt):
+        more = "A new call with the same key starts the crew again."
     if run.attempt.number >= run.crew.max_attempts:
         more = _more_attempts(run.crew.label)
     return f"This was {run.attempt_number} under its key. {more}"

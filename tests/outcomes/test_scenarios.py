@@ -26,6 +26,7 @@ from outcomes.driver import (
     Retried,
     Row,
     Server,
+    StoppedByCommand,
     Together,
     approve,
     crew,
@@ -51,7 +52,7 @@ BOTH = ("documented", "live")
 RESOLVE = ("{key}", "prefect-crew runs resolve")
 UNCERTAIN = Call(KickoffUncertainError, run=None, says=RESOLVE)
 REFUSED = Call(CrewAPIError, run=None)
-CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}",))
+CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}", "inputs 'text'"))
 FAILED = Call(CrewFailedError, says=("{run1}", "the search engine is down"))
 SHORT = {"wait": {"timeout": 0.5}}
 LATE = Call(CrewTimeoutError, options=SHORT, says=("{key}", "{run1}"))
@@ -144,6 +145,7 @@ ROWS = (
     Row("a caller is cancelled, and the crew runs on", (Call(cancel_when=1), Call()), 1, crew=LONG),
     Row("a person stops it", (Together((Call(CrewStoppedError, says=("{run1}",)), After(1, Command("runs cancel {key} --crew")))), Result(CrewStoppedError)), 1, crew=ENDLESS, stops=1),
     Row("stopped, and called anew", (Together((Call(CrewStoppedError), After(1, Command("runs cancel {key} --crew")))), Call(CrewTimeoutError, 2, options=SHORT)), 2, crew=ENDLESS, stops=1),
+    *(Row(f"a person stops it, retried is: {what}", (StoppedByCommand(what),), 1, crew=ENDLESS, stops=1) for what in ("flow", "task", "above")),
     Row("the result of a run in flight", (LATE, Result(CrewError, None)), 1, crew=ENDLESS),
     Row("the result", (Call(), Result(), Command("result {key}", says=("tea",)), Command("result {run1}", says=("tea",))), 1),
     Row("the result of nothing", (Result(CrewError, None, says=("{key}",)), Command("result {key}", 2, ("{key}",))), 0),
