@@ -120,6 +120,7 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
     `status`: the crew's own word on it. `left`: the attempts that the key has left, None if the crew is not known.
     """
     key, run = shlex.quote(attempt.key), f"{shlex.quote(attempt.first_id or 'ID')}"
+    call = "A call with its key" if attempt.batch is None else f"prefect-crew batch resume {shlex.quote(attempt.batch)}"
     if attempt.replaced:
         return ""
     if word is Word.UNCERTAIN:
@@ -134,7 +135,7 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
         if status.state is CrewState.UNKNOWN:
             return (
                 "The crew's server does not know it. If the crew's page does not show it either, run: "
-                f"prefect-crew runs resolve {run} --lost. A call with its key then starts another."
+                f"prefect-crew runs resolve {run} --lost. {call} then starts another."
             )
         if status.state is CrewState.COMPLETED and word is Word.UNATTENDED:
             return f"It has completed, and nobody took its result: prefect-crew result {run}{crew_option(attempt)}."
@@ -142,11 +143,12 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
         return f"It waits for a person: prefect-crew reviews inspect {run}{crew_option(attempt)}."
     if word is Word.UNATTENDED:
         owner = "No flow run started it." if attempt.flow_run_id is None else "The flow run that started it has ended."
-        return f"{owner} A call with its key waits for it. To ask its server: prefect-crew runs inspect {run}."
+        return f"{owner} {call} waits for it. To ask its server: prefect-crew runs inspect {run}."
     if word in (Word.LOST, Word.FAILED, Word.STOPPED):
         if left is not None and left <= 0:
-            return "Its key has no attempt left: raise max_attempts of the crew, give --force-new, or take another key."
-        return f"A call with its key starts another run{', up to max_attempts of the crew' if left is None else ''}."
+            more = ", give --force-new, or take another key" if attempt.batch is None else ""
+            return f"Its key has no attempt left: raise max_attempts of the crew{more}."
+        return f"{call} starts another run{', up to max_attempts of the crew' if left is None else ''}."
     return ""
 
 

@@ -178,7 +178,7 @@ async def scheduled_key(template: str, *, starts_anew: bool = False) -> str:
 
     Args:
         template: The key of the deployment.
-        starts_anew: Whether each flow run starts a run, whatever the record of the key says.
+        starts_anew: Whether each flow run starts a run, whatever attempts the key has.
 
     Raises:
         ConfigurationError: As `render_key` does. Or a schedule has made this flow run, and all its times share the key.

@@ -253,11 +253,11 @@ class LiveRun:
         return "summary" if self.is_blind and self.crew.show == "full" else self.crew.show
 
     def redact_text(self, text: str) -> str:
-        """Mask a text of the crew for logs, errors, events and records."""
+        """Mask a text of the crew for logs, errors, events and the crew database."""
         return WITHHELD if text and self.is_blind else self.redact(text)
 
     def redact_name(self, word: str) -> str:
-        """Mask a name that the crew gave, such as a task's, for logs, events and records."""
+        """Mask a name that the crew gave, such as a task's, for logs, events and the crew database."""
         if self.is_blind:
             return word if _ID.fullmatch(word) else WITHHELD_WORD
         return self.redact(word)
@@ -335,7 +335,7 @@ async def read_attempt(run: LiveRun, *, is_needed: bool = False) -> None:
             raise
         run.is_unread = run.attempt is None
         run_logger().warning(
-            "The record of run %s could not be read (%s). This call goes on without it.", kickoff_id, error
+            "The attempt of run %s could not be read (%s). This call goes on without it.", kickoff_id, error
         )
     if found is not None and found.crew_url != crew.url:
         raise ConfigurationError(
@@ -469,7 +469,7 @@ def next_step(run: LiveRun) -> str:
     if is_stopped_by_person(run.attempt):
         more = "A new call with the same key starts the crew again."
     if run.attempt.number >= run.crew.max_attempts:
-        more = _more_attempts(run.crew.label)
+        more = _more_attempts(run.crew)
     return f"This was {run.attempt_number} under its key. {more}"
 
 
@@ -477,13 +477,15 @@ def no_attempt_left(crew: Crew) -> str:
     """Return the advice for an idempotency key that has no attempt left."""
     return (
         f"Nothing was started: crew {crew.label} allows {crew.max_attempts} attempts at one idempotency key "
-        f"(max_attempts). {_more_attempts(crew.label)}"
+        f"(max_attempts). {_more_attempts(crew)}"
     )
 
 
-def _more_attempts(crew: str) -> str:
+def _more_attempts(crew: Crew) -> str:
+    if crew.block is None:
+        return "For more: in Python raise max_attempts of the crew, or force_new=True; on the command line --force-new."
     return (
-        f"For more: in Prefect's UI raise max_attempts on the block deployed-crew/{crew} and retry the flow "
+        f"For more: in Prefect's UI raise max_attempts on the block deployed-crew/{crew.block} and retry the flow "
         "run; for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the "
         "command line --force-new."
     )

@@ -355,7 +355,7 @@ class _Start:
                 request.crew, attempt, settings=request.settings, wait=options.wait
             )
             with withholding(redact):
-                # With the attempt, a person finds the run of a record among several runs of one key.
+                # With the attempt, a person finds the run of an attempt among those of its key.
                 names = {"idempotency_key": attempt.key, "run_attempt": attempt.number}
                 kickoff_id = await self.session.client.kickoff(
                     request.inputs,

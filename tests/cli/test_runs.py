@@ -342,6 +342,8 @@ def test_what_to_do():
     assert "reviews inspect k1 --crew https://travel.test." in todo(of_url, Word.WAITING, NOW)
     gone = CrewStatus(kickoff_id="k1", state=CrewState.UNKNOWN)
     assert "runs resolve k1 --lost" in todo(daily(**IN_FLIGHT), Word.STARTED, NOW, gone)
+    row = todo(daily(state=S.LOST, batch="leads", row_key="7"), Word.LOST, NOW, left=1)
+    assert row == "prefect-crew batch resume leads starts another run."
 
 
 def test_a_run_with_a_derived_key_is_listed_by_its_kickoff_id():
