@@ -143,8 +143,8 @@ class Crew:
     async def reloaded(self) -> Crew | None:
         """Return the crew with the current token of its block, None if that is the same token.
 
-        This takes only the token from the block, since the record of a run has the crew's URL and the time limit of the
-        POST, and the caller that made this crew has chosen `show`.
+        This takes only the token from the block: an attempt has the crew's URL and the time limit of the POST, and the
+        caller that made this crew has chosen `show`.
         """
         stored = None if self.reload is None else await self.reload()
         return None if stored is None or stored.token == self.token else self.with_token(stored.token)

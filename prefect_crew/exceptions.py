@@ -523,7 +523,7 @@ class BatchFailedError(_FactsError):
     report: Any = field(kw_only=False)
 
     def _text(self) -> str:
-        advice = "The same call continues with the rows that are left; failed rows start again with retry_failed=True."
+        advice = "The same call goes on with the rows that are left, and starts failed ones again, up to max_attempts."
         return f"{str(self.report).rstrip('.')}. {advice}"
 
 

@@ -86,7 +86,7 @@ async def arun_crew(
         idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
             a template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Default: inside a flow, a key is
             derived, so that retries of this flow run reattach to the run; outside, every call is a new run.
-        force_new: Start a new run, whatever the record of the key says.
+        force_new: Start a new run, whatever attempts the key has.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.
         wait: How to wait, in place of the block's policy.
         output_type: A pydantic model; `result.data` is then an instance of the model.

@@ -1,7 +1,7 @@
 """The Prefect tasks, for any flow. In a sync flow a call returns the result; in an async flow the call is awaited.
 
 No task is cached, and Prefect retries only safe steps: a kickoff only after an error that surely started no run. A
-retried flow reattaches to its runs by their records, not by stored results.
+retried flow reattaches to its runs by their attempts, not by stored results.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ async def wait_for_crew(
 ) -> CrewResult[Data]:
     """Wait until a run has ended and return its result. You can call it for the same run any number of times.
 
-    `idempotency_key` is the key of the run; without the key, the task finds the record by the id. `name` goes into the
+    `idempotency_key` is the key of the run; without the key, the task finds the attempt by the id. `name` goes into the
     task run's name. `run_crew` explains the other arguments.
 
     Raises:
@@ -270,8 +270,8 @@ def tasks_of(options: RunOptions) -> tuple[CrewTask, CrewTask]:
     """
     if name := next((name for name in options.kickoff_options or {} if name in _REFUSED), None):
         raise ConfigurationError(
-            f"kickoff_options cannot have {name!r}: only the record of a run decides whether it is started. Nothing "
-            "was started. Leave it out."
+            f"kickoff_options cannot have {name!r}: only the attempts at its key decide whether a run is started. "
+            "Nothing was started. Leave it out."
         )
     both = ((kickoff_crew, options.kickoff_options), (wait_for_crew, options.wait_options))
     try:

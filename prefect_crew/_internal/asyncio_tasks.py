@@ -54,7 +54,7 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
     loop, context = asyncio.get_running_loop(), contextvars.copy_context()
     result: asyncio.Future[T] = loop.create_future()
 
-    def settle(value: T | None, error: BaseException | None) -> None:
+    def finish(value: T | None, error: BaseException | None) -> None:
         if result.done():
             return
         if error is None:
@@ -69,7 +69,7 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
         except BaseException as raised:  # noqa: BLE001  the await of the result raises it
             error = raised
         with suppress(RuntimeError):  # the event loop is closed, and nobody waits for the result
-            loop.call_soon_threadsafe(settle, value, error)
+            loop.call_soon_threadsafe(finish, value, error)
 
     threading.Thread(target=work, name=getattr(function, "__name__", None), daemon=True).start()
     return await result
@@ -79,7 +79,7 @@ class OwnTask:
     """A coroutine in a task of its own. A cancellation of the caller cancels the task once, and not within `uncut`.
 
     A timeout of Prefect is a cancel scope of anyio: it cancels at every await until the code leaves the scope, also
-    through `asyncio.gather`. It would interrupt the cleanup of a cancelled start, wait or batch, which gives a claim
+    through `asyncio.gather`. It would interrupt the cleanup of a cancelled start, wait or batch, which gives an attempt
     back, waits for the answer to a kickoff, or stops a crew.
     """
 

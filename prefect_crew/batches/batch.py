@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,6 @@ from prefect_crew.batches.dataset import whole_address
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.output import PAGE, open_output
 from prefect_crew.batches.rows import BadRow, BadRows
-from prefect_crew.batches.runner import row_key
 from prefect_crew.blocks import load_crew
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import CrewSession
@@ -188,25 +186,8 @@ class StoredBatch:
                 break
         return found[:limit]
 
-    async def check_failed(self, keys: Collection[str]) -> None:
-        """Make sure that each of these rows has failed. Raises ConfigurationError."""
-        rows = await in_store(batches.rows_of_keys, self.name, keys)
-        for key in keys:
-            state = rows[key].state if key in rows else None
-            if state is None:
-                raise ConfigurationError(
-                    f"Batch {self.name!r} has no run of a row {key!r}. Check the key or resume the batch."
-                )
-            if state is S.UNCERTAIN or state in PREPARING:
-                raise ConfigurationError(
-                    f"Row {key!r} of batch {self.name!r} is uncertain. Resolve it first: prefect-crew runs resolve "
-                    f"{shlex.quote(row_key(self.name, key))} --kickoff-id ID, or --never-started."
-                )
-            if state is S.COMPLETED:
-                raise ConfigurationError(f"Row {key!r} of batch {self.name!r} has completed.")
-
-    def call(self, **more: Any) -> dict[str, Any]:
-        """Return the arguments for `arun_batch` to continue it. `more` replaces options of its last call.
+    def call(self) -> dict[str, Any]:
+        """Return the arguments for `arun_batch` to continue it.
 
         Raises ConfigurationError if its last call had an argument that cannot be stored, such as a function.
         """
@@ -217,7 +198,7 @@ class StoredBatch:
                 "with the same name, which continues where the batch stopped."
             )
         arguments = {name: call[name] for name in ("crew", "dataset", "export", "format", "encoding", "delimiter")}
-        return {**arguments, "name": self.name, **call["options"], **more}
+        return {**arguments, "name": self.name, **call["options"]}
 
     async def export(self, file: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
         """Write the batch's lines, also while it runs. Return the lines' address for people, and their number.

@@ -54,7 +54,6 @@ class BatchOptions(BaseModel):
     on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20
     retries: Annotated[int, Field(strict=True, ge=0)] = 0
-    retry_failed: Annotated[bool, Field(strict=True)] | frozenset[str] = False
     max_kickoffs: Count | None = None
     wait: WaitPolicy | None = None
     output_type: ImportString[type[BaseModel]] | None = None
@@ -109,10 +108,6 @@ class BatchOptions(BaseModel):
             return f"{failed} of {ended} rows failed, more than {limit:.0%}." if over else None
         return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= limit else None
 
-    def is_asked_for(self, key: str) -> bool:
-        """Return whether a failed row gets one more attempt than `max_attempts` allows."""
-        return self.retry_failed if isinstance(self.retry_failed, bool) else key in self.retry_failed
-
 
 def plain_call(
     *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, export: str, options: BatchOptions
@@ -140,7 +135,7 @@ def plain_call(
     if options.webhooks is not None:
         return {"why_not": "its webhooks were passed as a Python object"}
     try:
-        fields = options.model_dump(mode="json", exclude_defaults=True, exclude={"retry_failed"})
+        fields = options.model_dump(mode="json", exclude_defaults=True)
     except (PydanticSerializationError, ValueError) as error:
         return {"why_not": f"an option cannot be stored as JSON: {error}"}
     if holds_secret(inputs) or holds_secret(options.meta):

@@ -328,7 +328,7 @@ class BatchArtifact:
         parts: list[str] = []
         if progress.uncertain_keys:
             text = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
-            command = f"prefect-crew runs resolve {shlex.quote(f'{escape_name(self._name)}/KEY')}"
+            command = f"prefect-crew runs resolve {shlex.quote(f'batch/{escape_name(self._name)}/KEY')}"
             parts += [
                 "### Uncertain",
                 f"Nobody knows whether {progress.uncertain:,} kickoffs started a run. Look at the crew's page, then "
@@ -346,7 +346,7 @@ class BatchArtifact:
                 for failure in progress.failures
             ]
             name = shlex.quote(self._name)
-            again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch retry {name}")
+            again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch resume {name}")
             parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To list or to retry all:", again]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (bad := progress.bad).count:

@@ -6,7 +6,7 @@ import asyncio
 import shlex
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import wraps
@@ -85,7 +85,6 @@ async def arun_batch(
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
     retries: int = 0,
-    retry_failed: bool | Collection[str] = False,
     max_kickoffs: int | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
@@ -130,7 +129,6 @@ async def arun_batch(
         on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
         breaker: The batch stops after so many failed rows in a row; None: never. The same call goes on.
         retries: Further runs of a failed row in this call, never beyond the crew's `max_attempts`.
-        retry_failed: One more attempt than `max_attempts` for the failed rows of earlier calls, or for these keys.
         max_kickoffs: A limit on the kickoffs of all calls together.
         wait: The policy to wait, in place of the crew's. Left out, the first poll comes when runs usually end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
@@ -214,7 +212,6 @@ async def aplan_batch(
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
     retries: int = 0,
-    retry_failed: bool | Collection[str] = False,
     max_kickoffs: int | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,

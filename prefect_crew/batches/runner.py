@@ -81,7 +81,7 @@ MISFIT_WITHOUT_REASONS = "The result does not fit the output type. The reasons m
 
 def row_key(batch: str, key: str) -> str:
     """Return the idempotency key of a row."""
-    return f"{escape_name(batch)}/{key}"
+    return f"batch/{escape_name(batch)}/{key}"
 
 
 @dataclass
@@ -391,12 +391,9 @@ class Runner:
                 return decision
         return None
 
-    def _request(self, work: _Work | None, job: RowJob) -> RunRequest:
-        crew = self.session.crew
-        if work is not None and self._options.is_asked_for(job.key):
-            crew = replace(crew, max_attempts=max(crew.max_attempts, (work.row.number or 0) + 1))
+    def _request(self, job: RowJob) -> RunRequest:
         row = BatchRow(self.hold.name, job.key, self.hold.owner)
-        return RunRequest(crew, job.inputs, self._run_options, row=row, settings=self._settings)
+        return RunRequest(self.session.crew, job.inputs, self._run_options, row=row, settings=self._settings)
 
     async def _kick_off(self, work: _Work) -> Decision | None:
         """Start a row's run, or find the run that it has. None: `work.end` says why there is none, or the row is tried
@@ -413,7 +410,7 @@ class Runner:
         early = asyncio.get_running_loop().call_later(HELD_UP_AFTER, lambda: None if nonce.has_sent else leave())
         may_get_room = self._may_get_room()
         try:
-            decision = await start_run(self._request(work, work.job), identity, self.session)
+            decision = await start_run(self._request(work.job), identity, self.session)
         except (StoreError, BatchBusyError):
             raise
         except BudgetExceededError as error:
@@ -478,7 +475,7 @@ class Runner:
             self.session,
             str(attempt.first_id),
             attempt,
-            self._request(None, job),
+            self._request(job),
             owned=not is_found,
             is_found=is_found,
         )

@@ -48,14 +48,6 @@ Key = Annotated[
 Timeout = Annotated[
     float | None, Parameter(name="--timeout", help="Seconds that a run may take, pending and running together.")
 ]
-Ledger = Annotated[
-    str | None,
-    Parameter(
-        name="--ledger",
-        help="The batch's ledger, if the one on record cannot be opened: a path, secret://NAME, or a PostgreSQL URL, "
-        "whose password other users of this machine can see.",
-    ),
-]
 Yes = Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask for confirmation.")]
 Pool = Annotated[str | None, Parameter(name=["--pool", "-p"])]
 

@@ -33,7 +33,6 @@ from prefect_crew.cli._options import (
     CrewOfRun,
     Output,
     Timeout,
-    Yes,
     is_url,
     read_pairs,
     wait_policy,
@@ -101,13 +100,11 @@ class RunChoices(BatchChoices):
     Args:
         on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
         retries: How many more times to kick off a failed row in this call.
-        retry_failed: Give failed rows of earlier calls one more attempt than the crew's max_attempts.
         max_kickoffs: A limit on kickoffs, of all calls together.
     """
 
     on_failure: float | Literal["continue", "stop"] = "continue"
     retries: int = 0
-    retry_failed: bool = False
     max_kickoffs: int | None = None
 
 
@@ -121,7 +118,6 @@ def run(
     export: str,
     timeout: Timeout = None,
     choices: RunChoices = RunChoices(),
-    yes: Yes = False,
     output: Output = None,
     access: CrewAccess = CrewAccess(),
 ) -> Coroutine[Any, Any, int]:
@@ -133,8 +129,6 @@ def run(
             batch ends or stops.
     """
     options = choices.options()
-    if choices.retry_failed:
-        _confirm_retry(name, yes)
 
     async def call(progress: Progress) -> BatchReport:
         loaded_crew = await access.load(crew)
@@ -147,10 +141,6 @@ def run(
         return await arun_batch(cast("Any", loaded_crew), dataset, on_progress=progress.watch_batch, **arguments)
 
     return _run(name, call, output, by_name=not is_url(crew))
-
-
-def _confirm_retry(name: str, yes: bool) -> None:
-    _output.confirm(f"Start a new run for failed rows of batch {name}?", yes=yes)
 
 
 def _look_here() -> None:
@@ -191,8 +181,8 @@ async def _run(
     if report.uncertain:
         _output.note(f"A person has to resolve {report.uncertain:,} uncertain rows: {failures}")
     elif report.failed > report.conflicts + report.unfinished:
-        again = f"prefect-crew batch retry {shell_name}" if by_name else "make the same call with --retry-failed"
-        _output.note(f"Failed rows: {failures}. To start them again: {again}")
+        again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call"
+        _output.note(f"Failed rows: {failures}. To start them again, up to max_attempts of the crew: {again}")
     elif report.failed:
         _output.note(f"Failed rows: {failures}")
     if report.bad_count:
@@ -350,30 +340,12 @@ def _as_json(batch: str, row: Row) -> dict[str, Any]:
 
 
 @app.command
-async def retry(name: Name, /, *, row: list[str] | None = None, yes: Yes = False, output: Output = None) -> int:
-    """Go on with a batch, and give its failed rows one more attempt, whatever the crew's max_attempts says.
-
-    Args:
-        row: Only the row with this key; can be repeated.
-    """
-    _confirm_retry(name, yes)
-    return await _go_on(name, tuple(row) if row else True, output)
-
-
-@app.command
 async def resume(name: Name, /, *, output: Output = None) -> int:
-    """Go on with a batch where it stopped, with the options of its last call."""
-    return await _go_on(name, False, output)
-
-
-async def _go_on(name: str, retry_failed: bool | tuple[str, ...], output: str | None) -> int:
-    """Call a batch again by its name."""
+    """Go on with a batch where it stopped, with the options of its last call. Failed rows start again."""
 
     async def call(progress: Progress) -> BatchReport:
         batch = await find_batch(name)
-        if isinstance(retry_failed, tuple):
-            await batch.check_failed(retry_failed)
-        again = batch.call(retry_failed=retry_failed)
+        again = batch.call()
         return await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=progress.watch_batch, **again)
 
     return await _run(name, call, output)

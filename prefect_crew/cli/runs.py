@@ -120,6 +120,7 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
     `status`: the crew's own word on it. `left`: the attempts that the key has left, None if the crew is not known.
     """
     key, run = shlex.quote(attempt.key), f"{shlex.quote(attempt.first_id or 'ID')}"
+    call = "A call with its key" if attempt.batch is None else f"prefect-crew batch resume {shlex.quote(attempt.batch)}"
     if attempt.replaced:
         return ""
     if word is Word.UNCERTAIN:
@@ -134,7 +135,7 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
         if status.state is CrewState.UNKNOWN:
             return (
                 "The crew's server does not know it. If the crew's page does not show it either, run: "
-                f"prefect-crew runs resolve {run} --lost. A call with its key then starts another."
+                f"prefect-crew runs resolve {run} --lost. {call} then starts another."
             )
         if status.state is CrewState.COMPLETED and word is Word.UNATTENDED:
             return f"It has completed, and nobody took its result: prefect-crew result {run}{crew_option(attempt)}."
@@ -142,11 +143,12 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
         return f"It waits for a person: prefect-crew reviews inspect {run}{crew_option(attempt)}."
     if word is Word.UNATTENDED:
         owner = "No flow run started it." if attempt.flow_run_id is None else "The flow run that started it has ended."
-        return f"{owner} A call with its key waits for it. To ask its server: prefect-crew runs inspect {run}."
+        return f"{owner} {call} waits for it. To ask its server: prefect-crew runs inspect {run}."
     if word in (Word.LOST, Word.FAILED, Word.STOPPED):
         if left is not None and left <= 0:
-            return "Its key has no attempt left: raise max_attempts of the crew, give --force-new, or take another key."
-        return f"A call with its key starts another run{', up to max_attempts of the crew' if left is None else ''}."
+            more = ", give --force-new, or take another key" if attempt.batch is None else ""
+            return f"Its key has no attempt left: raise max_attempts of the crew{more}."
+        return f"{call} starts another run{', up to max_attempts of the crew' if left is None else ''}."
     return ""
 
 
@@ -364,7 +366,7 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
 
 @app.command
 def resolve(
-    key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: NAME/ROW.")],
+    key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: batch/NAME/ROW.")],
     /,
     *,
     kickoff_id: Annotated[str | None, Parameter(group=OUTCOME)] = None,
@@ -393,7 +395,7 @@ def resolve(
             await resolve_never_started(key, by)
             sentence = f"{key} never started. {again} starts it."
         elif kickoff_id is not None:
-            async with _status_call(before, crew) as look:
+            async with _status_call(before, crew, plainly=True) as look:
                 attempt, state = await resolve_started(key, kickoff_id, by, look=look)
             now = f", {state} now" if state else ""
             is_now = "is" if attempt.first_id == kickoff_id else f"was {attempt.first_id} and goes on as"
@@ -401,10 +403,6 @@ def resolve(
         else:
             async with _status_call(before, crew) as look:
                 attempt = await resolve_lost(key, by, look=look)
-            if attempt.batch is not None:
-                again = (
-                    f"prefect-crew batch retry {shlex.quote(attempt.batch)} --row {shlex.quote(str(attempt.row_key))}"
-                )
             sentence = f"run {attempt.first_id} of {attempt.key} is lost. {again} starts another."
         _output.put(f"Resolved: {sentence}")
 
@@ -412,10 +410,11 @@ def resolve(
 
 
 @asynccontextmanager
-async def _status_call(attempt: Attempt, crew: CrewOfRun) -> AsyncGenerator[Look | None]:
+async def _status_call(attempt: Attempt, crew: CrewOfRun, *, plainly: bool = False) -> AsyncGenerator[Look | None]:
     """Yield the status call of a run's crew. If the crew is not known, write a note and yield None.
 
-    For the run's own id, a run that waits for a person does so, though a hosted crew's server does not know it.
+    For the run's own id, a run with an open question waits for a person, though a hosted crew's server does not know
+    it. `plainly`: only what the server says counts.
     """
     loaded_crew = await crew.find(attempt)
     if loaded_crew is None:
@@ -426,7 +425,7 @@ async def _status_call(attempt: Attempt, crew: CrewOfRun) -> AsyncGenerator[Look
         run = LiveRun(session, attempt.first_id or "", attempt)
 
         async def look(kickoff_id: str) -> CrewStatus:
-            if kickoff_id == attempt.kickoff_id:
+            if kickoff_id == attempt.kickoff_id and not plainly:
                 return await read_status(run)
             return await session.call(lambda client: client.status(kickoff_id))
 

@@ -69,7 +69,7 @@ def shown(body: bytes) -> str:
 RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")
 """Keys that hold the id of a run in every answer and webhook."""
 MAX_ID = 1000
-"""The most characters of an id. A longer one fits neither a URL nor the record of a run."""
+"""The most characters of an id. A longer one fits neither a URL nor the crew database."""
 MAX_DEPTH = 100
 """The most levels of a structured result: pydantic writes about 250, so a much deeper result could not be stored."""
 MAX_COUNT = 10**12
@@ -435,7 +435,7 @@ def parse_kickoff(value: Any) -> str | None:
     """Return the id of the run that a kickoff started."""
     # Only here `task_id` is the id of the run; everywhere else it names a task.
     kickoff_id = pick(as_id, value, *RUN_KEYS, "id", "task_id")
-    # The id goes into logs, commands and records, where a line break or an escape sequence would do harm.
+    # The id goes into logs, commands and the crew database, where a line break or an escape sequence would do harm.
     return kickoff_id if kickoff_id is not None and kickoff_id.isprintable() else None
 
 

@@ -65,7 +65,7 @@ def _plain(value: Any) -> Any:
     """Return `value` as a JSON value.
 
     pydantic's `to_jsonable_python` does not fit, since it masks secrets, accepts bytes as text and NaN as a number,
-    leaves sets without order, and writes UTC as "Z", which would change the digests in records.
+    leaves sets without order, and writes UTC as "Z", which would change the digests of inputs.
     """
     if value is None or isinstance(value, bool):
         return value

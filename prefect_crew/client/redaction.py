@@ -1,4 +1,4 @@
-"""Masking: it keeps secrets out of logs, artifacts, events, errors, records and files.
+"""Masking: it keeps secrets out of logs, artifacts, events, errors, the crew database and files.
 
 A crew may repeat any part of a request. So every text of a crew goes through a `Redactor` before it is shown or stored.
 """

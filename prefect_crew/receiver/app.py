@@ -38,7 +38,7 @@ from prefect_crew.receiver.bodies import BodyError, read_body
 from prefect_crew.receiver.events import WebhookEvent, event_name, is_task_name, prefect_event, read_events
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import write_evidence
-from prefect_crew.runs.reviews.answer import keep_callback
+from prefect_crew.runs.reviews.callbacks import keep_callback
 from prefect_crew.runs.reviews.questions import MOST_TEXT, digest
 from prefect_crew.settings import CrewSettings
 from prefect_crew.store import attempts, questions

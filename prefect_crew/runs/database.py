@@ -128,7 +128,7 @@ async def _compare(store: Store, *, has_api: bool) -> None:
         return
     there = f"{other.where}{'' if other.host is None else f' of host {other.host}'}"
     if is_set:
-        log.warning("The crews of this Prefect server were recorded in %s; this process uses %s.", there, own.where)
+        _warn(there, own.where)
         return
     raise StoreError(
         f"The crews of this Prefect server are recorded in {there}. Nothing was started or read here. Set "
@@ -137,6 +137,12 @@ async def _compare(store: Store, *, has_api: bool) -> None:
         operation="registration",
         started="no",
     )
+
+
+@cache
+def _warn(there: str, here: str) -> None:
+    """Log once in a process that it uses another store than the Prefect server knows: somebody has set its URL."""
+    run_logger().warning("The crews of this Prefect server were recorded in %s; this process uses %s.", there, here)
 
 
 async def read_registration() -> Registration | None:

@@ -63,13 +63,14 @@ class Nonce:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The key of a call's run, and the caller: its flow run, the number and the begin of that, and its process."""
+    """The key of a call's run, and the caller: its flow run and the number of that, and its process. `retried_since`:
+    when the outermost flow run around the call began, None unless the call is in a retry of a flow or task run."""
 
     idempotency_key: str
     nonce: Nonce = field(default_factory=Nonce)
     flow_run_id: str | None = None
     flow_run_count: int = 0
-    flow_run_began: float | None = None
+    retried_since: float | None = None
     process: str | None = None
 
 
@@ -115,7 +116,7 @@ async def identify(
             nonce,
             str(flow_run.id),
             flow_run.run_count,
-            None if flow_run.start_time is None else flow_run.start_time.timestamp(),
+            _retried_since(callers[: len(callers) - inside_own_task]),
             None if context.detached else this_process(),
         )
     else:
@@ -141,6 +142,13 @@ async def identify(
     if force_new:
         key = _checked(f"{key[: MAX_KEY - 40]}/forced-{digest(f'{top}/{key}/{number}')}")
     return replace(caller, idempotency_key=key)
+
+
+def _retried_since(callers: _Attempts) -> float | None:
+    flow_runs = [each.flow_run for each in contexts_around(FlowRunContext) if each.flow_run is not None]
+    is_retry = max(*(run.run_count for run in flow_runs), *(task.number for task in callers), 1) > 1
+    began = flow_runs[-1].start_time
+    return began.timestamp() if is_retry and began is not None else None
 
 
 @cache
@@ -170,7 +178,7 @@ async def scheduled_key(template: str, *, starts_anew: bool = False) -> str:
 
     Args:
         template: The key of the deployment.
-        starts_anew: Whether each flow run starts a run, whatever the record of the key says.
+        starts_anew: Whether each flow run starts a run, whatever attempts the key has.
 
     Raises:
         ConfigurationError: As `render_key` does. Or a schedule has made this flow run, and all its times share the key.

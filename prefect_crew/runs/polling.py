@@ -159,7 +159,7 @@ async def poll(
         names, policy, phases, watcher, now, rng, began=now(), delays=poll_delays(policy, rng), was_alive=was_alive
     )
     if not first_look:
-        # Counted from the kickoff: the time for writing records must not delay the first status call.
+        # Counted from the kickoff: the time for writing the attempt must not delay the first status call.
         await state.pause(max(0.0, state.next_pause() - max(0.0, now() - phases.kicked_off_at)))
     while True:
         try:

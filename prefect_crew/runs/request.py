@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PrivateAttr,
+    ValidationError,
+)
 
 from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import POST_DEADLINE
@@ -87,6 +97,12 @@ class RunOptions(BaseModel):
     wait_options: InstanceOf[Mapping[str, Any]] | None = Field(
         default=None, repr=False, description="a mapping of options of Prefect for a task, such as {'retries': 5}"
     )
+    _called_at: float = PrivateAttr(default_factory=time.monotonic)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the call of the public function."""
+        return time.monotonic() - self._called_at
 
     @classmethod
     def of(cls, **options: Any) -> RunOptions:
@@ -162,7 +178,7 @@ class RunRequest:
             input_digests=inputs.digests,
             flow_run_id=identity.flow_run_id,
             flow_run_count=identity.flow_run_count,
-            flow_run_began=identity.flow_run_began,
+            retried_since=identity.retried_since,
             max_attempts=crew.max_attempts,
             crew=crew.label,
             process=identity.process,

@@ -19,6 +19,7 @@ from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import normalize_key
+from prefect_crew.runs.reviews.callbacks import forget_callbacks
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.attempts import Started
@@ -144,7 +145,10 @@ async def resolve_lost(name: str, by: str, *, look: Look | None = None) -> Attem
                 f"The server of crew {attempt.crew} knows run {attempt.kickoff_id}: it is {state}. Nothing was "
                 "changed. Run again with its key to wait for it and get its result."
             )
-    return _resolved(attempt, AttemptState.LOST, await in_store(attempts.resolve, attempt, AttemptState.LOST, by), None)
+    resolved = await in_store(attempts.resolve, attempt, AttemptState.LOST, by)
+    lost = _resolved(attempt, AttemptState.LOST, resolved, None)
+    await forget_callbacks(lost)
+    return lost
 
 
 async def _unresolved(name: str) -> Attempt:

@@ -36,9 +36,10 @@ from prefect_crew.exceptions import (
 from prefect_crew.prices import cost_of
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.prune import prune_in_passing
+from prefect_crew.runs.reviews.callbacks import forget_callbacks
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
-from prefect_crew.store.decision import Attempt, AttemptState
+from prefect_crew.store.decision import Attempt, AttemptState, is_stopped_by_person
 from prefect_crew.store.questions import Question
 
 if TYPE_CHECKING:
@@ -252,11 +253,11 @@ class LiveRun:
         return "summary" if self.is_blind and self.crew.show == "full" else self.crew.show
 
     def redact_text(self, text: str) -> str:
-        """Mask a text of the crew for logs, errors, events and records."""
+        """Mask a text of the crew for logs, errors, events and the crew database."""
         return WITHHELD if text and self.is_blind else self.redact(text)
 
     def redact_name(self, word: str) -> str:
-        """Mask a name that the crew gave, such as a task's, for logs, events and records."""
+        """Mask a name that the crew gave, such as a task's, for logs, events and the crew database."""
         if self.is_blind:
             return word if _ID.fullmatch(word) else WITHHELD_WORD
         return self.redact(word)
@@ -313,11 +314,12 @@ class LiveRun:
         )
 
 
-async def read_attempt(run: LiveRun, idempotency_key: str | None = None) -> None:
-    """Read the attempt of a run by the key and the id. If the crew database cannot be used, keep the one that is known.
+async def read_attempt(run: LiveRun, *, is_needed: bool = False) -> None:
+    """Read the attempt of a run. If the crew database cannot be used, keep the one that is known.
 
     Raises:
         ConfigurationError: The run is of another crew.
+        StoreError, PREFECT_ERRORS: It `is_needed`, and the crew database cannot be used.
     """
     kickoff_id, crew, found = run.kickoff_id, run.crew, run.attempt
     run.is_unread = False
@@ -329,9 +331,11 @@ async def read_attempt(run: LiveRun, idempotency_key: str | None = None) -> None
             own = [attempt for attempt in holders if attempt.crew_url == crew.url]
             found = next(iter(own or holders), None)
     except (StoreError, *PREFECT_ERRORS) as error:
+        if is_needed:
+            raise
         run.is_unread = run.attempt is None
         run_logger().warning(
-            "The record of run %s could not be read (%s). This call goes on without it.", kickoff_id, error
+            "The attempt of run %s could not be read (%s). This call goes on without it.", kickoff_id, error
         )
     if found is not None and found.crew_url != crew.url:
         raise ConfigurationError(
@@ -431,6 +435,7 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
         return False
     run.attempt = ended
+    await forget_callbacks(ended)
     end_run(ended)
     emit(
         str(status.state), ended, once=True, state=str(status.state), error=error, execution_time=status.execution_time
@@ -461,8 +466,10 @@ def next_step(run: LiveRun) -> str:
     if run.advice is not None or run.attempt is None:
         return run.advice or "Correct the crew, then start another run."
     more = "A retry of its caller, or a call with the same key, starts the crew again."
+    if is_stopped_by_person(run.attempt):
+        more = "A new call with the same key starts the crew again."
     if run.attempt.number >= run.crew.max_attempts:
-        more = _more_attempts(run.crew.label)
+        more = _more_attempts(run.crew)
     return f"This was {run.attempt_number} under its key. {more}"
 
 
@@ -470,13 +477,15 @@ def no_attempt_left(crew: Crew) -> str:
     """Return the advice for an idempotency key that has no attempt left."""
     return (
         f"Nothing was started: crew {crew.label} allows {crew.max_attempts} attempts at one idempotency key "
-        f"(max_attempts). {_more_attempts(crew.label)}"
+        f"(max_attempts). {_more_attempts(crew)}"
     )
 
 
-def _more_attempts(crew: str) -> str:
+def _more_attempts(crew: Crew) -> str:
+    if crew.block is None:
+        return "For more: in Python raise max_attempts of the crew, or force_new=True; on the command line --force-new."
     return (
-        f"For more: in Prefect's UI raise max_attempts on the block deployed-crew/{crew} and retry the flow "
+        f"For more: in Prefect's UI raise max_attempts on the block deployed-crew/{crew.block} and retry the flow "
         "run; for a deployment of run_deployed_crew set its parameter force_new; in Python force_new=True; on the "
         "command line --force-new."
     )

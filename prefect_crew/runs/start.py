@@ -126,6 +126,8 @@ class _Start:
         """Decide, and send the kickoff, until there is a run or an error."""
         request = self.request.for_store(self.identity)
         store = await open_store()
+        # Each try of a row asks for itself. A public function was called before this.
+        age = 0.0 if self.request.row is not None else self.request.options.age
         while True:
             self._raise_if_cancelled()
             window = _Window()
@@ -135,8 +137,8 @@ class _Start:
             else:
                 decision = await store.run(attempts.look, request)
             if self.asked_at is None:
-                self.asked_at = decision.now
-                request = replace(request, asked_at=decision.now)
+                self.asked_at = decision.now - age
+                request = replace(request, asked_at=self.asked_at)
             if decision.step in STARTS and is_begun:
                 if (attempt := await self._post_until_taken(decision, window)) is not None:
                     return replace(decision, attempt=attempt, now=self.asked_at)
@@ -353,7 +355,7 @@ class _Start:
                 request.crew, attempt, settings=request.settings, wait=options.wait
             )
             with withholding(redact):
-                # With the attempt, a person finds the run of a record among several runs of one key.
+                # With the attempt, a person finds the run of an attempt among those of its key.
                 names = {"idempotency_key": attempt.key, "run_attempt": attempt.number}
                 kickoff_id = await self.session.client.kickoff(
                     request.inputs,

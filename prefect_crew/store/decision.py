@@ -129,8 +129,8 @@ class Request:
     """By name, without those of secret inputs: a conflict names the inputs that differ."""
     flow_run_id: str | None = None
     flow_run_count: int = 0
-    flow_run_began: float | None = None
-    """When the flow run, not this try of it, began."""
+    retried_since: float | None = None
+    """When the flow run around the call began, not this try of it; None unless the call is in a retry."""
     asked_at: float | None = None
     """The time of the call's first `look`: a run that fails later is this call's failure."""
     max_attempts: int = 3
@@ -248,11 +248,15 @@ def _step(last: Attempt, request: Request, now: float, count: int) -> Step:
             return _after_failure(last, request, count)
 
 
+def is_stopped_by_person(attempt: Attempt) -> bool:
+    """Return whether somebody stopped a run, and not the time limit of a wait."""
+    return attempt.state is AttemptState.STOPPED and attempt.stop_asked_by != TIMEOUT
+
+
 def _after_failure(last: Attempt, request: Request, count: int) -> Step:
     ended_at = last.ended_at or 0.0
-    is_retry = request.flow_run_count > 1
-    is_retry_since = is_retry and request.flow_run_began is not None and request.flow_run_began < ended_at
-    if last.state is AttemptState.STOPPED and last.stop_asked_by != TIMEOUT and is_retry_since:
+    is_retry_since = request.retried_since is not None and request.retried_since < ended_at
+    if is_stopped_by_person(last) and is_retry_since:
         return Step.STOPPED
     is_of_earlier_try = last.flow_run_id is not None and (
         last.flow_run_id == request.flow_run_id and last.flow_run_count < request.flow_run_count

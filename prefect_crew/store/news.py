@@ -42,20 +42,6 @@ def tell(transaction: Transaction, now: float, topic: str, kind: str, **values: 
     transaction.connection.execute(sa.insert(news).values(topic=topic, kind=kind, received_at=now, **values))
 
 
-@transaction("write")
-def add_news(
-    transaction: Transaction,
-    topic: str,
-    kind: str,
-    *,
-    number: int | None = None,
-    kickoff_id: str | None = None,
-    body: Any = None,
-) -> None:
-    """Write what a webhook brought."""
-    tell(transaction, transaction.lock(), topic, kind, number=number, kickoff_id=kickoff_id, body=body)
-
-
 @transaction("read")
 def read_news(transaction: Transaction, topics: Collection[str], place: Place | None) -> tuple[list[News], Place]:
     """Return the news of some topics since a place, and the new place. Without one, those of the last seconds."""

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from prefect_crew.store.database import Transaction, transaction
 from prefect_crew.store.decision import AttemptState
-from prefect_crew.store.schema import METADATA, attempts, batches, held, news, rows, spending, workers
+from prefect_crew.store.schema import METADATA, attempts, batches, held, news, rows, spending, store, workers
 from prefect_crew.store.spending import day_of
 
 A = attempts.c
@@ -99,6 +99,7 @@ def counts(transaction: Transaction) -> dict[str, int]:
     return {
         name.removeprefix("crew_"): transaction.connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
         for name, table in METADATA.tables.items()
+        if table is not store
     }
 
 

@@ -18,7 +18,6 @@ WRONG: dict[str, list[Any]] = {
     "on_cancel": ["wait"],
     "output_type": [dict, "json:Nothing"],
     "retries": [-1, "2"],
-    "retry_failed": ["key"],  # a text for a list of keys
     "breaker": [0],
     "rows": ["5", ":", "7:7", "-5:"],
     **{option: ["x"] for option in ("wait", "meta", "webhooks", "no_such_option")},
@@ -77,10 +76,9 @@ def test_a_stored_call_gives_the_same_options_again():
     inputs = {"topic": "{{ name }}", "limit": 5, "pin": "code"}  # a secret from a column
     given: dict[str, Any] = {"key": "id", "inputs": inputs, "max_in_flight": 7, "on_failure": 0.5}
     given |= {"wait": pc.WaitPolicy(timeout=60), "output_type": pc.TokenUsage, "retries": 2}
-    chosen = BatchOptions(**given, retry_failed=True)
-    stored = call(**given, retry_failed=True)["options"]
+    stored = call(**given)["options"]
     assert json.loads(json.dumps(stored)) == stored
-    assert BatchOptions(**stored) == chosen.model_copy(update={"retry_failed": False})
+    assert BatchOptions(**stored) == BatchOptions(**given)
 
 
 def test_a_call_with_what_is_no_plain_value_says_why_it_is_not_stored():

@@ -32,7 +32,7 @@ async def test_page_of_a_stopped_batch(batch: Batches, crew_server: CrewServerFa
             f"| Crew | [{host}](https://crews.example/travel) |",
         ),
         *("then resolve each: `milk`", "no \\| \\*bad \\`row\\`"),
-        f"```bash\nprefect-crew batch failures {quoted}\nprefect-crew batch retry {quoted}\n```",
+        f"```bash\nprefect-crew batch failures {quoted}\nprefect-crew batch resume {quoted}\n```",
     ):
         assert part in page
     assert re.search(r"\| Flow run \| \[\w{8}\]\(\.\./\.\./runs/flow-run/[\w-]{36}\) \|", page)

@@ -93,7 +93,7 @@ async def test_an_uncertain_row_blocks_the_rows_after_it(batch: Batches, crew_se
         await pc.arun_crew(server.crew(), {"note": "x"}, session=ANN)
     await let_an_hour_pass()
     store = find_store()
-    [attempt] = await store.run(attempts.of_key, f"{escape_name(report.name)}/{ANN} 1")
+    [attempt] = await store.run(attempts.of_key, f"batch/{escape_name(report.name)}/{ANN} 1")
     await store.run(attempts.resolve, attempt, AttemptState.NOT_STARTED, "a test")
     assert (await run(batch, server, rows)).ok
     assert outputs(batch)[:2] == ["1 tea", "2 rain after 1 tea"]

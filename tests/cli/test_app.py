@@ -181,7 +181,7 @@ ARGUMENTS = {
     "reviews reject": "daily --feedback no",
     "batch run": "travel rows.csv --name b --export b.jsonl",
     "batch plan": "travel rows.csv",
-    **{f"batch {verb}": "b" for verb in ("inspect", "failures", "retry", "resume", "cancel", "export")},
+    **{f"batch {verb}": "b" for verb in ("inspect", "failures", "resume", "cancel", "export")},
     "crews save": "travel --url http://127.0.0.1:1",
     "deploy": "travel --pool crews",
     "automations apply": "--pool crews",

@@ -179,22 +179,13 @@ def test_a_corrected_row_is_retried_and_a_conflict_not(leads: Leads):
     assert (conflict["key"], conflict["state"]) == ("a", "conflict")
 
 
-def test_failed_rows_are_retried_by_name(leads: Leads, monkeypatch: pytest.MonkeyPatch):
+def test_failed_rows_are_started_again_by_name_up_to_max_attempts(leads: Leads, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(leads.folder)
     leads.here("batch", "run", leads.crew, "leads.csv", "--name", leads.name, "--export", "out.jsonl", *KEY)
     monkeypatch.chdir("/")
     for kickoffs in (4, 4):  # max_attempts is 2
-        assert "prefect-crew batch retry" in leads("resume").error(6)
+        assert "prefect-crew batch resume" in leads("resume").error(6)
         assert leads.server.kickoffs == kickoffs
-    assert leads("retry").code == 2, "nobody confirmed"
-    assert leads.server.kickoffs == 4
-    again = leads("retry", "--yes", "--row", "b", *JSON)
-    assert again.code == 6
-    assert again.json["kickoffs"] == 1
-    assert leads.server.kickoffs == 5
-    for row, reason in (("a", "has completed"), ("z", "has no run of a row 'z'")):
-        assert reason in leads("retry", "--yes", "--row", row).error(2)
-    assert leads.server.kickoffs == 5
     assert leads.states() == {"a": "completed", "b": "failed", "c": "completed"}
 
 
@@ -223,7 +214,7 @@ def test_a_local_model_goes_with_the_name(leads: Leads, monkeypatch: pytest.Monk
 def test_a_crew_of_an_address_needs_the_same_call_again(crews: CrewServer, leads: Leads):
     leads.write("who\nAda\n")
     broken = f"{crews.url}/broken"
-    assert "To start them again: make the same call with --retry-failed" in leads.run(crew=broken).error(6)
+    assert "To start them again, up to max_attempts of the crew: make the same call" in leads.run(crew=broken).error(6)
     assert "its crew is not a stored block. Make the same call again" in leads("resume").error(2)
     again = leads.run(*JSON, crew=broken)
     assert again.code == 6
@@ -231,8 +222,8 @@ def test_a_crew_of_an_address_needs_the_same_call_again(crews: CrewServer, leads
 
 
 def test_a_batch_that_nobody_knows(leads: Leads):
-    for verb, *options in (("inspect",), ("failures",), ("retry", "--yes"), ("cancel",), ("export",)):
-        assert f"There is no batch '{leads.name}'" in leads(verb, *options).error(2)
+    for verb in ("inspect", "failures", "resume", "cancel", "export"):
+        assert f"There is no batch '{leads.name}'" in leads(verb).error(2)
 
 
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
@@ -240,13 +231,12 @@ def test_an_uncertain_row_is_resolved(here: Command, leads: Leads, started: bool
     leads.server.faults.add("kickoff:drop-after-accept@1")
     ran = leads.run(*KEY, *JSON)
     (row,) = ran.json["uncertain_keys"]
-    key = f"{leads.name}/{row}"
+    key = f"batch/{leads.name}/{row}"
     assert ran.code == 6
     assert leads.server.kickoffs == 3
     listed = leads("failures")
     assert f"{row}\t\tuncertain\t" in listed.out
     assert "prefect-crew runs resolve" in listed.err
-    assert leads("retry", "--yes", "--row", row).code == 2
     if started:
         exported = {line["kickoff_id"] for line in map(json.loads, leads.output.read_text().splitlines())}
         (run,) = {run.id for run in leads.server.runs} - exported

@@ -57,7 +57,7 @@ def test_what_waits_is_answered_once_a_round(
     here: Command, block: str, crews: CrewServer, tmp_path: Path, rows: int
 ) -> None:
     name = f"asked {uuid.uuid4().hex[:8]}"
-    key = f"{name}/row 0" if rows else name
+    key = f"batch/{name}/row 0" if rows else name
     with ThreadPoolExecutor() as background:
         call = partial(reviewed_rows, block, name, tmp_path, rows) if rows else partial(reviewed_run, block, name)
         running = background.submit(call)

@@ -1,5 +1,6 @@
 """`runs`, `result` and `costs`: the words for attempts, resolving what is uncertain, pruning what is old."""
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,10 @@ from prefect_crew.cli.runs import Word, short_name, todo, word_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.devserver import CrewServer
+from prefect_crew.runs.database import find_store
 from prefect_crew.runs.run import StoredResult
 from prefect_crew.states import CrewState
+from prefect_crew.store import questions
 from prefect_crew.store.decision import Attempt, AttemptState
 from support.commands import TOKEN, Command
 from support.past import new_attempt, put, stored
@@ -180,6 +183,27 @@ def test_a_forgotten_run_can_be_given_up(
     assert [attempt.state for attempt in stored(key)] == [S.LOST, S.COMPLETED]
 
 
+def test_the_server_is_asked_plainly_under_which_id_a_run_goes_on(
+    here: Command, write: Write, crews: CrewServer, greet: tuple[str, str]
+):
+    attempt = write(**STARTED, kickoff_id=f"gone-{uuid.uuid4()}")
+    asyncio.run(answered_without_a_reply(attempt))
+    unknown = here("runs", "resolve", attempt.key, "--kickoff-id", str(attempt.first_id), *greet).error(2)
+    assert f"does not know run {attempt.first_id}" in unknown
+    new_id = kicked_off(crews)
+    resolved = here("runs", "resolve", attempt.key, "--kickoff-id", new_id, *greet).ok
+    assert f"was {attempt.first_id} and goes on as run {new_id}" in resolved
+
+
+async def answered_without_a_reply(attempt: Attempt) -> None:
+    """Write a question whose answer was sent, and nobody knows whether it arrived."""
+    store = find_store()
+    question = await store.run(questions.ask, attempt, 1, marks={}, task="draft")
+    await store.run(questions.answer, question.id, {"approve": True}, "Ada")
+    await store.run(questions.send, question.id, "sender", 30.0)
+    await store.run(questions.uncertain, question.id, "sender")
+
+
 def test_a_completed_run_that_nobody_waits_for_leads_to_its_result(
     here: Command, write: Write, crews: CrewServer, greet: tuple[str, str]
 ):
@@ -318,6 +342,8 @@ def test_what_to_do():
     assert "reviews inspect k1 --crew https://travel.test." in todo(of_url, Word.WAITING, NOW)
     gone = CrewStatus(kickoff_id="k1", state=CrewState.UNKNOWN)
     assert "runs resolve k1 --lost" in todo(daily(**IN_FLIGHT), Word.STARTED, NOW, gone)
+    row = todo(daily(state=S.LOST, batch="leads", row_key="7"), Word.LOST, NOW, left=1)
+    assert row == "prefect-crew batch resume leads starts another run."
 
 
 def test_a_run_with_a_derived_key_is_listed_by_its_kickoff_id():

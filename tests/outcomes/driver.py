@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
-from prefect import flow
+from prefect import flow, task
 
 from prefect_crew import (
     Budget,
     CrewError,
     CrewInput,
+    CrewStoppedError,
     DeployedCrew,
     Review,
     WaitPolicy,
@@ -339,6 +341,34 @@ class Retried(Step):
 
         await looping()
         assert tries == [list(world.server.accepted)] * 2
+
+
+@dataclass(frozen=True)
+class StoppedByCommand(Step):
+    """A call in a flow whose run a person stops, and what then is retried once: the "flow", the "task" around the call,
+    or the flow "above". No retry starts another run."""
+
+    retried: str
+
+    async def play(self, world: World) -> None:
+        key, retries = str(world.key("k")), {self.retried: 1}
+
+        @task(retries=retries.get("task", 0))
+        async def around() -> None:
+            await arun_crew(world.crew(), {"text": "tea"}, idempotency_key=key)
+
+        @flow(retries=retries.get("flow", 0))
+        async def waiting() -> None:
+            await around()
+
+        @flow(retries=retries.get("above", 0))
+        async def above() -> None:
+            await waiting()
+
+        flow_run = asyncio.create_task(above())
+        await After(1, Command("runs cancel {key} --crew")).play(world)
+        with pytest.raises(CrewStoppedError, match=r"does not start it again\. A new call with the key starts"):
+            await flow_run
 
 
 @dataclass(frozen=True)

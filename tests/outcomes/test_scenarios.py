@@ -26,6 +26,7 @@ from outcomes.driver import (
     Retried,
     Row,
     Server,
+    StoppedByCommand,
     Together,
     approve,
     crew,
@@ -51,7 +52,7 @@ BOTH = ("documented", "live")
 RESOLVE = ("{key}", "prefect-crew runs resolve")
 UNCERTAIN = Call(KickoffUncertainError, run=None, says=RESOLVE)
 REFUSED = Call(CrewAPIError, run=None)
-CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}",))
+CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}", "inputs 'text'"))
 FAILED = Call(CrewFailedError, says=("{run1}", "the search engine is down"))
 SHORT = {"wait": {"timeout": 0.5}}
 LATE = Call(CrewTimeoutError, options=SHORT, says=("{key}", "{run1}"))
@@ -144,6 +145,7 @@ ROWS = (
     Row("a caller is cancelled, and the crew runs on", (Call(cancel_when=1), Call()), 1, crew=LONG),
     Row("a person stops it", (Together((Call(CrewStoppedError, says=("{run1}",)), After(1, Command("runs cancel {key} --crew")))), Result(CrewStoppedError)), 1, crew=ENDLESS, stops=1),
     Row("stopped, and called anew", (Together((Call(CrewStoppedError), After(1, Command("runs cancel {key} --crew")))), Call(CrewTimeoutError, 2, options=SHORT)), 2, crew=ENDLESS, stops=1),
+    *(Row(f"a person stops it, retried is: {what}", (StoppedByCommand(what),), 1, crew=ENDLESS, stops=1) for what in ("flow", "task", "above")),
     Row("the result of a run in flight", (LATE, Result(CrewError, None)), 1, crew=ENDLESS),
     Row("the result", (Call(), Result(), Command("result {key}", says=("tea",)), Command("result {run1}", says=("tea",))), 1),
     Row("the result of nothing", (Result(CrewError, None, says=("{key}",)), Command("result {key}", 2, ("{key}",))), 0),
@@ -161,7 +163,7 @@ ROWS = (
     Row("a session of a crew that is no Flow", (turn(ConfigurationError, "a", run=None),), 0),
     # Batches: a row is a run.
     Row("a batch", (Batch(("a", "b", "c"), {"completed": 3, "kickoffs": 3}, lines=3), Batch(("a", "b", "c"), {"completed": 3, "kickoffs": 0}, lines=3)), 3, formats=BOTH),
-    Row("a batch with a row that fails", (Batch(("a", "bad", "c"), {"completed": 2, "failed": 1}, lines=3), Batch(("a", "bad", "c"), {"completed": 2, "failed": 1, "kickoffs": 1}, options={"retry_failed": True})), 4, crew=PICKY),
+    Row("a batch with a row that fails", (Batch(("a", "bad", "c"), {"completed": 2, "failed": 1}, lines=3), Batch(("a", "bad", "c"), {"completed": 2, "failed": 1, "kickoffs": 1})), 4, crew=PICKY),
     Row("a batch that stops and goes on", (Batch(("bad", "b", "c"), {"failed": 1, "completed": 0, "skipped": 2}, options={"on_failure": "stop", "max_in_flight": 1}), Batch(("bad", "b", "c"), {"failed": 1, "completed": 2})), 3, crew=PICKY),
     Row("a batch with an uncertain row", (Batch(("a", "b", "c"), {"completed": 2, "uncertain": 1}), Batch(("a", "b", "c"), {"completed": 2, "uncertain": 1, "kickoffs": 0})), 3, faults=("kickoff:drop-after-accept@2",)),
     Row("a batch at a busy server", (Batch(("a", "b", "c"), {"completed": 3}),), 3, 5, faults=("kickoff:429=0.2@1-2",)),

@@ -178,7 +178,7 @@ class Place:
         for line in lines:
             if line["kickoff_id"] is not None:
                 accepted = self.server.accepted[line["kickoff_id"]]
-                assert accepted["idempotency_key"] == f"{self.name}/{line['key']}", "a row has another row's run"
+                assert accepted["idempotency_key"] == f"batch/{self.name}/{line['key']}", "a row has another row's run"
             if line["state"] == "completed":
                 assert line["output"] == f"on {line['inputs']['topic']}"
         if world.keyed:

@@ -94,7 +94,6 @@ class Exports:
             "export": database.table("results"),
             "key": "id",
             "wait": WAIT,
-            "retry_failed": True,
             "breaker": None,
         }
 

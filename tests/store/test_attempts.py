@@ -147,24 +147,24 @@ async def test_a_completed_run_is_returned_and_a_run_in_flight_reattached_to(sto
 
 
 @pytest.mark.parametrize(
-    ("by", "count", "began", "step"),
+    ("by", "since", "step"),
     [
-        ("anna", 2, -10.0, "stopped"),
-        ("anna", 1, -10.0, "start again"),
-        ("anna", 2, 10.0, "start again"),
-        (TIMEOUT, 2, -10.0, "start again"),
+        ("anna", -10.0, "stopped"),
+        ("anna", None, "start again"),
+        ("anna", 10.0, "start again"),
+        (TIMEOUT, -10.0, "start again"),
     ],
     ids=["a retry of a flow run that waited", "a new call", "a flow run that began later", "after a timeout"],
 )
 async def test_what_a_person_stopped_no_retry_starts_again(
-    store: Store, clock: Clock, by: str, count: int, began: float, step: str
+    store: Store, clock: Clock, by: str, since: float | None, step: str
 ):
     call = request()
     attempt = await in_flight(store, call, "id")
     assert await store.run(ask_to_stop, attempt, by)
     assert not await store.run(ask_to_stop, attempt, "bert")
     await store.run(ended, attempt, "id", AttemptState.STOPPED)
-    retry = once_more(call, flow_run_count=count, flow_run_began=clock.now + began)
+    retry = once_more(call, retried_since=None if since is None else clock.now + since)
     assert await step_of(store, retry) == step
 
 
@@ -434,7 +434,7 @@ async def test_lists_have_pages_and_filters(store: Store, clock: Clock):
     async def keys(**filters: Any) -> list[str]:
         return [attempt.key for attempt in await store.run(list_attempts, **filters)]
 
-    assert await keys(is_in_flight=True, crew_url=CREW) == ["4", "3", "2"]
+    assert await keys(is_in_flight=True, crew=CREW) == ["4", "3", "2"]
     assert await keys(states=[AttemptState.COMPLETED]) == ["1", "0"]
     assert await keys(flow_run_ids={"flow 1"}) == ["3", "1"]
     assert await keys(session="s") == ["4"]

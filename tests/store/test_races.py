@@ -16,10 +16,10 @@ import pytest
 from prefect_crew.store.attempts import back_off, begin, ended, go_on, list_attempts, look, not_started, of_key
 from prefect_crew.store.database import Registration, Store, Transaction, transaction
 from prefect_crew.store.decision import Allowance, AttemptState, Step
-from prefect_crew.store.news import Place, add_news, read_news, tell
+from prefect_crew.store.news import Place, read_news, tell
 from prefect_crew.store.prune import keys_to_prune, prune_keys
 from prefect_crew.store.spending import Use, used
-from support.crew_database import CREW, Clock, begun, in_flight, once_more, over, request
+from support.crew_database import CREW, Clock, add_news, begun, in_flight, once_more, over, request
 
 SPAWNED = multiprocessing.get_context("spawn")
 

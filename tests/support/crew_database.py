@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefect_crew.store.attempts import begin, ended, started
-from prefect_crew.store.database import Store
+from prefect_crew.store.database import Store, Transaction, transaction
 from prefect_crew.store.decision import STARTS, Attempt, AttemptState, Decision, Request
+from prefect_crew.store.news import tell
 
 CREW = "https://crew.test"
 BEGINNING = 1_800_000_000.0
@@ -62,3 +63,9 @@ async def step_of(store: Store, call: Request) -> str:
     """Return the step that `begin` takes."""
     decision: Decision = await store.run(begin, call)
     return str(decision.step)
+
+
+@transaction("write")
+def add_news(transaction: Transaction, topic: str, kind: str, **values: Any) -> None:
+    """Write news, and nothing else."""
+    tell(transaction, transaction.lock(), topic, kind, **values)

@@ -11,11 +11,8 @@ import asyncio
 import contextlib
 import shlex
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
-
-from prefect.blocks.system import Secret
-from pydantic import SecretStr
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.clock import utcnow
@@ -40,11 +37,11 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import find_attempts, latest
+from prefect_crew.runs.reviews.callbacks import forget_callback, read_callback
 from prefect_crew.runs.reviews.questions import (
     MOST_TEXT,
     Asked,
     describe_answer,
-    digest,
     is_over,
     judged_output,
     marks_of,
@@ -316,7 +313,7 @@ async def _deliver(run: LiveRun, asked: Asked, review: Review, webhooks: Webhook
     if FLOW in question.marks:
         of_flow = FlowQuestion(
             kickoff_id=run.kickoff_id,
-            callback_url=await _read_callback(run, question),
+            callback_url=await read_callback(run.kickoff_id, question),
             options=tuple(question.options or ()),
         )
         return await post_answer(of_flow, review, allow_http=run.crew.allow_http)
@@ -390,38 +387,6 @@ def _repeat_answer(run: LiveRun, earlier: Review) -> ResumeAnswer:
     return ResumeAnswer(kickoff_id=run.kickoff_id, message=message)
 
 
-# The callback URL of a Flow's question is a secret: a Secret block of Prefect has it until the answer was sent
-
-
-def _block_name(question: Question) -> str:
-    return f"crew-question-{digest(question.id)}"
-
-
-async def keep_callback(question: Question, url: SecretStr) -> None:
-    """Store the URL for the answer to a Flow's question. Raises PREFECT_ERRORS."""
-    block = cast("Any", Secret)(value=url.get_secret_value())
-    await block.save(_block_name(question), overwrite=True, _sync=False)
-
-
-async def _read_callback(run: LiveRun, question: Question) -> SecretStr:
-    for pause in (0.0, 1.0, 2.0, 5.0):  # the receiver stores it a moment after the question
-        await asyncio.sleep(pause)
-        with contextlib.suppress(ValueError, *PREFECT_ERRORS):
-            block = await cast("Any", Secret).aload(_block_name(question))
-            return SecretStr(block.get())
-    raise ConfigurationError(
-        f"The URL for the answer to run {run.kickoff_id} cannot be read. Nothing was sent. Answer on the Flow's page "
-        "on the CrewAI platform."
-    )
-
-
-async def forget_callback(question: Question) -> None:
-    """Delete the URL for the answer to a Flow's question, which takes no more answers."""
-    if FLOW in question.marks:
-        with contextlib.suppress(ValueError, *PREFECT_ERRORS):
-            await cast("Any", Secret).adelete(f"secret/{_block_name(question)}")
-
-
 # Answering from outside of a wait
 
 
@@ -445,9 +410,8 @@ async def resume_run(
 
     `answer_question` explains the other arguments, and the errors.
     """
-    await read_attempt(run)
-    if run.is_unread:
-        raise CrewError(f"Nothing was sent to run {run.kickoff_id}, since its attempt could not be read.")
+    with naming_prefect_errors(f"Nothing was sent to run {run.kickoff_id}."):
+        await read_attempt(run, is_needed=True)
     if run.attempt is not None:
         review = Review(approve=approve, feedback=feedback, by="resume_crew")
         return (await answer_run(run, review, task_id=task_id, webhooks=webhooks, call=call))[0]

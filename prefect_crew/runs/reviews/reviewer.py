@@ -25,7 +25,6 @@ from prefect_crew.exceptions import (
 from prefect_crew.runs.news import Subscription
 from prefect_crew.runs.reviews.answer import (
     answer_question,
-    forget_callback,
     is_refusal,
     look,
     send_left,
@@ -96,7 +95,6 @@ class People:
         self._form = Form(flow_run_id(), run, policy) if review == "form" else None
         self._function: ReviewFunction | None = None if review == "form" else review
         self._asked: Asked | None = None
-        self._flows: list[Any] = []
         self._thinking: asyncio.Task[Review] | None = None
         self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
         self._notifying: asyncio.Task[None] | None = None
@@ -125,7 +123,6 @@ class People:
         self._asked, self.question = asked, question
         if asked is not None:
             self.answers = reviews_of(asked.questions, asked.now)
-            self._flows = [row for row in asked.questions if FLOW in row.marks]
         is_uncertain = asked is not None and asked.state == "uncertain"
         if before is not None and question is not None and before.id == question.id and was_uncertain == is_uncertain:
             return before != question  # only its output is new
@@ -400,13 +397,9 @@ class People:
         return has_answered
 
     async def aclose(self, *, ended: bool) -> None:
-        """End with the wait: take the form down. If the run has `ended`, delete the callback URLs of its questions."""
+        """End with the wait: take the form down."""
         await self._stop_thinking()
         if self._notifying is not None:
             await cancel_and_wait(self._notifying)
-        if ended:
-            for row in self._flows:
-                if row.sent_at is None:
-                    await forget_callback(row)
         if self._form is not None:
             await self._form.aclose(ended=ended)

@@ -7,11 +7,12 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import httpx
 import pytest
+from prefect.blocks.system import Secret
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
@@ -24,8 +25,10 @@ from prefect_crew.receiver import app
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews import reviewer
-from prefect_crew.runs.reviews.answer import _read_callback, list_open_questions, resume_run
+from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
+from prefect_crew.runs.reviews.callbacks import read_callback
 from prefect_crew.runs.reviews.form import ReviewForm, masked_options
+from prefect_crew.runs.reviews.questions import digest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.questions import FLOW, Question
@@ -72,6 +75,8 @@ async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: st
     ]
     given = await answers_of(key)
     assert [(one.outcome, one.option) for one in given] == [("sent", OPTIONS[1]), ("sent", OPTIONS[0])]
+    (attempt,) = await in_store(attempts.of_key, key)
+    assert not [each for each in await in_store(questions.questions_of, attempt.id) if await has_url(each)]
 
 
 @pytest.mark.parametrize("comes", [True, False])
@@ -114,11 +119,19 @@ async def kept(kickoff_id: str) -> Question | None:
     return asked[-1] if asked and FLOW in asked[-1].marks and asked[-1].answer is None else None
 
 
+async def has_url(question: Question) -> bool:
+    """Return whether Prefect still has the URL for the answer to a question."""
+    try:
+        await cast("Any", Secret).aload(f"crew-question-{digest(question.id)}")
+    except ValueError:
+        return False
+    return True
+
+
 async def callback_of(kickoff_id: str) -> str:
     question = await kept(kickoff_id)
     assert question is not None
-    run: Any = AsyncMock(kickoff_id=kickoff_id)
-    return (await _read_callback(run, question)).get_secret_value()
+    return (await read_callback(kickoff_id, question)).get_secret_value()
 
 
 async def answer(crew: DeployedCrew, kickoff_id: str, *, approve: bool = True) -> Any:
@@ -161,6 +174,21 @@ async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook, k
         with pytest.raises(CrewError, match="409"):
             await answer(server.crew(), kickoff_id)
         assert await answers_of(key) == []
+
+
+async def test_the_url_for_an_answer_goes_with_the_run_that_ended_while_nobody_waited(
+    hook: ReviewWebhook, key: str
+) -> None:
+    with CrewServer(SCRIPT, review_webhook=hook) as server:
+        kickoff_id = await _kicked_off(server.crew(), key)
+        question = await kept(kickoff_id)
+        assert question is not None
+        assert await has_url(question)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await client.post(await callback_of(kickoff_id), json={"feedback": "approve"})
+        await until(lambda: server.run(kickoff_id).state.ended, "the end")
+        assert await run_with(server, None, key) == "Draft. "
+        assert not await has_url(question)
 
 
 TWO = script(

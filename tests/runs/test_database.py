@@ -1,0 +1,39 @@
+"""Which crew database a process uses: a second one is never silent."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_HOME, temporary_settings
+
+from prefect_crew import StoreError, run_crew
+from prefect_crew.runs.database import URL_SETTING, forget_stores, use_this_store
+from prefect_crew.testing import CrewServerFactory
+
+pytestmark = pytest.mark.usefixtures("prefect_api")
+
+
+def test_a_second_default_file_starts_nothing_and_one_that_is_set_is_warned_of_once(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    server = crew_server("echo")
+
+    def run(home: str) -> None:
+        forget_stores()  # as another process
+        with temporary_settings({PREFECT_HOME: tmp_path / home}):
+            run_crew(server.crew(), {"text": "tea"}, idempotency_key="daily")
+
+    monkeypatch.delenv(URL_SETTING)
+    with temporary_settings({PREFECT_HOME: tmp_path / "a"}):
+        asyncio.run(use_this_store())
+    run("a")
+    with pytest.raises(StoreError, match=f"recorded in {tmp_path}/a/crew.db.*{URL_SETTING}") as refused:
+        run("b")
+    assert refused.value.started == "no"
+    run("a")
+    assert server.kickoffs == 1
+    monkeypatch.setenv(URL_SETTING, f"sqlite:///{tmp_path}/other.db")
+    for _ in range(3):
+        run("b")
+    assert server.kickoffs == 2, "it is taken at its word"
+    assert caplog.text.count("were recorded in") == 1
