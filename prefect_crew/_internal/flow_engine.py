@@ -64,8 +64,6 @@ NAMES: Mapping[str, str | None] = {
     "prefect.flow_engine:AsyncFlowRunEngine.handle_timeout": None,
     "prefect.workers.base:BaseWorker._submit_run": None,
     "prefect.workers.base:BaseWorker._get_scheduled_flow_runs": None,
-    "prefect.workers.base:BaseWorker._submit_scheduled_flow_runs": None,
-    "prefect.workers.base:BaseWorker._propose_pending_state": None,
     "prefect.workers.base:BaseWorker._propose_crashed_state": None,
     "prefect.workers.base:BaseWorker._emit_flow_run_submitted_event": None,
     "prefect.workers.base:BaseWorker._emit_flow_run_executed_event": None,
@@ -108,11 +106,9 @@ class HeldFlowRun:
 
     flow_run: FlowRun
     confirm: Callable[[HeldFlowRun, State[Any]], Awaitable[FlowRun | None]]
-    pool: str = ""
-    worker: str = ""
     ending: Ending | None = None
     reason: str = ""
-    task: asyncio.Task[bool] | None = None
+    task: asyncio.Task[State[Any] | None] | None = None
     has_begun: bool = False
     """Whether the flow's own code has begun, in this attempt."""
     is_out: bool = False

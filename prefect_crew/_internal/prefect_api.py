@@ -98,10 +98,8 @@ async def label_flow_run(*, name: str) -> None:
 
 
 class Held(Protocol):
-    """A flow run whose coroutine runs, or has run, on the crew worker of this process, named `worker`."""
+    """A flow run whose coroutine runs, or has run, on the crew worker of this process."""
 
-    pool: str
-    worker: str
     reason: str
     was_cancelled: bool
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shlex
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
@@ -169,12 +168,12 @@ async def check_prefect(findings: Findings) -> None:
         except ObjectNotFound:
             fix = "prefect block register -m prefect_crew, or store a crew: prefect-crew crews save NAME --url URL."
             findings.add("warning", "block type", "deployed-crew is not registered.", fix)
-        await _check_database(findings)
-        await _check_pools(client, findings)
+        if await _is_database_usable(findings):
+            await _check_pools(client, findings)
         await _check_forms(client, findings)
 
 
-async def _check_database(findings: Findings) -> None:
+async def _is_database_usable(findings: Findings) -> bool:
     """Check that the crew database can be opened and written to, and that the Prefect server knows it."""
     from prefect_crew.runs.database import open_store
     from prefect_crew.store.workers import release
@@ -185,38 +184,34 @@ async def _check_database(findings: Findings) -> None:
         own = await store.registration()
     except CrewError as error:
         findings.add("problem", "crew database", str(error))
-        return
+        return False
     if own.host is None:
         fact = f"{own.where}, id {own.id}. Another machine has to show the same id"
         findings.add("ok", "crew database", fact)
     else:
         fix = "For several machines or containers, set PREFECT_INTEGRATIONS_CREW_DATABASE_URL to the same PostgreSQL."
         findings.add("ok", "crew database", f"{own.where}, id {own.id}, on this machine only", fix)
+    return True
 
 
 async def _check_pools(client: PrefectClient, findings: Findings) -> None:
-    """Check each pool of crew workers: the workers online, and the flow runs that workers left when they ended."""
+    """Check each pool of crew workers: the workers that live, and the flow runs that dead ones have left."""
     from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterType
 
-    from prefect_crew._internal.clock import utcnow
-    from prefect_crew.pool import BEGUN, UNOWNED_FOR, is_left, read_flow_runs, read_workers, worker_name
+    from prefect_crew.runs.database import in_store
+    from prefect_crew.store.workers import workers_of
 
     of_crews = WorkPoolFilter(type=WorkPoolFilterType(any_=["crew"]))
-    # A flow run that a worker is about to take has no owner for a moment.
-    since = utcnow() - timedelta(seconds=UNOWNED_FOR)
     for pool in await client.read_work_pools(work_pool_filter=of_crews):
-        workers = await read_workers(client, pool.name)
-        online = ", ".join(sorted(worker for worker, is_online in workers.items() if is_online))
-        begun = await read_flow_runs(client, pool.name, BEGUN)
-        left = [run for run in begun if is_left(run, workers)]
-        left_behind = [
-            run for run in left if worker_name(run.infrastructure_pid) or (run.state and run.state.timestamp < since)
-        ]
-        summary = f"workers online: {online or 'none'}; flow runs begun: {len(begun)}"
+        workers = await in_store(workers_of, str(pool.id))
+        online = ", ".join(worker.name for worker in workers if not worker.is_dead)
+        gone = [worker for worker in workers if worker.is_dead]
+        summary = f"workers online: {online or 'none'}; flow runs begun: {sum(worker.flow_runs for worker in workers)}"
         fix = "" if online else f"prefect worker start --pool {shlex.quote(pool.name)}"
-        if left_behind:
-            gone = sorted({worker_name(run.infrastructure_pid) or "without a name" for run in left_behind})
-            summary += f", {len(left_behind)} of them left by workers that are gone ({', '.join(gone)})"
+        if gone:
+            names = ", ".join(sorted({worker.name for worker in gone}))
+            left = sum(worker.flow_runs for worker in gone)
+            summary += f", {left} of them left by workers that are gone ({names})"
             fix = fix or "Workers that are online take them within two heartbeats."
         findings.add("warning" if fix else "ok", f"crew pool {pool.name}", summary, fix)
 

@@ -89,7 +89,7 @@ def prune_rest(transaction: Transaction, before: float) -> None:
     now = transaction.lock("prune")
     transaction.changed(sa.delete(news).where(news.c.received_at < now - DAY))
     holds = sa.exists().where(held.c.boot == workers.c.boot).correlate(workers)
-    transaction.changed(sa.delete(workers).where(workers.c.seen_at < now - DAY, ~holds))
+    transaction.changed(sa.delete(workers).where(workers.c.dead_at < now - DAY, ~holds))
     transaction.changed(sa.delete(spending).where(spending.c.day < day_of(min(before, now - LONGEST_MONTH))))
 
 

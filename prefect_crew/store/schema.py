@@ -266,12 +266,15 @@ spending = _table(
 workers = _table(
     "workers",
     _text("boot", primary_key=True),
+    _text("pool", nullable=False),
     _text("name", nullable=False),
     _text("host", nullable=False),
     _time("begun_at", nullable=False),
-    _time("seen_at", nullable=False),
+    _time("seen_since", nullable=False),
+    _time("dead_at", nullable=False),
 )
-"""The crew workers: a row for each start of one."""
+"""The crew workers: a row for each start of one. `pool`: the id of its work pool. `dead_at`: each heartbeat postpones
+it; from then on others may take over its flow runs. `seen_since`: the first heartbeat that none was missed after."""
 
 held = _table(
     "held", _text("flow_run_id", primary_key=True), _text("boot", nullable=False), _index("held_boot", "boot")

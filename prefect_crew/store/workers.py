@@ -10,28 +10,45 @@ from prefect_crew.store.database import Transaction, transaction
 from prefect_crew.store.schema import held, workers
 
 W = workers.c
-DEAD_AFTER = 90.0
-"""Seconds without a sign of life after which others take over the flow runs of a worker."""
+DEAD_AFTER = 3
+"""Heartbeats without a sign of life after which others take a worker's flow runs over: 90 s with Prefect's 30 s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Worker:
-    """One start of a worker. `boot` is its nonce."""
+    """One start of a worker, and the number of flow runs that it holds. `boot` is its nonce."""
 
     boot: str
     name: str
     host: str
-    begun_at: float
-    seen_at: float
+    is_dead: bool
+    flow_runs: int
+
+
+def _has_successor() -> sa.ColumnElement[bool]:
+    newer = workers.alias()
+    same = [newer.c[name] == W[name] for name in ("pool", "name", "host")]
+    return sa.exists().where(*same, newer.c.begun_at > W.begun_at).correlate(workers)
 
 
 @transaction("write")
-def beat(transaction: Transaction, boot: str, name: str, host: str) -> None:
-    """Say that a worker lives."""
+def beat(transaction: Transaction, boot: str, pool: str, name: str, host: str, heartbeat: float) -> bool:
+    """Say that a worker lives. `heartbeat`: the seconds of one. Return whether a later one has its name and its host:
+    then that one takes over its flow runs, and it has to take another name."""
     now = transaction.lock()
-    values = {"boot": boot, "name": name, "host": host, "begun_at": now, "seen_at": now}
-    statement = transaction.insert(workers).values(values)
-    transaction.connection.execute(statement.on_conflict_do_update(index_elements=["boot"], set_={"seen_at": now}))
+    values = {"pool": pool, "name": name, "host": host, "dead_at": now + DEAD_AFTER * heartbeat}
+    statement = transaction.insert(workers).values(boot=boot, begun_at=now, seen_since=now, **values)
+    seen_since = sa.case((W.dead_at <= now, now), else_=W.seen_since)
+    changes = values | {"seen_since": seen_since}
+    transaction.connection.execute(statement.on_conflict_do_update(index_elements=["boot"], set_=changes))
+    return bool(transaction.connection.scalar(sa.select(_has_successor()).where(W.boot == boot)))
+
+
+@transaction("write")
+def retire(transaction: Transaction, boot: str) -> None:
+    """Say that a worker ends: others may at once take over what it still holds."""
+    now = transaction.lock()
+    transaction.changed(sa.update(workers).where(W.boot == boot).values(dead_at=now))
 
 
 @transaction("write")
@@ -40,7 +57,7 @@ def hold(transaction: Transaction, flow_run_id: str, boot: str) -> bool:
     transaction.lock()
     if transaction.insert_once(held, flow_run_id=flow_run_id, boot=boot):
         return True
-    return transaction.connection.scalar(sa.select(held.c.boot).where(held.c.flow_run_id == flow_run_id)) == boot
+    return _holder(transaction, flow_run_id) == boot
 
 
 @transaction("write")
@@ -50,31 +67,42 @@ def release(transaction: Transaction, flow_run_id: str, boot: str) -> bool:
     return transaction.changed(sa.delete(held).where(held.c.flow_run_id == flow_run_id, held.c.boot == boot)) == 1
 
 
-def _is_dead(now: float) -> sa.ColumnElement[bool]:
-    """The condition that a worker was not seen for long, or that a later one has its name and its host."""
-    newer = workers.alias()
-    successor = (newer.c.name == W.name, newer.c.host == W.host, newer.c.begun_at > W.begun_at)
-    return sa.or_(W.seen_at < now - DEAD_AFTER, sa.exists().where(*successor).correlate(workers))
-
-
-@transaction("read")
-def left_behind(transaction: Transaction) -> list[tuple[str, Worker]]:
-    """Return the flow runs of dead workers, each with its worker."""
-    query = sa.select(held.c.flow_run_id, *workers.columns).join(workers, W.boot == held.c.boot)
-    rows = transaction.connection.execute(query.where(_is_dead(transaction.now()))).mappings()
-    return [(row["flow_run_id"], Worker(**{name: row[name] for name in Worker.__slots__})) for row in rows]
-
-
 @transaction("write")
-def take_over(transaction: Transaction, flow_run_id: str, dead: str, boot: str) -> bool:
-    """Take a flow run from a dead worker. Return False if another worker was faster, or the worker lives."""
-    now = transaction.lock()
-    is_dead = sa.exists().where(W.boot == dead, _is_dead(now))
-    where = (held.c.flow_run_id == flow_run_id, held.c.boot == dead, is_dead)
-    return transaction.changed(sa.update(held).where(*where).values(boot=boot)) == 1
+def take_over(transaction: Transaction, boot: str, heartbeat: float) -> int:
+    """Let a worker hold the flow runs of the dead workers of its pool. Return their number.
+
+    A worker is dead that was silent for three heartbeats, or of whose name a later one has begun on its host. For one
+    heartbeat after its own silence a worker takes nothing from silent ones: all may have been cut off or asleep.
+    """
+    now, own = transaction.lock(), workers.alias()
+    is_silent = sa.and_(W.dead_at <= now, own.c.seen_since <= now - heartbeat)
+    dead = sa.select(W.boot).join(own, sa.and_(own.c.boot == boot, own.c.pool == W.pool))
+    dead = dead.where(W.boot != boot, sa.or_(is_silent, _has_successor()))
+    return transaction.changed(sa.update(held).where(held.c.boot.in_(dead)).values(boot=boot))
 
 
 @transaction("read")
 def held_by(transaction: Transaction, boot: str) -> list[str]:
     """Return the flow runs that a worker holds."""
     return [*transaction.connection.scalars(sa.select(held.c.flow_run_id).where(held.c.boot == boot))]
+
+
+@transaction("read")
+def holder(transaction: Transaction, flow_run_id: str) -> str | None:
+    """Return the worker that holds a flow run."""
+    return _holder(transaction, flow_run_id)
+
+
+def _holder(transaction: Transaction, flow_run_id: str) -> str | None:
+    return transaction.connection.scalar(sa.select(held.c.boot).where(held.c.flow_run_id == flow_run_id))
+
+
+@transaction("read")
+def workers_of(transaction: Transaction, pool: str) -> list[Worker]:
+    """Return the workers of a pool that live, or hold flow runs."""
+    is_dead = sa.or_(W.dead_at <= transaction.now(), _has_successor())
+    count = sa.select(sa.func.count()).where(held.c.boot == W.boot).scalar_subquery()
+    query = sa.select(W.boot, W.name, W.host, is_dead.label("is_dead"), count.label("flow_runs"))
+    rows = transaction.connection.execute(query.where(W.pool == pool).order_by(W.name, W.begun_at)).mappings()
+    found = [Worker(**row) for row in rows]
+    return [worker for worker in found if worker.flow_runs or not worker.is_dead]
