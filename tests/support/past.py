@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,8 +42,13 @@ def put(attempt: Attempt, result: Any = None) -> Attempt:
 
 async def aput(attempt: Attempt, result: Any = None) -> Attempt:
     """Write an attempt, with its kickoff id and its result."""
-    await find_store().run(_insert, attempt, result)
+    await aput_all([attempt], result)
     return attempt
+
+
+async def aput_all(several: Sequence[Attempt], result: Any = None) -> None:
+    """Write attempts, each with its kickoff ids and the same result."""
+    await find_store().run(_insert, several, result)
 
 
 def stored(key: str) -> list[Attempt]:
@@ -51,13 +57,17 @@ def stored(key: str) -> list[Attempt]:
 
 
 @transaction("write")
-def _insert(transaction: Transaction, attempt: Attempt, result: Any) -> None:
+def _insert(transaction: Transaction, several: Sequence[Attempt], result: Any) -> None:
     transaction.lock()
-    values = {column.name: getattr(attempt, column.name) for column in attempts.columns}
+    values = [{column.name: getattr(attempt, column.name) for column in attempts.columns} for attempt in several]
     transaction.connection.execute(sa.insert(attempts), values)
-    ids = [attempt.first_id] if attempt.first_id == attempt.kickoff_id else [attempt.first_id, attempt.kickoff_id]
-    for number, kickoff_id in enumerate(filter(None, ids), 1):
-        row = {"crew_url": attempt.crew_url, "kickoff_id": kickoff_id, "attempt_id": attempt.id, "number": number}
-        transaction.connection.execute(sa.insert(kickoff_ids), row)
+    ids = [
+        {"crew_url": attempt.crew_url, "kickoff_id": kickoff_id, "attempt_id": attempt.id, "number": number}
+        for attempt in several
+        for number, kickoff_id in enumerate(dict.fromkeys(filter(None, (attempt.first_id, attempt.kickoff_id))), 1)
+    ]
+    if ids:
+        transaction.connection.execute(sa.insert(kickoff_ids), ids)
     if result is not None:
-        transaction.connection.execute(sa.insert(results), {"attempt_id": attempt.id, "body": result})
+        bodies = [{"attempt_id": attempt.id, "body": result} for attempt in several]
+        transaction.connection.execute(sa.insert(results), bodies)
