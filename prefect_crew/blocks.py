@@ -96,7 +96,10 @@ class DeployedCrew(JobBlock[CrewResult]):
         default=3, ge=1, description="The most runs for one idempotency key, including failed runs."
     )
     concurrency_limit: int | None = Field(
-        default=None, ge=1, description="The most runs of this crew's URL that may be in flight, however they start."
+        default=None,
+        ge=1,
+        examples=[10],
+        description="The most runs of this crew's URL that may be in flight, however they start.",
     )
     price: Annotated[float, Field(ge=0)] | Price | None = Field(
         default=None, description="Price of a run, in your currency: a number, or a price of its tokens."

@@ -111,7 +111,7 @@ async def test_the_totals_of_a_batch_are_what_the_server_counted(batch: Any, cre
     told = [usage for usage in usages if usage is not None]
     prompt, completion = sum(one.prompt_tokens or 0 for one in told), sum(one.completion_tokens or 0 for one in told)
     counted = TokenUsage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
-    assert report.usage == counted
+    assert report.usage == TokenUsage(total_tokens=counted.total_tokens)
     assert report.cost == pytest.approx((2 * prompt + 10 * completion) / 1000)
     assert report.spending.runs == 200
     assert report.spending.reported == 180
