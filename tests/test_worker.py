@@ -20,18 +20,19 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import FlowRun, State, StateDetails, StateType
+from prefect.client.schemas.objects import FlowRun, FlowRunPolicy, State, StateType
 from prefect.client.schemas.responses import WorkerFlowRunResponse
-from prefect.exceptions import InfrastructureNotAvailable, InfrastructureNotFound
-from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running, Scheduled, Suspended
+from prefect.exceptions import InfrastructureNotFound
+from prefect.states import AwaitingRetry, Cancelling, Completed, Paused, Pending, Running, Suspended
 
 from prefect_crew._internal.flow_engine import HeldFlowRun, many_flow_runs
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
-from prefect_crew.pool import HANDED_OVER, hand_over, read_workers, stop_crews_of
-from prefect_crew.runs.database import forget_stores
+from prefect_crew.pool import hand_over, stop_crews_of
+from prefect_crew.runs.database import forget_stores, in_store
+from prefect_crew.store import workers
 from prefect_crew.store.decision import AttemptState
-from prefect_crew.worker import CANCELLED_AT_ONCE, CrewJobConfiguration, CrewWorker, CrewWorkerResult, _clock
+from prefect_crew.worker import CrewJobConfiguration, CrewWorker, CrewWorkerResult
 from support.chromium import Chromium
 from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
@@ -73,8 +74,8 @@ def connection(pool: CrewPool) -> Iterator[None]:
 
 @pytest.fixture
 def unwatched(connection: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker of this process looks at its pool only when the test says so."""
-    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    """A worker of this process looks at its pool only when the test says so (`look`)."""
+    monkeypatch.setattr(CrewWorker, "_look", AsyncMock())
 
 
 @pytest.fixture
@@ -85,10 +86,13 @@ def ran(unwatched: None, monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
     return ran
 
 
-@pytest.fixture
-def heir(pool: CrewPool, ran: AsyncMock) -> CrewWorker:
-    """A worker, to be entered, that runs no flow and looks at nothing by itself."""
-    return CrewWorker(pool.name, name="heir")
+look_once = CrewWorker._look
+
+
+async def look(worker: CrewWorker) -> None:
+    """Look once at the pool, and wait until the flow runs have gone back that nobody runs."""
+    await look_once(worker)
+    await until(lambda: not worker._going_back)
 
 
 def plan(pool: CrewPool, seconds: float = 1) -> UUID:
@@ -237,7 +241,7 @@ def test_a_flow_run_that_has_not_begun_is_cancelled(pool: CrewPool):
     taken = pool.start(deployment, at=soon, seconds=1)  # workers of this pool take flow runs 5 minutes early
     pool.wait_for(taken, "PENDING")
     handed_over = pool.start(deployment, at=later, seconds=1)
-    pool.call("PATCH", f"/flow_runs/{handed_over}", {"infrastructure_pid": HANDED_OVER})
+    pool.call("PATCH", f"/flow_runs/{handed_over}", {"infrastructure_pid": "one/an earlier start"})
     scheduled = pool.start(deployment, at=later, seconds=1)
     for run_id in (taken, handed_over, scheduled):
         pool.set_state(run_id, "CANCELLING")
@@ -245,30 +249,60 @@ def test_a_flow_run_that_has_not_begun_is_cancelled(pool: CrewPool):
         assert pool.wait_for(run_id)["state_name"] == "Cancelled"
 
 
+SCHEDULED, RETRIED = State(type=StateType.SCHEDULED), AwaitingRetry()
+
+
+@pytest.mark.usefixtures("unwatched")
 @pytest.mark.parametrize(
-    ("state", "owner", "left"),
+    ("state", "expected"),
     [
-        (Running(), "gone/1", True),
-        (Running(), "alive/1", False),
-        (Running(), "one/an earlier start", True),
-        (Running(), HANDED_OVER, True),  # its worker died between two requests
-        (Running(), None, False),  # run by hand
-        (Pending(), None, True),
-        (Pending(), HANDED_OVER, True),
-        (Cancelling(), HANDED_OVER, True),
-        (Cancelling(), "alive/1", False),
-        (Paused(), "gone/1", True),
-        (Paused(reschedule=True), "gone/1", False),  # suspended
-        (AwaitingRetry(), HANDED_OVER, False),
+        (Running(), "AwaitingRetry"),
+        (Pending(), "AwaitingRetry"),
+        (Paused(), "AwaitingRetry"),
+        (Suspended(), "Suspended"),
+        (SCHEDULED, "Scheduled"),
+        (RETRIED, "AwaitingRetry"),
+        (Cancelling(), "Cancelled"),
+        (State(type=StateType.CANCELLED), "Cancelled"),
+        (Completed(), "Completed"),
     ],
+    ids=lambda value: value if isinstance(value, str) else value.type.value,
 )
-def test_a_flow_run_is_left_where_its_worker_is_gone(state: State, owner: str | None, left: bool):
-    worker = CrewWorker("a pool", name="one")
-    worker._workers = {"alive": True, "one": True, "gone": False}
-    flow_run = FlowRun(flow_id=uuid4(), state=state, infrastructure_pid=owner)
-    assert worker._is_left(flow_run) is left
-    flow_run.infrastructure_pid = worker.identity
-    assert worker._is_left(flow_run) is (not state.is_scheduled() and not state.state_details.pause_reschedule)
+async def test_a_flow_run_that_nobody_runs_goes_back(pool: CrewPool, state: State, expected: str):
+    crew, run_id = pool.crews["quick"], plan(pool)
+    asked = crew.requests["stop"]
+    await kick_off(crew, run_id)
+    async with CrewWorker(pool.name, name="heir") as worker:
+        policy = FlowRunPolicy(retries=1, retry_type="in_process" if state is not SCHEDULED else None)
+        await worker.client.update_flow_run(run_id, empirical_policy=policy)
+        await worker.client.set_flow_run_state(run_id, state, force=True)
+        await in_store(workers.hold, str(run_id), worker.boot)
+        await look(worker)
+        current = await worker.client.read_flow_run(run_id)
+    assert current.state_name == expected
+    assert await in_store(workers.holder, str(run_id)) is None
+    assert crew.requests["stop"] - asked == (expected == "Cancelled")
+    if expected in ("AwaitingRetry", "Suspended"):
+        assert current.empirical_policy.retry_type == "reschedule", "else its pool does not hand it out"
+    is_again = expected == "AwaitingRetry" and state is not RETRIED
+    assert current.empirical_policy.retries == 1 + is_again, "a change of workers uses up no retry"
+
+
+@pytest.mark.usefixtures("unwatched")
+async def test_flow_runs_of_a_dead_worker_go_back_those_of_a_living_one_do_not(pool: CrewPool):
+    runs = [plan(pool) for _ in range(2)]
+    async with CrewWorker(pool.name, name="heir", heartbeat_interval_seconds=1) as worker:
+        for run_id, name, heartbeat in zip(runs, ("gone", "alive"), (0, 60), strict=True):
+            await worker.client.set_flow_run_state(run_id, Running(), force=True)
+            await in_store(workers.beat, name, str(worker.work_pool.id), name, "elsewhere", heartbeat)
+            await in_store(workers.hold, str(run_id), name)
+        async with asyncio.timeout(20):
+            while pool.states(str(runs[0]))[-1] == "Running":
+                await asyncio.sleep(0.3)
+                await worker._beat()
+                await look(worker)
+        assert pool.states(str(runs[1]))[-1] == "Running"
+        assert await in_store(workers.held_by, "alive") == [str(runs[1])]
 
 
 @pytest.mark.usefixtures("unwatched")
@@ -277,7 +311,8 @@ async def test_a_flow_run_ends_before_it_begins(
     pool: CrewPool, monkeypatch: pytest.MonkeyPatch, ending: Any, state: str
 ):
     run_id, execute = plan(pool, seconds=60), CrewWorker._execute
-    pool.set_state(str(run_id), "PENDING")
+    for begun in ("PENDING", "RUNNING", "CANCELLING")[: 3 if ending == "cancelled" else 1]:
+        pool.set_state(str(run_id), begun)
 
     def execute_ended(self: CrewWorker, held: Any, configuration: CrewJobConfiguration) -> Any:
         # Comes before the coroutine's first step.
@@ -286,61 +321,38 @@ async def test_a_flow_run_ends_before_it_begins(
 
     monkeypatch.setattr(CrewWorker, "_execute", execute_ended)
     async with CrewWorker(pool.name, name="in process") as worker:
+        await in_store(workers.hold, str(run_id), worker.boot)
         await worker.run(*await resolve(worker, run_id))
-    ended = pool.flow_run(str(run_id))["state"]
-    assert ended["name"] == state
-    assert ended["message"] == "In good time."
+    assert pool.flow_run(str(run_id))["state"]["name"] == state
 
 
 @pytest.mark.usefixtures("unwatched")
-@pytest.mark.parametrize(
-    ("is_online", "seconds", "state"), [(True, 60, "Cancelling"), (False, 1, "Cancelling"), (False, 60, "Cancelled")]
-)
-async def test_a_worker_cancels_for_another_that_is_gone(pool: CrewPool, is_online: bool, seconds: float, state: str):
+@pytest.mark.parametrize(("holder", "state"), [("another", "Cancelling"), (None, "Cancelled")])
+async def test_a_worker_cancels_what_no_other_holds(pool: CrewPool, holder: str | None, state: str):
     run_id = plan(pool)
     async with CrewWorker(pool.name, name="looks") as worker:
-        owner = f"owner {uuid4()}"
-        if is_online:  # since the last look at the workers
-            await worker.client.send_worker_heartbeat(pool.name, owner, heartbeat_interval_seconds=30)
-        await worker.client.update_flow_run(run_id, infrastructure_pid=f"{owner}/1")
+        if holder is not None:
+            await in_store(workers.hold, str(run_id), holder)
         for begun in (Running(), Cancelling()):
             await worker.client.set_flow_run_state(run_id, begun, force=True)
-        worker._cancelling_since[run_id] = _clock() - seconds
-        for _ in range(CANCELLED_AT_ONCE):  # the worker's own flow runs, whose crews' servers hang
-            await worker._ending_cancelled.acquire()
-        async with asyncio.timeout(20):
-            await worker._cancel(await worker.client.read_flow_run(run_id))
+        await look(worker)
         assert (await worker.client.read_flow_run(run_id)).state_name == state
 
 
 @pytest.mark.usefixtures("unwatched")
-@pytest.mark.parametrize(
-    ("owner", "flow_state"),
-    [
-        ("{worker.identity}", "CANCELLED"),
-        ("{worker.name}/an earlier start", "CANCELLED"),
-        ("gone/1", "CANCELLED"),
-        ("gone/1", "SCHEDULED"),
-        ("is no pid", "CANCELLED"),
-        ("alive/1", "CANCELLED"),
-    ],
-)
-async def test_killed_infrastructure_is_found_where_online(pool: CrewPool, owner: str, flow_state: str):
-    """As Prefect's own workers answer: those of Docker and Kubernetes for what has ended, or was never there."""
+@pytest.mark.parametrize("flow_state", ["CANCELLED", "SCHEDULED"])
+async def test_a_run_that_the_server_has_cancelled_stops_its_crews(pool: CrewPool, flow_state: str):
+    """Prefect asks for it after a flow run was Cancelling for too long; then somebody may have begun it again."""
     crew, run_id = pool.crews["quick"], plan(pool)
     asked = crew.requests["stop"]
     await kick_off(crew, run_id)
     async with CrewWorker(pool.name, name="kills") as worker:
-        await worker.client.send_worker_heartbeat(pool.name, "alive", heartbeat_interval_seconds=30)
         await worker.client.set_flow_run_state(run_id, Running(), force=True)
         _, configuration = await resolve(worker, run_id)
-        # The server has ended it as Cancelled by itself; then somebody may have begun it again.
         await worker.client.set_flow_run_state(run_id, State(type=StateType(flow_state)), force=True)
-        expected = InfrastructureNotAvailable if owner == "alive/1" else InfrastructureNotFound
-        with pytest.raises(expected):
-            await worker.kill_infrastructure(owner.format(worker=worker), configuration)
-    is_stopped = flow_state == "CANCELLED" and owner != "alive/1"
-    assert crew.requests["stop"] - asked == is_stopped
+        with pytest.raises(InfrastructureNotFound):  # as Prefect's workers answer for what has ended
+            await worker.kill_infrastructure("gone/1", configuration)
+    assert crew.requests["stop"] - asked == (flow_state == "CANCELLED")
 
 
 @pytest.mark.usefixtures("unwatched")
@@ -348,33 +360,20 @@ async def test_killed_infrastructure_is_found_where_online(pool: CrewPool, owner
 async def test_a_run_held_before_the_read_is_lost(
     pool: CrewPool, monkeypatch: pytest.MonkeyPatch, is_begun_since: bool
 ):
-    flow_run = FlowRun(flow_id=uuid4(), name="begins", state=Running(), infrastructure_pid="another/1")
+    flow_run = FlowRun(flow_id=uuid4(), name="begins", state=Running())
     async with CrewWorker(pool.name, name="reads") as worker:
         held = HeldFlowRun(flow_run, AsyncMock())
 
-        async def read(*_: Any) -> list[FlowRun]:
+        async def read(*_: Any) -> list[str]:
             worker._held[flow_run.id] = held
-            return [flow_run]
+            return []
 
-        monkeypatch.setattr("prefect_crew.worker.read_flow_runs", read)
+        monkeypatch.setattr("prefect_crew.worker.in_store", read)
         if not is_begun_since:
             worker._held[flow_run.id] = held
-        await worker._take_over_all()
+        await look(worker)
         del worker._held[flow_run.id]
     assert held.ending == (None if is_begun_since else "lost")
-
-
-@pytest.mark.usefixtures("connection")
-async def test_a_renamed_worker_is_online_under_its_new_name(pool: CrewPool):
-    async with CrewWorker(pool.name, name="twin", heartbeat_interval_seconds=1) as worker:
-        lost = FlowRun(id=uuid4(), flow_id=uuid4(), infrastructure_pid="twin/another")
-        worker._held[lost.id] = HeldFlowRun(lost, AsyncMock())
-        worker._end_if_lost(lost)
-        del worker._held[lost.id]
-        async with asyncio.timeout(30):  # after three heartbeats that nobody sends it counts as gone
-            while (await read_workers(worker.client, pool.name)).get("twin"):
-                await asyncio.sleep(0.5)
-        assert (await read_workers(worker.client, pool.name))[f"twin-{worker.boot}"]
 
 
 async def test_a_key_that_may_not_change_the_pool_is_enough(proxy: Proxy):
@@ -387,120 +386,88 @@ async def test_a_key_that_may_not_change_the_pool_is_enough(proxy: Proxy):
     async with CrewWorker(pool.name, name="keyed") as worker:
         await worker.sync_with_backend()
         assert proxy.count(proxy.refuse), "it has tried"
-        assert (await read_workers(worker.client, pool.name))["keyed"]
+        assert [one.name for one in await worker.client.read_workers_for_work_pool(pool.name)] == ["keyed"]
+
+
+async def submit(worker: CrewWorker, run_id: UUID) -> None:
+    """Let a worker begin a flow run that the pool hands out."""
+    flow_run = await worker.client.read_flow_run(run_id)
+    await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=flow_run)])
+    await until(lambda: not (worker._submitting_flow_run_ids or worker._held))
 
 
 @pytest.mark.usefixtures("unwatched")
-async def test_a_start_that_met_no_server_is_made_later(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
+async def test_a_start_that_met_no_server_is_made_later(pool: CrewPool):
     run_id = plan(pool)
     async with CrewWorker(pool.name, name="goes on", limit=1) as worker:
-        monkeypatch.setattr(worker.client, "read_deployment", AsyncMock(side_effect=httpx.ConnectError("refused")))
-        for begun in (Pending(), Running()):  # its place is free again; the second time the worker has taken it over
-            await worker.client.set_flow_run_state(run_id, begun, force=True)
-            flow_run = await worker.client.read_flow_run(run_id)
-            if begun.is_pending():
-                flow_run.state = Scheduled()
-                monkeypatch.setattr(worker, "_propose_pending_state", AsyncMock(return_value=True))
-            assert await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=flow_run)])
-            await until(lambda: not (worker._submitting_flow_run_ids or worker.limiter.borrowed_tokens))
-            assert (await worker.client.read_flow_run(run_id)).state_name == begun.name
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(worker.client, "read_deployment", AsyncMock(side_effect=httpx.ConnectError("refused")))
+            await submit(worker, run_id)
+        await until(lambda: not worker.limiter.borrowed_tokens)
+        assert pool.states(str(run_id))[-1] == "Pending"
+        await look(worker)
+        assert pool.states(str(run_id))[-1] == "AwaitingRetry"
 
 
-@pytest.mark.parametrize(
-    ("begun", "options", "expected"),
-    [
-        (Running(), {}, "begins"),
-        (Running(), {"limit": 1}, "AwaitingRetry"),
-        (Running(), {"work_queues": ["another"]}, "AwaitingRetry"),
-        (Running(state_details=StateDetails(deployment_concurrency_lease_id=uuid4())), {}, "AwaitingRetry"),
-        (Paused(), {}, "AwaitingRetry"),
-        (Cancelling(), {}, "Cancelling"),
-    ],
-    ids=["alone", "worker's limit", "work queue", "deployment's limit", "paused", "changed since"],
-)
-async def test_a_flow_run_left_behind_begins_at_once_if_it_may(
-    pool: CrewPool, ran: AsyncMock, begun: State, options: dict[str, Any], expected: str
-):
+async def test_a_flow_run_begins_on_one_worker_only(pool: CrewPool, ran: AsyncMock):
     run_id = plan(pool)
-    async with CrewWorker(pool.name, name="heir", **options) as worker:
-        await worker.client.update_flow_run(run_id, infrastructure_pid="gone/1")
-        seen = Running() if expected == "Cancelling" else begun
-        await worker.client.set_flow_run_state(run_id, seen, force=True)
-        flow_run = await worker.client.read_flow_run(run_id)
-        if expected == "Cancelling":
-            await worker.client.set_flow_run_state(run_id, begun, force=True)
-        if "limit" in options:
-            worker.limiter.acquire_on_behalf_of_nowait("another flow run")
-        await worker._take_over_page([flow_run])
-        await until(lambda: not worker._submitting_flow_run_ids)
-        current = await worker.client.read_flow_run(run_id)
-    assert ran.await_count == (expected == "begins")
-    assert current.state_name == ("Running" if expected == "begins" else expected)
-    assert current.infrastructure_pid == (HANDED_OVER if expected == "AwaitingRetry" else worker.identity)
+    async with CrewWorker(pool.name, name="one") as one, CrewWorker(pool.name, name="two") as two:
+        for worker in (one, two):
+            await submit(worker, run_id)
+        assert await in_store(workers.holder, str(run_id)) == one.boot
+    assert ran.await_count == 1
+    assert pool.states(str(run_id)).count("Pending") == 1
 
 
-async def left_behind(pool: CrewPool, worker: CrewWorker) -> FlowRun:
-    """Return a flow run that is Running on a worker that is gone."""
-    run_id = plan(pool)
-    await worker.client.update_flow_run(run_id, infrastructure_pid="gone/1")
-    await worker.client.set_flow_run_state(run_id, Running(), force=True)
-    return await worker.client.read_flow_run(run_id)
-
-
+@pytest.mark.usefixtures("unwatched")
 @pytest.mark.parametrize("problem", ["deleted", "no answer"])
-async def test_one_problem_holds_nobody(
-    pool: CrewPool, heir: CrewWorker, monkeypatch: pytest.MonkeyPatch, problem: str
-):
-    async with heir:
-        bad, good = [await left_behind(pool, heir) for _ in range(2)]
-        create = heir.client.create_flow_run_input
+async def test_one_problem_holds_nobody(pool: CrewPool, monkeypatch: pytest.MonkeyPatch, problem: str):
+    bad, good = plan(pool), plan(pool)
+    monkeypatch.setattr("prefect_crew.worker.AWAY_PAUSE", 0.0)
+    async with CrewWorker(pool.name, name="heir") as worker:
+        for run_id in (bad, good):
+            await worker.client.set_flow_run_state(run_id, Running(), force=True)
+            await in_store(workers.hold, str(run_id), worker.boot)
+        read = worker.client.read_flow_run
 
-        async def create_but_for_one(flow_run_id: UUID, *arguments: Any) -> None:
-            if flow_run_id == bad.id and problem == "no answer":
+        async def read_but_one(flow_run_id: UUID) -> FlowRun:
+            if flow_run_id == bad and problem == "no answer":
                 raise httpx.ReadTimeout("no answer")
-            await create(flow_run_id, *arguments)
+            return await read(flow_run_id)
 
-        monkeypatch.setattr(heir.client, "create_flow_run_input", create_but_for_one)
+        monkeypatch.setattr(worker.client, "read_flow_run", read_but_one)
         if problem == "deleted":
-            await heir.client.delete_flow_run(bad.id)
-        problems = await heir._take_over_page([bad, good])
-        current = await heir.client.read_flow_run(good.id)
-    assert len(problems) == (problem == "no answer")
-    assert current.infrastructure_pid == heir.identity
+            await worker.client.delete_flow_run(bad)
+        await look(worker)
+        assert pool.states(str(good))[-1] == "AwaitingRetry"
+        assert await in_store(workers.held_by, worker.boot) == ([] if problem == "deleted" else [str(bad)])
+        monkeypatch.undo()
 
 
-async def test_a_pool_is_read_before_a_takeover(pool: CrewPool, heir: CrewWorker, monkeypatch: pytest.MonkeyPatch):
-    away = AsyncMock(side_effect=httpx.ConnectError("refused"))
-    with monkeypatch.context() as patched:
-        patched.setattr(heir, "sync_with_backend", away)
-        async with heir:
-            assert heir._work_pool is None
-            patched.undo()
-            await heir._take_over_all()
-            assert heir.work_pool.name == pool.name
+@pytest.mark.usefixtures("unwatched")
+async def test_a_worker_that_begins_before_its_server_lives_once_the_server_does(pool: CrewPool):
+    worker = CrewWorker(pool.name, name="early")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(worker, "sync_with_backend", AsyncMock(side_effect=httpx.ConnectError("refused")))
+        await worker.__aenter__()
+    try:
+        assert worker._work_pool is None
+        assert await worker._get_scheduled_flow_runs() == []
+        await worker._beat()
+        assert [one.name for one in await in_store(workers.workers_of, str(worker.work_pool.id))] == ["early"]
+    finally:
+        await worker.__aexit__(None, None, None)
 
 
-async def test_a_flow_run_that_was_taken_gets_no_end(pool: CrewPool, heir: CrewWorker):
-    async with heir:
-        flow_run = await left_behind(pool, heir)
-        held = heir._held[flow_run.id] = HeldFlowRun(flow_run, heir._confirm)
+@pytest.mark.usefixtures("unwatched")
+async def test_a_flow_run_that_was_taken_gets_no_end(pool: CrewPool):
+    async with CrewWorker(pool.name, name="was frozen") as worker:
+        flow_run = await worker.client.read_flow_run(plan(pool))
+        await in_store(workers.hold, str(flow_run.id), "another")
+        held = HeldFlowRun(flow_run, worker._confirm)
         with contextlib.suppress(asyncio.CancelledError):
-            await heir._confirm(held, Completed())
-        heir._held.clear()
+            await worker._confirm(held, Completed())
     assert held.ending == "lost"
-
-
-@pytest.mark.usefixtures("connection")
-@pytest.mark.usefixtures("connection")
-async def test_what_has_ended_is_not_handed_over(pool: CrewPool):
-    run_id = plan(pool)
-    async with get_client() as client:
-        seen = (await client.read_flow_run(run_id)).state_id
-        await client.set_flow_run_state(run_id, Running(), force=True)
-        assert not await hand_over(client, run_id, "Its worker is gone.", only_from=seen)
-        await client.set_flow_run_state(run_id, Completed())
-        assert not await hand_over(client, run_id, "Its worker is gone.")
-        assert (await client.read_flow_run(run_id)).state_name == "Completed"
 
 
 @pytest.mark.usefixtures("prefect_api")
@@ -551,12 +518,12 @@ class Handed:
         assert self.pool.wait_for(run_id, seconds=seconds)["state_name"] == "Cancelled"
 
     def owner(self, run_id: str) -> str:
-        """Return the name of the worker that has a flow run, "" for none."""
-        return (self.pool.flow_run(run_id)["infrastructure_pid"] or "").rpartition("/")[0]
+        """Return the name of the worker that holds a flow run, "" for none."""
+        return self.pool.holders().get(run_id, ("", ""))[0]
 
     def owners(self, runs: list[str]) -> set[str]:
-        """Return the starts of workers that have flow runs."""
-        return {self.pool.flow_run(run_id)["infrastructure_pid"] for run_id in runs}
+        """Return the starts of workers that hold flow runs."""
+        return {self.pool.holders()[run_id][1] for run_id in runs}
 
     def stopped(self) -> int:
         """Return how many requests have stopped the crew's only run."""
@@ -707,7 +674,8 @@ async def test_a_flow_that_ends_once_suspended_stays_suspended(pool: CrewPool, m
         await worker.client.set_flow_run_state(run_id, Suspended())
         await running
         assert (await worker.client.read_flow_run(run_id)).state_name == "Suspended"
-        assert not await hand_over(worker.client, run_id, "Its worker shuts down.")
+        await hand_over(worker.client, await worker.client.read_flow_run(run_id), "Its worker shuts down.")
+        assert (await worker.client.read_flow_run(run_id)).state_name == "Suspended"
 
 
 @pytest.mark.slow
@@ -823,8 +791,6 @@ def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
     before = handed.owners(runs)
     time.sleep(4 * handed.pool.heartbeat)
     assert handed.owners(runs) == before, "nobody takes a flow run from one that lives"
-    workers_of_pool = handed.pool.call("POST", f"/work_pools/{handed.pool.name}/workers/filter", {})
-    assert [worker["status"] for worker in workers_of_pool] == ["ONLINE", "ONLINE"]
     handed.end(runs)
     assert all(worker.process.running for worker in workers)
     for run_id in runs:

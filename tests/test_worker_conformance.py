@@ -30,7 +30,6 @@ from prefect.workers.utilities import (
     get_default_base_job_template_for_infrastructure_type,
 )
 
-from prefect_crew.pool import read_workers
 from prefect_crew.worker import CrewWorker, CrewWorkerResult
 from support.crew_pool import IMPORTABLE, USER_FLOWS, CrewPool
 from support.prefect_server import PrefectServer
@@ -50,7 +49,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
     """In place of the flow: nothing runs, and nothing looks at the pool."""
     ran = AsyncMock(return_value=CrewWorkerResult(identifier="", status_code=0))
     monkeypatch.setattr(CrewWorker, "run", ran)
-    monkeypatch.setattr(CrewWorker, "_watch_pool", AsyncMock())
+    monkeypatch.setattr(CrewWorker, "_look", AsyncMock())
     return ran
 
 
@@ -82,7 +81,8 @@ async def test_a_worker_creates_and_describes_its_pool(pool: CrewPool, ran: Asyn
         assert found.type == "crew"
         assert found.base_job_template == CrewWorker.get_default_base_job_template()
         assert found.description == CrewWorker.get_description()
-        assert (await read_workers(worker.client, pool.name))["first"], "its heartbeat"
+        online = [one.name for one in await worker.client.read_workers_for_work_pool(pool.name)]
+        assert "first" in online, "its heartbeat"
         assert worker.get_status()["name"] == "first"
         assert worker.get_status()["work_pool"]["name"] == pool.name
         assert os.environ["PREFECT__WORKER_NAME"] == "first"
@@ -158,14 +158,14 @@ async def test_a_run_that_may_not_begin_gives_its_place_back(pool: CrewPool, ran
         elif gone == "flow run":
             await worker.client.delete_flow_run(UUID(run_id))
         else:  # right after it is Pending: before, the server deletes the flow run as well
-            propose = worker._propose_pending_state
+            propose = worker._is_pending
 
             async def propose_and_delete(flow_run: FlowRun) -> bool:
                 is_pending = await propose(flow_run)
                 await worker.client.delete_deployment(UUID(deployment))
                 return is_pending
 
-            worker._propose_pending_state = propose_and_delete
+            worker._is_pending = propose_and_delete
         worker._get_scheduled_flow_runs = AsyncMock(return_value=responses)
         await look(worker)
         worker._release_limit_slot(UUID(run_id))  # twice does no harm

@@ -352,7 +352,7 @@ class Machine(RuleBasedStateMachine):
 
     def worker_beats(self, chance: Random):
         boot = chance.choice(BOOTS)
-        self.do(0, beat, boot, boot, "host")
+        self.do(0, beat, boot, "pool", boot, "host", 30.0)
 
     def worker_holds(self, chance: Random):
         boot = chance.choice(BOOTS)
@@ -361,13 +361,11 @@ class Machine(RuleBasedStateMachine):
             assert self.holders.setdefault(flow_run_id, boot) == boot
 
     def worker_takes_over(self, chance: Random):
-        flow_run_id = chance.choice("xy")
-        if (dead := self.holders.get(flow_run_id)) is not None:
-            other = next(boot for boot in BOOTS if boot != dead)
-            took = [self.do(process, take_over, flow_run_id, dead, other) for process in (0, 1)]
-            assert sum(took) <= 1
-            if any(took):
-                self.holders[flow_run_id] = other
+        boot = chance.choice(BOOTS)
+        others = [flow_run_id for flow_run_id, holder in self.holders.items() if holder != boot]
+        if took := self.do(0, take_over, boot, 30.0):
+            assert took == len(others)
+            self.holders |= dict.fromkeys(others, boot)
 
     def batch_is_held(self, chance: Random):
         owner = chance.choice(["one", "two"])

@@ -37,7 +37,7 @@ from prefect_crew.store.questions import (
     sent,
 )
 from prefect_crew.store.spending import CostLine, costs
-from prefect_crew.store.workers import beat, held_by, hold, left_behind, release, take_over
+from prefect_crew.store.workers import beat, held_by, hold, holder, release, retire, take_over, workers_of
 from support.crew_database import BEGINNING, CREW, Clock, add_news, begun, in_flight, once_more, over, request, step_of
 
 DAY = 86_400.0
@@ -268,34 +268,80 @@ async def test_news_are_read_once_each_for_the_topics_of_a_wait(store: Store, cl
 # Workers
 
 
+async def live(store: Store, boot: str, host: str = "host", name: str = "w", pool: str = "pool") -> bool:
+    """Send a heartbeat; each lasts 10 s."""
+    return await store.run(beat, boot, pool, name, host, 10.0)
+
+
 async def test_a_flow_run_is_held_by_one_worker(store: Store):
-    await store.run(beat, "boot 1", "w", "host")
     assert await store.run(hold, "flow", "boot 1")
     assert await store.run(hold, "flow", "boot 1")
     assert not await store.run(hold, "flow", "boot 2")
     assert not await store.run(release, "flow", "boot 2")
     assert await store.run(held_by, "boot 1") == ["flow"]
+    assert await store.run(holder, "flow") == "boot 1"
     assert await store.run(release, "flow", "boot 1")
+    assert await store.run(holder, "flow") is None
     assert await store.run(hold, "flow", "boot 2")
 
 
-@pytest.mark.parametrize("how", ["it is silent", "it has begun anew"])
+@pytest.mark.parametrize("how", ["it is silent", "it has begun anew", "it has ended"])
 async def test_the_flow_runs_of_a_dead_worker_are_taken_over_once(store: Store, clock: Clock, how: str):
-    await store.run(beat, "boot 1", "w", "host")
+    await live(store, "boot 1")
     await store.run(hold, "flow", "boot 1")
-    clock.now += 60
-    await store.run(beat, "boot 2", "w", "another host")
-    assert await store.run(left_behind) == []
-    assert not await store.run(take_over, "flow", "boot 1", "boot 2")
-    clock.now += 31 if how == "it is silent" else 1
-    await store.run(beat, "boot 3", "w", "another host" if how == "it is silent" else "host")
-    [(flow_run_id, worker)] = await store.run(left_behind)
-    assert (flow_run_id, worker.boot, worker.seen_at) == ("flow", "boot 1", BEGINNING)
-    assert await store.run(take_over, "flow", "boot 1", "boot 3")
-    assert not await store.run(take_over, "flow", "boot 1", "boot 2")
-    assert await store.run(held_by, "boot 3") == ["flow"]
-    await store.run(beat, "boot 1", "w", "host")
+    clock.now += 19
+    await live(store, "boot 2", "another host")
+    await live(store, "boot 3", pool="another pool")
+    clock.now += 10
+    assert await store.run(take_over, "boot 2", 10.0) == 0
+    if how == "it is silent":
+        clock.now += 1
+    elif how == "it has begun anew":
+        assert not await live(store, "boot 4")
+    else:
+        await store.run(retire, "boot 1")
+    [worker] = [worker for worker in await store.run(workers_of, "pool") if worker.is_dead]
+    assert (worker.boot, worker.name, worker.flow_runs) == ("boot 1", "w", 1)
+    assert await store.run(take_over, "boot 3", 10.0) == 0, "it is of another pool"
+    assert await store.run(take_over, "boot 2", 10.0) == 1
+    assert await store.run(held_by, "boot 2") == ["flow"]
+    assert await store.run(take_over, "boot 4", 10.0) == 0
+    assert not [worker for worker in await store.run(workers_of, "pool") if worker.is_dead]
+    assert await live(store, "boot 1") is (how == "it has begun anew"), "it was frozen"
     assert await store.run(hold, "flow", "boot 1") is False
+
+
+async def test_a_worker_that_was_silent_itself_waits_for_the_signs_of_others(store: Store, clock: Clock):
+    for number in (1, 2):
+        await live(store, f"boot {number}", name=f"w{number}")
+        await store.run(hold, f"flow {number}", f"boot {number}")
+    clock.now += 600  # the database was away, or the machine asleep
+    await live(store, "boot 1", name="w1")
+    assert await store.run(take_over, "boot 1", 10.0) == 0
+    clock.now += 5
+    await live(store, "boot 2", name="w2")
+    for _ in range(2):
+        clock.now += 5
+        for number in (1, 2):
+            await live(store, f"boot {number}", name=f"w{number}")
+            assert await store.run(take_over, f"boot {number}", 10.0) == 0
+    clock.now += 25
+    await live(store, "boot 1", name="w1")
+    clock.now += 5
+    assert await store.run(take_over, "boot 1", 10.0) == 1
+
+
+async def test_of_two_living_workers_of_one_name_the_first_takes_another(store: Store, clock: Clock):
+    await live(store, "boot 1")
+    clock.now += 1
+    assert not await live(store, "boot 2")
+    assert await live(store, "boot 1")
+    assert not await live(store, "boot 1", name="w-1")
+    for boot in ("boot 1", "boot 2"):
+        await store.run(hold, f"flow of {boot}", boot)
+    for boot in ("boot 1", "boot 2"):
+        assert await store.run(take_over, boot, 10.0) == 0
+        assert await store.run(held_by, boot) == [f"flow of {boot}"]
 
 
 # Costs
@@ -305,7 +351,9 @@ async def test_costs_are_added_up_by_crew_day_batch_and_flow_run(store: Store, c
     first = datetime.fromtimestamp(BEGINNING, UTC).date()
     clock.now = datetime(first.year, first.month, first.day, tzinfo=UTC).timestamp()
     await over(store, request("1", flow_run_id="f"), tokens=10, cost=0.1)
-    await over(store, request("2", crew="other", crew_url="https://other.test"), AttemptState.FAILED, tokens=5, cost=0.2)
+    await over(
+        store, request("2", crew="other", crew_url="https://other.test"), AttemptState.FAILED, tokens=5, cost=0.2
+    )
     await in_flight(store, request("3"))
     call = request("4")
     await begun(store, call)
@@ -399,10 +447,10 @@ async def test_a_batch_is_deleted_as_a_whole_or_not_at_all(store: Store, clock: 
 
 async def test_news_and_workers_of_yesterday_go(store: Store, clock: Clock):
     await store.run(add_news, "a", "old")
-    await store.run(beat, "boot 1", "w", "host")
-    await store.run(beat, "boot 2", "w", "host")
+    await live(store, "boot 1")
+    await live(store, "boot 2")
     await store.run(hold, "flow", "boot 1")
-    clock.now += DAY + 1
+    clock.now += DAY + 31
     await store.run(add_news, "a", "new")
     await store.run(prune_rest, clock.now)
     found = await store.run(counts)

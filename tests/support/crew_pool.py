@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import sqlite3
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -141,6 +142,12 @@ class CrewPool(Crews):
         of_runs: dict[str, Any] = {"logs": {"flow_run_id": {"any_": flow_run_ids}}} if flow_run_ids else {}
         body = {**of_runs, "sort": "TIMESTAMP_ASC" if flow_run_ids else "TIMESTAMP_DESC", "limit": 200}
         return "\n".join(line["message"] for line in self.call("POST", "/logs/filter", body))
+
+    def holders(self) -> dict[str, tuple[str, str]]:
+        """Return name and start of the worker that holds a flow run, by the flow runs' ids."""
+        with contextlib.closing(sqlite3.connect(self.folder / "crew.db", timeout=20)) as database:
+            query = "SELECT flow_run_id, name, boot FROM crew_held JOIN crew_workers USING (boot)"
+            return {flow_run_id: (name, boot) for flow_run_id, name, boot in database.execute(query)}
 
     def set_state(self, flow_run_id: str, kind: str) -> None:
         """Set a flow run's state as the UI and `prefect flow-run cancel` do."""
