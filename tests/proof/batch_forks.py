@@ -24,7 +24,7 @@ from proof.zygote import Forks
 
 __all__ = ["KILLS", "WHILE_STARTING", "BatchForks", "Call", "Report"]
 
-WHILE_STARTING = ("row-begin", "row-started", "row-ended", "store-commit", "kickoff", "status")
+WHILE_STARTING = ("begin", "started", "ended", "transaction", "kickoff", "status")
 """Points at which a batch may die while its rows are started, by their names in `kills.HOOKS`."""
 KILLS = (*WHILE_STARTING, "enter-rows", "export", "export-page")
 """All points of a batch's life at which it may die."""

@@ -258,7 +258,7 @@ def a_death(luck: random.Random, rows: int) -> Kill:
     """Choose a moment at which a batch dies before it has begun all of that many rows."""
     hook, when, most = luck.choice(WHILE_STARTING), luck.choice(("before", "after")), min(100, max(1, rows // 2))
     # A commit may hold many transactions: some twenty rows are begun by each, and as many by one that waits for it.
-    return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "store-commit" else max(1, most // 10))
+    return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "transaction" else max(1, most // 10))
 
 
 @pytest.mark.slow

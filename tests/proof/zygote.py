@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from prefect_crew.runs.database import URL_SETTING, database_url
 from proof.kills import Kill, arm, die_after
 
 __all__ = ["Ended", "Forks", "Script", "Zygote"]
@@ -33,6 +34,7 @@ class Script:
         inputs, idempotency_key: As `run_crew` takes them.
         kill: Where it dies.
         session: As `run_crew` takes it.
+        approves: Whether a function answers the crew's question.
         dies_after: Seconds from its start after which it dies, wherever it is then.
     """
 
@@ -42,6 +44,7 @@ class Script:
     kill: Kill | None = None
     session: str | None = None
     dies_after: float | None = None
+    approves: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class Zygote(Forks):
         """Run scripts side by side, each in a process of its own, and return how they ended."""
         self._orders += 1
         files = [self.folder / f"{self._orders}-{number}" for number in range(len(scripts))]
-        order = [{**asdict(script), "file": str(file)} for script, file in zip(scripts, files, strict=True)]
+        own = {"database": database_url()[0]}
+        order = [{**asdict(script), **own, "file": str(file)} for script, file in zip(scripts, files, strict=True)]
         return [self._ended(file, status) for file, status in zip(files, self._answer(order), strict=True)]
 
     def _ended(self, file: Path, status: int) -> Ended:
@@ -146,8 +150,9 @@ def _fork(script: dict[str, Any]) -> int:
 def _script(script: dict[str, Any]) -> None:
     import random
 
+    os.environ[URL_SETTING] = script["database"]
+    from outcomes.driver import approve
     from prefect_crew import CrewError, DeployedCrew, run_crew
-    from prefect_crew.runs import kickoff
     from support.prefect_server import drain
 
     file = Path(script["file"])
@@ -159,10 +164,10 @@ def _script(script: dict[str, Any]) -> None:
         arm(Kill(**script["kill"]))
     if script["dies_after"] is not None:
         die_after(script["dies_after"])
-    kickoff.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
     crew = DeployedCrew(flow=script["session"] is not None, **script["crew"])
     try:
         options = {name: script[name] for name in ("idempotency_key", "session")}
+        options |= {"review": approve} if script["approves"] else {}
         result = run_crew(crew, script["inputs"], **options)
         said = {"kickoff_id": result.kickoff_id, "output": result.output}
     except CrewError as error:
