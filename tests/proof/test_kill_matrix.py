@@ -41,13 +41,13 @@ DOUBTFUL = {
 def script_of(server: CrewServer, idempotency_key: str, kill: Kill | None = None, **more: Any) -> Script:
     wait = {"initial": 0.2, "max_interval": 0.5, "timeout": 60, "human_timeout": 3}
     crew = {"url": server.url, "token": server.token, "request_timeout": 3, "wait": wait}
-    return Script(crew, {"text": "tea"}, idempotency_key, kill, **more)
+    return Script(crew, {"inputs": {"text": "tea"}, "idempotency_key": idempotency_key, **more}, kill)
 
 
 @pytest.mark.parametrize("kill", POINTS, ids=str)
 def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
     with CrewServer(CREW, faults=kill.faults) as server:
-        (first,) = zygote.run(script_of(server, idempotency_key, kill))
+        first = zygote.run_one(script_of(server, idempotency_key, kill))
         assert first.killed, f"it ended before: {first}"
         time.sleep(1.2 if kill.faults else 0.2)  # what it has sent arrives
         server.faults.clear()
@@ -57,19 +57,19 @@ def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, se
             assert is_in_doubt(left) == (str(kill) in DOUBTFUL)
         asyncio.run(let_an_hour_pass())
 
-        (second,) = zygote.run(script_of(server, idempotency_key))
+        second = zygote.run_one(script_of(server, idempotency_key))
         if is_in_doubt(left):
             assert second.error == "KickoffUncertainError"
             assert idempotency_key in second.text
             assert server.kickoffs <= 1
             resolve(server, idempotency_key)
-            (second,) = zygote.run(script_of(server, idempotency_key))
+            second = zygote.run_one(script_of(server, idempotency_key))
         elif left:  # a run was found, whose owner is dead: nobody has to wait for Prefect's heartbeats
             assert seen.flow_run(left[-1].flow_run_id)["state_type"] == "CRASHED"
         assert second.output == "tea, done"
         assert server.kickoffs_by_key == {idempotency_key: 1}
 
-        (third,) = zygote.run(script_of(server, idempotency_key))
+        third = zygote.run_one(script_of(server, idempotency_key))
         assert (third.kickoff_id, third.output) == (second.kickoff_id, second.output)
         assert server.kickoffs == 1
         assert [attempt.state for attempt in attempts_of(idempotency_key) if attempt.kickoff_id] == ["completed"]
@@ -82,12 +82,12 @@ MAY_HAVE_LEFT = {"committed send", "before resume", "during resume (resume:laten
 @pytest.mark.parametrize("kill", ANSWERS, ids=str)
 def test_an_answer_is_sent_once_wherever_who_gave_it_dies(kill: Kill, zygote: Zygote, idempotency_key: str) -> None:
     with CrewServer(ASKS, faults=kill.faults) as server:
-        (first,) = zygote.run(script_of(server, idempotency_key, kill, approves=True))
+        first = zygote.run_one(script_of(server, idempotency_key, kill, review="yes"))
         assert first.killed, f"it ended before: {first}"
         time.sleep(1.2 if kill.faults else 0.2)
         sent = server.requests["resume"]
         asyncio.run(find_store().run(age_answers))
-        (second,) = zygote.run(script_of(server, idempotency_key, approves=True))
+        second = zygote.run_one(script_of(server, idempotency_key, review="yes"))
         if str(kill) in MAY_HAVE_LEFT and not sent:
             assert second.error in ("AnswerUncertainError", "CrewTimeoutError"), second
             assert server.requests["resume"] == 0, "an answer is not sent on a guess"

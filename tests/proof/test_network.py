@@ -154,7 +154,7 @@ def each() -> Iterator[Any]:
 
 
 @pytest.mark.usefixtures("prefect_api")
-@pytest.mark.parametrize("case", each())
+@pytest.mark.parametrize("case", [*each()])
 def test_what_comes_of_a_fault(case: Case, idempotency_key: str) -> None:
     crew = script({"seconds": 0.5, "output": "done", **SCRIPTS.get(case.place, {})}, inputs=["topic"])
     with CrashingServer(crew) as server:

@@ -113,14 +113,14 @@ def test_a_script_that_was_killed_goes_on_on_postgres(
 ) -> None:
     zygote = on_postgres.zygote
     with CrewServer(CREW) as server:
-        (first,) = zygote.run(script_of(server, idempotency_key, kill))
+        first = zygote.run_one(script_of(server, idempotency_key, kill))
         assert first.killed
         asyncio.run(let_an_hour_pass())
-        (second,) = zygote.run(script_of(server, idempotency_key))
+        second = zygote.run_one(script_of(server, idempotency_key))
         if kill.hook == "kickoff":
             assert second.error == "KickoffUncertainError"
             resolve(server, idempotency_key)
-            (second,) = zygote.run(script_of(server, idempotency_key))
+            second = zygote.run_one(script_of(server, idempotency_key))
         assert second.output == "tea, done"
         assert server.kickoffs_by_key == {idempotency_key: 1}
 
@@ -142,7 +142,8 @@ def test_twenty_processes_race_for_a_budget_on_postgres(
         budgets = [{**limit, "per": "month", "name": idempotency_key}]
         crew = {"url": server.url, "token": server.token, "price": 0.07, "max_attempts": 1, "budgets": budgets}
         for turn in ("first", "second"):
-            scripts = [Script(crew, {"text": "tea"}, f"{idempotency_key} {turn} {number}") for number in range(RACERS)]
+            keys = [f"{idempotency_key} {turn} {number}" for number in range(RACERS)]
+            scripts = [Script(crew, {"inputs": {"text": "tea"}, "idempotency_key": key}) for key in keys]
             ended = on_postgres.zygote.run(*scripts)
             assert {one.error for one in ended} <= {None, "BudgetExceededError"}
             assert server.kickoffs == sum(attempts_of(key) != [] for key in server.kickoffs_by_key)

@@ -29,17 +29,9 @@ LIFE = 3.5
 
 def scripts(server: CrewServer, keys: Iterable[str], session: str, *, dies: bool) -> list[Script]:
     wait = {"initial": 0.1, "max_interval": 0.3, "timeout": 120}
-    crew = {"url": server.url, "token": server.token, "request_timeout": 3, "wait": wait}
-    return [
-        Script(
-            crew,
-            {"note": "slow"},
-            key,
-            session=session,
-            dies_after=random.uniform(0.3, LIFE) if dies else None,
-        )
-        for key in keys
-    ]
+    crew = {"url": server.url, "token": server.token, "request_timeout": 3, "wait": wait, "flow": True}
+    calls = [{"inputs": {"note": "slow"}, "idempotency_key": key, "session": session} for key in keys]
+    return [Script(crew, call, dies_after=random.uniform(0.3, LIFE) if dies else None) for call in calls]
 
 
 def bury(server: CrewServer, keys: Sequence[str], states: Counter[str]) -> None:
@@ -74,8 +66,8 @@ def test_fifty_turns_have_fifty_states(zygote: Zygote, idempotency_key: str, not
         turns = asyncio.run(find_store().run(list_attempts, session=session, limit=1000))
     assert len([one for one in turns if one.kickoff_id]) == TURNS
     notes.append(
-        f"{TURNS} turns of a session: {killed} callers killed, {uncertain} met an uncertain turn; {len(turns)} attempts "
-        f"were left {dict(left_as)}"
+        f"{TURNS} turns of a session: {killed} callers killed, {uncertain} met an uncertain turn, {len(turns)} "
+        f"attempts, left as {dict(left_as)}"
     )
     assert killed > TURNS / 4
 
@@ -99,8 +91,7 @@ def test_a_caller_that_dies_leaves_its_session_to_others(kill: Kill, zygote: Zyg
 
         def run(key: str, kill: Kill | None = None) -> Ended:
             (one,) = scripts(server, [key], session, dies=False)
-            (ended,) = zygote.run(replace(one, kill=kill))
-            return ended
+            return zygote.run_one(replace(one, kill=kill))
 
         assert run(idempotency_key, kill).killed
         asyncio.run(let_an_hour_pass())
