@@ -40,8 +40,8 @@ WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeo
 # fmt: off
 KICKOFF_FAULTS = (
     "400", "404", "408", "422", "429=0.1", "429-bare", "500", "500-after-accept", "502", "503=0.1", "503-bare", "504",
-    "drop", "drop-after-accept", "redirect", "html", "garbage", "empty", "no-id-after-accept", "timeout-after-accept=1.5",
-    "early-404=2", "early-404-seconds=0.3",
+    "drop", "drop-after-accept", "redirect", "html", "garbage", "empty", "no-id-after-accept",
+    "timeout-after-accept=1.5", "early-404=2", "early-404-seconds=0.3",
 )
 STATUS_FAULTS = (
     "429=0.1", "429-bare", "500", "502", "503=0.1", "503-bare", "504", "408", "drop", "timeout=1.5", "html", "garbage",
