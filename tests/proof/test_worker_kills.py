@@ -65,14 +65,19 @@ def small(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[CrewPool]:
         yield pool
 
 
-def answer_form(pool: CrewPool, flow_run_id: str) -> None:
-    """Fill in the form on a flow run's page."""
+def see_form(pool: CrewPool, flow_run_id: str) -> None:
+    """Wait for the form on a flow run's page: its fields are stored a moment after the pause."""
 
     def is_up() -> bool:
         listed = pool.call("POST", f"/flow_runs/{flow_run_id}/input/filter", {"prefix": "crew-review-", "limit": 20})
         return any(one["key"].endswith("-schema") for one in listed)
 
     wait_until(is_up, seconds=60, what="the form's fields")
+
+
+def answer_form(pool: CrewPool, flow_run_id: str) -> None:
+    """Fill in the form on a flow run's page."""
+    see_form(pool, flow_run_id)
     answered = pool.call(
         "POST",
         f"/flow_runs/{flow_run_id}/resume",
@@ -89,6 +94,7 @@ def test_a_form_outlives_its_worker(small: CrewPool, end: Callable[[Worker], Non
     worker = small.worker("one")
     run_id = small.start(deployment, crew="reviewed", inputs={"topic": "tea"}, review="form")
     small.wait_for(run_id, "PAUSED")
+    see_form(small, run_id)
     if answered != "afterwards" and end is kill:
         end(worker)
         answer_form(small, run_id)
