@@ -53,10 +53,11 @@ BOTH = ("documented", "live")
 RESOLVE = ("{key}", "prefect-crew runs resolve")
 UNCERTAIN = Call(KickoffUncertainError, run=None, says=RESOLVE)
 REFUSED = Call(CrewAPIError, run=None)
-CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}",))
+CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}", "the inputs 'text'"))
 FAILED = Call(CrewFailedError, says=("{run1}", "the search engine is down"))
 SHORT = {"wait": {"timeout": 0.5}}
 LATE = Call(CrewTimeoutError, options=SHORT, says=("{key}", "{run1}"))
+STOPPING = {"wait": {"timeout": 0.5, "on_timeout": "stop"}}
 FORGETFUL = {"wait": {"grace": 0.0, "lost_after": 0.3}}
 LOST = Call(CrewLostError, options=FORGETFUL, says=("{run1}", "prefect-crew runs resolve"))
 PEOPLE = {"wait": {"human_timeout": 1.0}}
@@ -108,7 +109,7 @@ ROWS = (
     Row("a crew that fails", (FAILED,), 1, crew=FAILS, formats=BOTH),
     Row("a failed run is started again", (FAILED, Call(run=2), Call(run=2)), 2, crew=Fickle, formats=BOTH),
     Row("three attempts", (FAILED, *(Call(CrewFailedError, run) for run in (2, 3, 3))), 3, crew=FAILS),
-    Row("one attempt", tuple(Call(CrewFailedError, crew={"max_attempts": 1}) for _ in range(2)), 1, crew=FAILS),
+    Row("one attempt", tuple(Call(CrewFailedError, crew={"max_attempts": 1}, says=("{run1}", "raise max_attempts")) for _ in range(2)), 1, crew=FAILS),
     Row("at once with a crew that fails", (Together((Call(CrewFailedError, crew={"max_attempts": 1}),) * 3),), 1, crew=crew({"seconds": 1, "fail": "no"})),
     Row("the result of a failure", (FAILED, Result(CrewFailedError, says=("{run1}",))), 1, crew=FAILS),
     # What surely started nothing is sent again, in the call or by the next one.
@@ -148,7 +149,9 @@ ROWS = (
     Row("forgotten, and resolved as lost", (LOST, Command("runs resolve {key} --lost --yes --crew"), Server(), Call(run=2)), 2, crew=SLOW, faults=("kickoff:early-404=0", "status:forgotten@1-4")),
     Row("late, and left running", (LATE, LATE), 1, crew=ENDLESS, formats=BOTH),
     Row("late, and found again", (LATE, Call(), Result()), 1, crew=LONGER),
-    Row("late, and stopped", (Call(CrewTimeoutError, options={"wait": {"timeout": 0.5, "on_timeout": "stop"}}, says=("{run1}",)),), 1, crew=ENDLESS, stops=1),
+    Row("late, and stopped", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "It was stopped")), Result(CrewStoppedError)), 1, crew=ENDLESS, stops=1),
+    Row("late, and not to be stopped", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "left running")), LATE), 1, crew=ENDLESS, serve={"stop": False}),
+    Row("late, and a stop that fails", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "left running")), LATE), 1, crew=ENDLESS, faults=("stop:500",), stops=1),
     Row("a caller is cancelled, and the crew runs on", (Call(cancel_when=1), Call()), 1, crew=LONG),
     Row("a person stops it", (Together((Call(CrewStoppedError, says=("{run1}",)), After(1, Command("runs cancel {key} --crew")))), Result(CrewStoppedError)), 1, crew=ENDLESS, stops=1),
     Row("stopped, and called anew", (Together((Call(CrewStoppedError), After(1, Command("runs cancel {key} --crew")))), Call(CrewTimeoutError, 2, options=SHORT)), 2, crew=ENDLESS, stops=1),

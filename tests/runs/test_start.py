@@ -15,15 +15,10 @@ from unittest.mock import AsyncMock
 
 import anyio
 import pytest
-from prefect import flow
-from prefect.runtime import flow_run as this_flow_run
-from pydantic import SecretStr
 
 import prefect_crew as pc
-from prefect_crew.blocks import crew_of
 from prefect_crew.client import _transport
 from prefect_crew.client._client import CrewClient
-from prefect_crew.crew import Crew
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import NotStartedError, StoreError
 from prefect_crew.runs import start as start_module
@@ -158,24 +153,6 @@ async def test_a_kickoff_carries_key_meta_and_webhooks(crew_server: CrewServerFa
 # Tokens
 
 
-async def test_a_token_rotated_midway_is_renewed(server: CrewServer, key: str, monkeypatch: pytest.MonkeyPatch):
-    name, reloaded = f"rotated-{uuid.uuid4().hex[:8]}", Crew.reloaded
-    crew = server.crew()
-    await crew.asave(name)
-
-    async def rotated(crew: Crew) -> Crew | None:
-        server.token = "the-new-token"
-        await server.crew().asave(name, overwrite=True)
-        return await reloaded(crew)
-
-    monkeypatch.setattr(Crew, "reloaded", rotated)
-    server.faults.add("kickoff:401-before-accept@1")
-    await crew.atrigger({"text": "a"}, idempotency_key=key)
-    assert server.requests["kickoff"] == 2
-    assert server.kickoffs == 1
-    assert await states(key) == [STARTED]
-
-
 async def test_only_the_token_of_a_block_is_renewed(crew_server: Any, key: str, caplog: pytest.LogCaptureFixture):
     """The attempt says where a run is; its caller, what may be shown of it."""
     server, other = crew_server(TRIP), crew_server(TRIP)
@@ -195,70 +172,6 @@ async def test_only_the_token_of_a_block_is_renewed(crew_server: Any, key: str, 
 
 
 # Keys
-
-
-async def test_a_completed_run_is_returned_without_a_request(crew_server: CrewServerFactory, key: str):
-    server, found = crew_server(TRIP), list[tuple[Any, str]]()
-    asked = 0
-    # They are equal whatever their order and form.
-    for as_json, inputs in ((False, {"city": "Lisbon", "days": 3}), (True, {"days": 3, "city": "Lisbon"})):
-        run = await server.crew(flow=as_json, allow_extra_inputs=True).atrigger(inputs, idempotency_key=key)
-        await run.await_for_completion()
-        found.append((run.kickoff_id, (await run.afetch_result()).output))
-        asked = asked or server.requests.total()
-    assert found == [found[0]] * 2
-    assert found[0][1] == "Lisbon"
-    assert server.requests.total() == asked
-
-
-async def test_a_failure_says_how_many_attempts_are_left(crew_server: CrewServerFactory, key: str):
-    server, errors = crew_server(FAILS), list[str]()
-    crew = crew_of(server.crew(max_attempts=2)).called("travel")
-    for _ in range(3):
-        with pytest.raises(pc.CrewFailedError, match="the search engine is down") as caught:
-            await pc.arun_crew(crew, idempotency_key=key)
-        errors.append(str(caught.value))
-    assert server.kickoffs == 2
-    assert "starts the crew again" in errors[0]
-    assert "This was attempt 2 of at most 2" in errors[1]
-    assert "starts the crew again" not in errors[1]
-    assert "Nothing was started: crew travel allows 2 attempts at one idempotency key (max_attempts)" in errors[2]
-    for error in errors[1:]:
-        for place in ("block deployed-crew/travel", "parameter force_new", "force_new=True", "--force-new"):
-            assert place in error
-
-
-async def test_a_conflict_names_what_differs(server: CrewServer, crew_server: Any, key: str):
-    crew, other = server.crew(allow_extra_inputs=True, secret_inputs=["pin"]), crew_server("echo")
-    given = {"text": "a", "days": 3, "pin": "1234"}
-    await crew.atrigger(given, idempotency_key=key)
-    for caller, inputs, says in (
-        (crew, {**given, "text": "b", "days": 4}, "other values of the inputs 'days', 'text'"),
-        # What is secret in one of the two calls is no part of the digest there.
-        (crew, {**given, "text": SecretStr("a")}, "other values of the inputs 'text'"),
-        (other.crew(), given, f"crew {crew.label} at {server.url}"),
-    ):
-        with pytest.raises(pc.IdempotencyConflictError, match="Nothing was started") as caught:
-            await caller.atrigger(inputs, idempotency_key=key)
-        assert caught.value.idempotency_key == key
-        assert caught.value.difference.startswith(says), caught.value.difference
-    assert other.requests["kickoff"] == 0
-    assert server.requests["kickoff"] == 1
-
-
-async def test_a_new_secret_of_a_retry_makes_no_other_run(server: CrewServer):
-    """A flow may fetch a token that holds for minutes on each attempt."""
-    crew = server.crew(allow_extra_inputs=True, secret_inputs=["pin"])
-
-    @flow(retries=1)
-    async def retried() -> None:
-        pin = uuid.uuid4().hex
-        await pc.arun_crew(crew, {"text": "b", "pin": pin, "key": SecretStr(pin)})
-        if this_flow_run.run_count == 1:
-            raise RuntimeError("after the run")
-
-    await retried()
-    assert server.kickoffs == 1
 
 
 # Answers, and the time to send
