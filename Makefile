@@ -195,7 +195,7 @@ oldest:
 TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run telemetry) flows \
     store \
     $(addprefix runs/,keys owners prune run start stop reviews/answer reviews/form) pipelines/run batches/run \
-    receiver/forward automations blocks crew deployments flows prefect_away settings tasks testing worker \
+    receiver/events automations blocks budgets crew deployments flows prefect_away settings tasks testing worker \
     worker_conformance,$(wildcard tests/$(name) tests/$(dir $(name))test_$(notdir $(name)).py))
 
 .PHONY: oldest-tests

@@ -132,6 +132,7 @@ HEAVY = (
     "runs/reviews/",
     "runs/test_owners.py",
     "runs/test_stop.py",
+    "test_budgets.py",
     "test_deployments.py",
 )
 """Of these, the tests on a Prefect server or on PostgreSQL take most CPU time of what starts no program."""
