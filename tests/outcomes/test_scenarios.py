@@ -169,7 +169,7 @@ ROWS = (
     Row("turns at once", (Together((turn("1 after ", "a"), After(1, turn("2 after 1 after ", "b", run=2)))),), 2, crew=SLOW_FLOW),
     Row("a failed turn is not built on", (turn("1", "a"), turn(CrewFailedError, "b", run=2, text="bad"), turn("2 after 1", "c", run=3)), 3, crew=FLOW),
     Row("an uncertain turn is in the way", (turn(KickoffUncertainError, "a", run=None), Call(SessionBlockedError, None, "b", says=("-a", "prefect-crew runs resolve"), options=TURN), turn("1 after ", "c", run=2, session="other")), 2, crew=SLOW_FLOW, faults=("kickoff:500-after-accept@1",)),
-    Row("a forgotten turn is in the way until it is resolved", (Call(CrewLostError, None, "a", options=TURN | FORGETFUL), Call(SessionBlockedError, None, "b", says=("{run1}",), options=TURN | SHORT), Command("runs resolve {key} --lost --yes --crew", key="a"), Server(), turn("1 after ", "c", run=2)), 2, crew=SLOW_FLOW, faults=("status:forgotten@2-4",)),
+    Row("a forgotten turn is in the way until it is resolved", (Call(CrewLostError, None, "a", options=TURN | FORGETFUL), Call(SessionBlockedError, None, "b", says=("{run1}", "--lost"), options=TURN | SHORT), Command("runs resolve {key} --lost --yes --crew", key="a"), Server(), turn("1 after ", "c", run=2)), 2, crew=SLOW_FLOW, faults=("status:forgotten@2-4",)),
     Row("a turn has its session for ever", (turn("1", "a"), Call(IdempotencyConflictError, None, "a", options={"session": "other"}), Call(IdempotencyConflictError, None, "a"), turn("1", "a")), 1, crew=FLOW),
     Row("a session of a crew that is no Flow", (turn(ConfigurationError, "a", run=None),), 0),
     # Batches: a row is a run.
