@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 import traceback
 import uuid
 from dataclasses import replace
@@ -426,12 +425,13 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
     with pytest.raises(pc.RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
         await pc.aget_result("nobody")
     failed, stopped, uncertain, running = (key() for _ in range(4))
+    failing = crew_server(FAILS)
     with pytest.raises(pc.CrewFailedError):
-        await pc.arun_crew(crew_server(FAILS).crew(), idempotency_key=failed)
+        await pc.arun_crew(failing.crew(), idempotency_key=failed)
     with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
         await pc.aget_result(failed)
-    with pytest.raises(pc.CrewFailedError, match=r"allows 1 attempts|For more: in Prefect's UI raise max_attempts"):
-        await pc.aget_result(failed, crew=crew_server(FAILS).crew(max_attempts=1))
+    with pytest.raises(pc.CrewFailedError, match="For more: in Prefect's UI raise max_attempts"):
+        await pc.aget_result(failed, crew=failing.crew(max_attempts=1))
     await (await crew_server(slow(60)).crew().atrigger({}, idempotency_key=stopped)).astop()
     with pytest.raises(pc.CrewStoppedError):
         await pc.aget_result(stopped)
@@ -449,7 +449,9 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
 
 
 @pytest.mark.parametrize("idempotency_key", [None, "given"])
-def test_a_run_costs_two_requests_to_the_prefect_server(crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None):
+def test_a_run_costs_two_requests_to_the_prefect_server(
+    crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None
+):
     server = crew_server(slow(0.4))
 
     async def trip() -> list[str]:

@@ -236,7 +236,10 @@ class _Start:
         elif policy.timeout is not None and time.monotonic() - self.began > policy.timeout:
             reason = f"run {attempt.first_id or attempt.key} is still {attempt.state}, and this call has waited"
             reason += f" for {policy.timeout:g} s"
-            advice = f"Call again to wait on, or stop that run: {cancel_command(attempt)}."
+            advice = (
+                f"Call again to wait on, or stop that run: {cancel_command(attempt)}. If the crew's server has "
+                f"forgotten it, run: prefect-crew runs resolve {shlex.quote(attempt.key)} --lost."
+            )
         if reason is not None and advice is not None:
             raise SessionBlockedError(
                 session=str(attempt.session), turn=attempt.turn or 0, run=attempt.key, reason=reason, advice=advice

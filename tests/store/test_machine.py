@@ -56,7 +56,7 @@ from support.crew_database import Clock, request
 
 S = AttemptState
 POST_SECONDS = 30.0
-LIMIT, MOST_COST, ESTIMATE, MAX_ATTEMPTS = 2, 3.0, 0.5, 3
+LIMIT, MOST_COST, ESTIMATE, MAX_ATTEMPTS = 2, 2.0, 0.5, 2
 DAY = 86_400.0
 BOOTS = ["boot 1", "boot 2"]
 NEXT = {
