@@ -144,8 +144,9 @@ class Registration:
     host: str | None
 
     def is_same(self, other: Registration) -> bool:
-        """Whether both are one store: a file is one on its host only."""
-        return (self.id, self.host) == (other.id, other.host)
+        """Whether both are one store: a file is one at its place only, since a copy has the same id."""
+        is_at_place = self.host is None or self.where == other.where
+        return is_at_place and (self.id, self.host) == (other.id, other.host)
 
 
 def _parse(url: str) -> sa.URL:
