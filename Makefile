@@ -4,7 +4,7 @@
 #   make test        the quick tests: what each part does, and single runs on a Prefect server (as plain pytest does)
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
-# WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random worlds,
+# WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random histories,
 # PINS= with a VENV of its own for the newest of all dependencies.
 
 VENV ?= .venv
@@ -70,7 +70,7 @@ programs: $(VENV)/.tests
 proofs: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m "proofs and not slow" $(ARGS)
 
-# All of them: the quick ones and the slow proofs side by side, with random worlds that nobody has seen unless SEED names
+# All of them: the quick ones and the slow proofs side by side, with random data that nobody has seen unless SEED names
 # them, then the other slow ones, which measure and load, one after the other.
 prove: test programs proofs
 	$(BIN)/python -m pytest $(AT_ONCE) -m slow --seed $(or $(SEED),$(shell date +%s)) tests/proof tests/outcomes $(ARGS)
@@ -86,7 +86,7 @@ wheel-smoke: $(VENV)/.tests
 	$(BIN)/python -m pytest -m slow tests/deployments/test_installed_wheel.py $(ARGS)
 
 # Single mistakes in the modules that decide and post, MUTANTS of them (30) chosen by SEED, all in one MODULE if that is
-# said (such as runs/kickoff.py): who sees each.
+# said (such as runs/start.py): who sees each.
 mutate: $(VENV)/.tests
 	$(BIN)/python tests/proof/mutate.py --mutants $(MUTANTS) $(if $(SEED),--seed $(SEED)) $(if $(MODULE),--module $(MODULE))
 
@@ -193,8 +193,9 @@ oldest:
 # The tests of what talks to Prefect: of the modules that import it, and of flows as a user writes them. The command line
 # has its two commands that need most of Prefect here. Only the quick tests, and by night (NIGHTLY) all of them.
 TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run telemetry) flows \
-    $(addprefix records/,budgets contract keys owners prune store) $(addprefix runs/,limits run stop reviews/answer reviews/form) pipelines/run batches/run \
-    receiver/forward automations blocks crew deployments flows prefect_away settings tasks testing worker \
+    store \
+    $(addprefix runs/,keys owners prune run start stop reviews/answer reviews/form) pipelines/run batches/run \
+    receiver/events automations blocks budgets crew deployments flows prefect_away settings tasks testing worker \
     worker_conformance,$(wildcard tests/$(name) tests/$(dir $(name))test_$(notdir $(name)).py))
 
 .PHONY: oldest-tests

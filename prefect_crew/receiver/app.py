@@ -181,8 +181,11 @@ async def _take(event: WebhookEvent, attempt: Attempt) -> Attempt | None:
         if not is_known:
             changed = (await in_store(attempts.continued, attempt, event.kickoff_id)).attempt
     if name in WAKING:
-        usage = None if event.usage is None else {"usage": event.usage.model_dump(exclude_none=True)}
-        facts: dict[str, Any] = {"number": hook.round, "kickoff_id": event.kickoff_id, "body": usage}
+        body = None
+        if event.usage is not None:
+            # The id of a streamed event: it may be delivered twice.
+            body = {"usage": event.usage.model_dump(exclude_none=True), "id": event.facts.get("id")}
+        facts: dict[str, Any] = {"number": hook.round, "kickoff_id": event.kickoff_id, "body": body}
         question = await _question_of(event, attempt) if hook.kind == "human_input" else None
         await in_store(questions.take_webhook, attempt, name, **facts, question=question)
     if name in REPORTED:

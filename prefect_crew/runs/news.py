@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.client._parsing import as_object
+from prefect_crew.client._parsing import as_id, as_object
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.exceptions import StoreError
 from prefect_crew.runs.database import in_store
@@ -50,12 +50,18 @@ class Subscription:
 
     @property
     def usage(self) -> TokenUsage | None:
-        """The tokens of the whole run, else those of its crews together; None if no webhook reported any."""
-        reported = [(event.kind, as_object(event.body).get("usage")) for event in self.news]
-        usages = [(kind, TokenUsage.model_validate(usage)) for kind, usage in reported if usage]
-        whole = [usage for kind, usage in usages if kind == COMPLETED]
-        crews = [usage for kind, usage in usages if kind != COMPLETED]
-        return whole[-1] if whole else TokenUsage.sum(crews) if crews else None
+        """The tokens of the whole run, else those of its crews together, with each delivery of an event counted once;
+        None if no webhook reported any."""
+        whole, crews = None, dict[str | int, TokenUsage]()
+        for event in self.news:
+            body = as_object(event.body)
+            if usage := body.get("usage"):
+                reported = TokenUsage.model_validate(usage)
+                if event.kind == COMPLETED:
+                    whole = reported
+                else:
+                    crews[as_id(body.get("id")) or event.n] = reported
+        return whole or TokenUsage.sum(crews.values())
 
 
 class _Reader:

@@ -453,9 +453,7 @@ class Store:
         mounts = Path("/proc/self/mountinfo")
         kind = mount_kind(str(path), mounts.read_text(errors="replace") if mounts.exists() else "")
         if NETWORK_MOUNTS.fullmatch(kind):
-            self._refuse(
-                f"is on a network mount ({kind}), where SQLite loses commits: use PostgreSQL, or a local disk"
-            )
+            self._refuse(f"is on a network mount ({kind}), where SQLite loses commits: use PostgreSQL, or a local disk")
         if SHARED_MOUNTS.fullmatch(kind):
             _log.warning("The crew database %s is on a %s mount: let one machine only use it.", path, kind)
         if path.exists() and (path.stat().st_nlink > 1 or path.is_mount()):

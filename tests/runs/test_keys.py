@@ -18,8 +18,7 @@ from prefect_crew.artifacts.run import MarkdownArtifact
 from prefect_crew.blocks import crew_of
 from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
 from prefect_crew.runs import keys as keys_module
-from prefect_crew.runs.keys import render_key
-from prefect_crew.runs.keys import MAX_KEY
+from prefect_crew.runs.keys import MAX_KEY, render_key
 from prefect_crew.testing import CrewServerFactory
 
 START = datetime(2026, 5, 1, 23, 30, 5, tzinfo=UTC)

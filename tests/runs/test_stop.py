@@ -7,10 +7,10 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 from prefect import flow, get_client
@@ -26,21 +26,20 @@ from prefect_crew._internal.prefect_api import held_flow_run
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
-from prefect_crew.crew import CrewSession
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.model import RecordPhase, utcnow
-from prefect_crew.records.store import PrefectRecords
+from prefect_crew.exceptions import StoreError
 from prefect_crew.runs import stop
-from prefect_crew.runs.limits import take_slots
+from prefect_crew.runs.database import in_store
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
+from prefect_crew.store import attempts
+from prefect_crew.store.decision import Attempt, AttemptState
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow, call_in_flow
 from support.held import Held
-from support.limits import new_limit
+from support.past import aput, new_attempt
 from support.processes import Process
 from support.proxy import Proxy
-from support.records import new_record, phases, put, record_of
 from support.scripts import script as scripted
 from support.scripts import slow
 from support.seen import Seen
@@ -53,6 +52,12 @@ pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "quick_lo
 def server(crew_server: CrewServerFactory) -> CrewServer:
     """Provide the server of a crew that takes a minute."""
     return crew_server(slow(60))
+
+
+async def stored(key: str) -> Attempt:
+    """Return the one attempt of a key or kickoff id."""
+    (attempt,) = await in_store(attempts.of_key, key) or await in_store(attempts.of_kickoff_id, key)
+    return attempt
 
 
 def cancelled(
@@ -107,7 +112,7 @@ def test_two_local_waits_stop_their_run_once(server: CrewServer, seen: Seen, key
     assert [type(end) for end in ends] == [pc.CrewStoppedError, pc.CrewStoppedError]
     assert server.kickoffs == 1
     assert server.requests["stop"] == 1
-    assert seen.record(key)["state"] == "stopped"
+    assert asyncio.run(stored(key)).state is AttemptState.STOPPED
     # The server ends it as Cancelled, after five minutes.
     assert seen.flow_run(flow_run_id)["state"]["type"] == "CANCELLING"
 
@@ -153,15 +158,15 @@ def test_a_long_pause_sees_a_cancellation(server: CrewServer, seen: Seen, monkey
 
 
 @pytest.mark.parametrize(
-    ("options", "log", "reason"),
+    ("options", "log"),
     [
-        ({"stop": False}, "its server has no /stop", "stop was asked for: unsupported"),
-        ({"faults": ["stop:500"]}, "could not be stopped (ServerError: POST /stop/", "stop was asked for"),
+        ({"stop": False}, "its server has no /stop"),
+        ({"faults": ["stop:500"]}, "could not be stopped (ServerError: POST /stop/"),
     ],
     ids=["no stop", "a server that fails"],
 )
 def test_a_crew_that_cannot_be_stopped_runs_on(
-    crew_server: Any, seen: Seen, key: str, options: dict[str, Any], log: str, reason: str
+    crew_server: Any, seen: Seen, key: str, options: dict[str, Any], log: str
 ):
     server = crew_server(slow(60), **options)
     error, flow_run_id = cancelled(server, seen, lambda: pc.arun_crew(server.crew(), idempotency_key=key))
@@ -169,8 +174,9 @@ def test_a_crew_that_cannot_be_stopped_runs_on(
     assert f"which continues at {server.url}" in str(error)
     assert log in seen.logs(flow_run_id)
     assert f"continues at {server.url}" in seen.logs(flow_run_id)
-    assert seen.record(key)["phase"] == "started"
-    assert seen.record(key)["reason"] == reason, "noted before /stop is sent: a lost answer says nothing"
+    attempt = asyncio.run(stored(key))
+    assert attempt.state is AttemptState.STARTED
+    assert attempt.stop_asked_at is not None, "noted before /stop is sent: a lost answer says nothing"
     assert server.requests["stop"] == ("faults" in options)
 
 
@@ -286,24 +292,16 @@ def hang(monkeypatch: pytest.MonkeyPatch, place: str) -> Callable[[], bool]:
     return lambda: bool(calls)
 
 
-@pytest.mark.parametrize("place", [None, "prefect_crew.tasks.wait_for_run", "prefect_crew.runs.wait.slot_of"])
+@pytest.mark.parametrize("place", [None, "prefect_crew.tasks.wait_for_run"])
 def test_a_cancelled_flow_run_stops_its_crew(
     runner: None, server: CrewServer, seen: Seen, key: str, monkeypatch: pytest.MonkeyPatch, place: str | None
 ):
     server.faults.add("stop:latency=1")
-    crew, when = server.crew(concurrency_limit=asyncio.run(new_limit(1))), hang(monkeypatch, place) if place else None
-    signalled(server, seen, key, crew=crew, when=when)
+    signalled(server, seen, key, when=hang(monkeypatch, place) if place else None)
     assert server.requests["stop"] == 1
     assert str(server.runs[0].state) == "stopped"
-    assert seen.record(key)["state"] == "stopped"
+    assert asyncio.run(stored(key)).state is AttemptState.STOPPED
     assert [event["event"] for event in seen.events(server.runs[0].id)][-1] == "crew.stopped"
-
-
-def test_an_ended_run_is_not_left_running(runner: None, crew_server: Any, seen: Seen, key: str, monkeypatch: Any):
-    server = crew_server("echo")
-    pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=key)
-    when = hang(monkeypatch, "prefect_crew.tasks.wait_for_run")
-    assert "is left running" not in seen.logs(signalled(server, seen, key, state=None, when=when))
 
 
 def test_a_stop_at_a_timeout_is_sent_once(runner: None, server: CrewServer, seen: Seen, key: str):
@@ -316,14 +314,12 @@ def test_a_stop_at_a_timeout_is_sent_once(runner: None, server: CrewServer, seen
 # Calls that outlive a flow run which a crew worker has ended
 
 
-async def outlived(
-    server: CrewServer, is_time: Callable[[], Any], *, is_suspended: bool = False, limit: Any = None, **options: Any
-) -> Any:
+async def outlived(server: CrewServer, is_time: Callable[[], Any], *, suspend: bool = False, **options: Any) -> Any:
     """Spawn a call in a subflow of a flow run, and end that once it is time; return the call's end."""
     calls, held = list[asyncio.Task[Any]](), HeldFlowRun(cast("Any", None), cast("Any", None))
+    crew = server.crew(concurrency_limit=options.pop("limit", None))
 
     async def spawn() -> None:
-        crew = server.crew(concurrency_limit=limit)
         calls.append(asyncio.create_task(pc.arun_crew(crew, {"text": "a"}, **options)))
 
     async def trip() -> None:
@@ -333,59 +329,42 @@ async def outlived(
 
     async with AsyncClientContext.get_or_create() as shared:  # as of a worker
         flow_run_id, _ = await asyncio.create_task(acall_in_flow(trip))
-        if not is_suspended:
+        if not suspend:
             await shared.client.set_flow_run_state(uuid.UUID(flow_run_id), Cancelling(), force=True)
-        held.end("suspended" if is_suspended else "cancelled", "The flow run has ended here.")
+        held.end("suspended" if suspend else "cancelled", "The flow run has ended here.")
         (end,) = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
     return end
 
 
 @pytest.mark.parametrize(
-    ("fault", "request_of_it", "kept"),
-    [("inputs:latency=1", "inputs", []), ("kickoff:429=2", "kickoff", [RecordPhase.NOT_STARTED])],
+    ("fault", "request_of_it", "states"),
+    [("inputs:latency=1", "inputs", []), ("kickoff:429=2", "kickoff", [AttemptState.NOT_STARTED])],
 )
-@pytest.mark.parametrize("is_suspended", [False, True], ids=["cancelled", "suspended"])
-async def test_an_outliving_call_takes_no_permit(
-    runner: None, crew_server: Any, key: str, fault: str, request_of_it: str, kept: list[Any], is_suspended: bool
+@pytest.mark.parametrize("suspend", [False, True], ids=["cancelled", "suspended"])
+async def test_an_outliving_call_sends_no_kickoff(
+    runner: None, crew_server: Any, key: str, fault: str, request_of_it: str, states: list[Any], suspend: bool
 ):
-    server, limit = crew_server("echo", faults=[fault]), await new_limit(1)
-    options: dict[str, Any] = {"idempotency_key": key, "is_suspended": is_suspended, "limit": limit}
-    end = await outlived(server, lambda: server.requests[request_of_it], **options)
-    assert type(end) is (asyncio.CancelledError if is_suspended else pc.FlowRunCancelledError)
-    assert is_suspended or "no run was started" in str(end)
-    assert server.requests["kickoff"] == len(kept), "it is not sent again"
-    assert await phases(key) == kept
-    await asyncio.wait_for(take_slots(crew_of(server.crew(concurrency_limit=limit))), 60)  # it was given back
+    server = crew_server("echo", faults=[fault])
+    end = await outlived(server, lambda: server.requests[request_of_it], idempotency_key=key, suspend=suspend)
+    assert type(end) is (asyncio.CancelledError if suspend else pc.FlowRunCancelledError)
+    assert suspend or "no run was started" in str(end)
+    assert server.requests["kickoff"] == len(states), "it is not sent again"
+    assert [attempt.state for attempt in await in_store(attempts.of_key, key)] == states
 
 
-async def test_an_outliving_call_sends_no_kickoff(runner: None, crew_server: Any, key: str, monkeypatch: Any):
-    connecting = asyncio.Event()
-
-    async def kickoff(*_: Any, before_sending: Callable[[], None], **__: Any) -> str:
-        connecting.set()
-        await asyncio.sleep(1)
-        before_sending()
-        return "sent"
-
-    monkeypatch.setattr(CrewClient, "kickoff", kickoff)
-    end = await outlived(crew_server("echo"), connecting.is_set, idempotency_key=key)
-    assert isinstance(end, pc.FlowRunCancelledError), end
-    assert await phases(key) == [RecordPhase.NOT_STARTED]
-
-
-@pytest.mark.parametrize(("waits", "log"), [("slot", "Waiting for a slot"), ("turn", "this call waits for turn")])
+@pytest.mark.parametrize("waits", ["room", "turn"])
 async def test_an_outliving_call_waits_no_longer(
-    runner: None, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, key: str, waits: str, log: str
+    runner: None, crew_server: CrewServerFactory, caplog: pytest.LogCaptureFixture, key: str, waits: str
 ):
     server = crew_server(scripted({"seconds": 60}, inputs=["text"], flow=True))
-    options: dict[str, Any] = {"limit": await new_limit(1)} if waits == "slot" else {"session": key}
-    if waits == "slot":
-        await take_slots(crew_of(server.crew(concurrency_limit=options["limit"])))
-    else:
-        await server.crew().atrigger({"text": "first"}, session=key)
-    end = await outlived(server, lambda: log in caplog.text, **options)
+    options: dict[str, Any] = {"limit": 1} if waits == "room" else {"session": key}
+    await server.crew(concurrency_limit=options.get("limit")).atrigger(
+        {"text": "first"}, session=options.get("session")
+    )
+    with caplog.at_level("INFO"):
+        end = await outlived(server, lambda: "This call waits." in caplog.text, **options)
     assert isinstance(end, pc.FlowRunCancelledError), end
-    assert server.kickoffs == (waits == "turn")
+    assert server.kickoffs == 1
     assert server.requests["stop"] == 0
 
 
@@ -451,14 +430,14 @@ def test_a_signal_leaves_the_crew_running(
     (run,) = server.runs
     assert str(run.state) == "running"
     assert server.requests["stop"] == 0
-    record = asyncio.run(record_of(run.id))
-    assert record.phase is RecordPhase.STARTED
+    attempt = asyncio.run(stored(run.id))
+    assert attempt.state is AttemptState.STARTED
     if number is signal.SIGINT:
         assert f"Crew run {run.id} is left running" in process.output
         assert f"prefect-crew runs cancel {run.id} --crew {server.url}" in process.output
-        assert f"A call with idempotency key {record.idempotency_key!r} waits for it" in process.output
+        assert f"A call with idempotency key {attempt.key!r} waits for it" in process.output
     held.release()
-    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=record.idempotency_key).output == "done"
+    assert pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=attempt.key).output == "done"
     assert server.kickoffs == 1
 
 
@@ -466,53 +445,35 @@ def test_a_signal_leaves_the_crew_running(
 
 
 @pytest.mark.parametrize("fault", [None, "status:timeout"])
-async def test_a_stopped_run_is_closed_on_record(server: CrewServer, monkeypatch: Any, fault: str | None):
+async def test_a_stopped_run_has_its_end(server: CrewServer, monkeypatch: pytest.MonkeyPatch, fault: str | None):
     run = await server.crew(secret_inputs=["pin"]).atrigger({"pin": "4711471"})
     if fault:
         server.faults.add(fault)
         monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
     without_inputs = crew_of(server.crew(price=0.25))
     async with asyncio.timeout(5 if fault else 60):
-        answers = [await stop.stop_run(LiveRun(without_inputs, run.kickoff_id)) for _ in range(2)]
+        answers = [await stop.stop_run(LiveRun(without_inputs, str(run.kickoff_id))) for _ in range(2)]
     assert [answer.outcome for answer in answers] == [StopOutcome.STOPPED, StopOutcome.NOT_STOPPABLE]
     assert [answer.accepted for answer in answers] == [True, False]
-    assert answers[1].raw is None
-    record = await record_of(run.kickoff_id)
-    assert record.phase == RecordPhase.ENDED
-    assert record.state == CrewState.STOPPED
-    assert record.cost == 0.25
-    assert record.ended_at is not None
+    attempt = await stored(str(run.kickoff_id))
+    assert (attempt.state, attempt.cost) == (AttemptState.STOPPED, 0.25)
     with pytest.raises(pc.CrewStoppedError):
         await run.await_for_completion()
 
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["the server refuses", "the server was late"])
-async def test_a_run_that_completes_at_its_stop_keeps_its_result(crew_server: CrewServerFactory, is_late: bool):
+async def test_a_run_that_completes_at_its_stop_keeps_its_result(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, is_late: bool
+):
     server = crew_server(slow(0.1))
     run = await server.crew().atrigger({})
-    record = await record_of(run.kickoff_id)
     await until(lambda: str(server.runs[0].state) == "completed", "the run ends")
-    async with CrewSession(crew_of(server.crew())) as session:
-        if is_late:
-            answer = StopAnswer(kickoff_id=run.kickoff_id, outcome=StopOutcome.STOPPED)
-            await stop.close_stopped(session.client, session.crew, record, answer, PrefectRecords())
-        else:
-            assert not await stop.stop_once(session, record, PrefectRecords())
-    record = await record_of(run.kickoff_id)
-    assert record.phase is RecordPhase.STARTED
-    assert record.reason is None
-    await run.await_for_completion()
-    assert (await record_of(run.kickoff_id)).state is CrewState.COMPLETED
-
-
-async def test_stopping_leaves_the_wait_what_it_needs(crew_server: CrewServerFactory):
-    server = crew_server(slow(0.5), stop=False)
-    run = await server.crew(secret_inputs=["pin"]).atrigger({"pin": "4711471"})
-    assert (await run.astop()).outcome is StopOutcome.UNSUPPORTED
+    if is_late:
+        answer = StopAnswer(kickoff_id=str(run.kickoff_id), outcome=StopOutcome.STOPPED)
+        monkeypatch.setattr(CrewClient, "stop", AsyncMock(return_value=answer))
+    assert (await run.astop()).accepted is is_late
     await run.await_for_completion()
     assert (await run.afetch_result()).output == "done"
-    record = await record_of(run.kickoff_id)
-    assert record.result is not None, "the secret inputs are known to this process, so the result may be kept"
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
@@ -528,48 +489,36 @@ async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFa
     assert (await run.astop()).accepted
 
 
-def test_an_unrecorded_stop_is_reported(server: CrewServer, proxy: Proxy, caplog: pytest.LogCaptureFixture):
-    run = server.crew().trigger({})
-    proxy.refuse = "POST /api/variables/$"
-    assert asyncio.run(stop.stop_run(LiveRun(run._crew, run.kickoff_id))).accepted
-    assert f"It could not be recorded that run {run.kickoff_id} was stopped" in caplog.text
+async def test_a_stop_needs_no_crew_database(server: CrewServer, monkeypatch: pytest.MonkeyPatch):
+    run = await server.crew().atrigger({})
+    away = AsyncMock(side_effect=StoreError("The disk is full.", operation="any", started="yes"))
+    for module in ("stop", "run"):
+        monkeypatch.setattr(f"prefect_crew.runs.{module}.in_store", away)
+    assert (await run.astop()).accepted
+    assert str(server.runs[0].state) == "stopped"
 
 
 # The runs of a flow run
 
 
-async def started(server: CrewServer) -> tuple[uuid.UUID, set[str]]:
-    """Kick a crew off in a flow and, with another key, in a subflow of it; return the flow run and the kickoff ids."""
-
-    async def trip() -> set[str]:
-        crew = server.crew(show="none", secret_inputs=["pin"])
-        _, kickoff_id = await acall_in_flow(lambda: pc.kickoff_crew(crew, {"pin": "4711471"}))
-        return {kickoff_id, await pc.kickoff_crew(server.crew())}
-
-    flow_run_id, kickoff_ids = await acall_in_flow(trip)
-    return uuid.UUID(flow_run_id), kickoff_ids
-
-
-async def open_ids(flow_run_id: uuid.UUID) -> set[str]:
+async def open_ids(flow_run_id: Any) -> set[str]:
     async with get_client() as client:
-        records = await stop.open_runs_of(client, await client.read_flow_run(flow_run_id))
-    return {str(record.kickoff_id) for record in records}
+        open_ones = await stop.open_runs_of(client, await client.read_flow_run(uuid.UUID(str(flow_run_id))))
+    return {str(attempt.first_id) for attempt in open_ones}
 
 
-@pytest.mark.parametrize(
-    ("most", "has_artifacts"), [(0, True), (stop.LATEST, False), (0, False)], ids=["artifacts", "latest", "neither"]
-)
-def test_open_runs_are_found_by(server: CrewServer, proxy: Proxy, monkeypatch: Any, most: int, has_artifacts: bool):
-    monkeypatch.setattr(stop, "LATEST", most)
-    proxy.refuse = None if has_artifacts else "POST /api/artifacts/$"
-    pc.kickoff_crew(server.crew())  # of somebody else
-    flow_run_id, kickoff_ids = asyncio.run(started(server))
-    assert proxy.requests.count("POST /api/artifacts/") >= 2
-    proxy.refuse = None
-    open_ones = kickoff_ids if most or has_artifacts else set[str]()
-    assert asyncio.run(open_ids(flow_run_id)) == open_ones
-    asyncio.run(stop.stop_run(LiveRun(crew_of(server.crew()), stopped := min(kickoff_ids))))
-    assert asyncio.run(open_ids(flow_run_id)) == open_ones - {stopped}
+async def test_open_runs_are_those_of_the_flow_run_and_its_subflows(server: CrewServer):
+    crew = server.crew()
+
+    async def trip() -> list[str]:
+        _, kickoff_id = await acall_in_flow(lambda: pc.kickoff_crew(crew))
+        return [kickoff_id, await pc.kickoff_crew(crew)]
+
+    await pc.kickoff_crew(crew)  # of somebody else
+    flow_run_id, kickoff_ids = await acall_in_flow(trip)
+    assert await open_ids(flow_run_id) == {*kickoff_ids}
+    await pc.stop_crew(crew, kickoff_ids[0])
+    assert await open_ids(flow_run_id) == {kickoff_ids[1]}
 
 
 async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
@@ -584,25 +533,11 @@ async def test_a_flow_run_of_a_deployment_runs_by_itself(seen: Seen):
         await client.create_deployment(await client.create_flow(trip), name=name)
         await trip()
         own, deployed = ids
-        assert deployed in [child["id"] for child in seen.subflow_runs(own)]
-        await put(new_record(phase=RecordPhase.STARTED, kickoff_id=str(uuid.uuid4()), flow_run_id=deployed))
-        assert await open_ids(uuid.UUID(own)) == set()
-        assert len(await open_ids(uuid.UUID(deployed))) == 1
+        assert deployed in [child["id"] for child in await asyncio.to_thread(seen.subflow_runs, own)]
+        counts = {"kickoff_id": str(uuid.uuid4()), "flow_run_id": deployed}
+        await aput(new_attempt(state=AttemptState.STARTED, counts_until=time.time() + 60, **counts))
+        assert await open_ids(own) == set()
+        assert len(await open_ids(deployed)) == 1
         await client.set_flow_run_state(uuid.UUID(own), Cancelling(), force=True)
     assert await stop.cancelled_on_server(own)
     assert not await stop.cancelled_on_server(deployed)
-
-
-async def test_the_search_goes_back_to_the_flow_runs_start(server: CrewServer, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("prefect_crew.records.variables.PAGE", 2)
-    monkeypatch.setattr("prefect_crew.records.variables.OVERLAP", 1)
-    flow_run_id, _ = await started(server)
-    async with get_client() as client:
-        begun = await client.read_flow_run(flow_run_id)
-    for _ in range(3):
-        await put(new_record())
-    monkeypatch.setattr(stop, "CLOCKS_APART", timedelta(0))
-    owners = {str(begun.id)}
-    assert begun.start_time is not None
-    assert {claim.fields["flow_run_id"] for claim in await stop._latest_claims(begun.start_time, owners)} == owners
-    assert await stop._latest_claims(utcnow(), owners) == []
