@@ -144,8 +144,9 @@ class Registration:
     host: str | None
 
     def is_same(self, other: Registration) -> bool:
-        """Whether both are one store: a file is one on its host only."""
-        return (self.id, self.host) == (other.id, other.host)
+        """Whether both are one store: a file is one at its place only, since a copy has the same id."""
+        is_at_place = self.host is None or self.where == other.where
+        return is_at_place and (self.id, self.host) == (other.id, other.host)
 
 
 def _parse(url: str) -> sa.URL:
@@ -452,9 +453,7 @@ class Store:
         mounts = Path("/proc/self/mountinfo")
         kind = mount_kind(str(path), mounts.read_text(errors="replace") if mounts.exists() else "")
         if NETWORK_MOUNTS.fullmatch(kind):
-            self._refuse(
-                f"is on a network mount ({kind}), where SQLite loses commits: use PostgreSQL, or a local disk"
-            )
+            self._refuse(f"is on a network mount ({kind}), where SQLite loses commits: use PostgreSQL, or a local disk")
         if SHARED_MOUNTS.fullmatch(kind):
             _log.warning("The crew database %s is on a %s mount: let one machine only use it.", path, kind)
         if path.exists() and (path.stat().st_nlink > 1 or path.is_mount()):

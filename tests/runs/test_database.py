@@ -1,6 +1,7 @@
 """Which crew database a process uses: a second one is never silent."""
 
 import asyncio
+import shutil
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ def test_a_second_default_file_starts_nothing_and_one_that_is_set_is_warned_of_o
         run("b")
     assert refused.value.started == "no"
     run("a")
+    forget_stores()
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    with pytest.raises(StoreError, match=f"recorded in {tmp_path}/a/crew.db"):
+        run("copy")
     assert server.kickoffs == 1
     monkeypatch.setenv(URL_SETTING, f"sqlite:///{tmp_path}/other.db")
     for _ in range(3):

@@ -253,7 +253,7 @@ async def test_readers_see_the_same_during_a_prune(database_url: str):
 # Another store
 
 
-async def test_a_store_is_known_by_its_id_and_a_file_by_its_host(tmp_path: Path):
+async def test_a_store_is_known_by_its_id_and_a_file_by_its_place(tmp_path: Path):
     async def registration(path: Path) -> Registration:
         store = Store(f"sqlite:///{path}")
         value = await store.registration()
@@ -265,7 +265,7 @@ async def test_a_store_is_known_by_its_id_and_a_file_by_its_host(tmp_path: Path)
     assert first.is_same(await registration(tmp_path / "a.db"))
     assert not first.is_same(await registration(tmp_path / "b.db"))
     shutil.copy(tmp_path / "a.db", tmp_path / "c.db")
-    assert first.is_same(await registration(tmp_path / "c.db"))
+    assert not first.is_same(await registration(tmp_path / "c.db")), "each goes on for itself"
     assert not first.is_same(Registration(id=first.id, where=first.where, host="another"))
     shared = Registration(id=first.id, where="postgresql://host/name", host=None)
     assert shared.is_same(Registration(id=first.id, where="postgresql://alias/name", host=None))
