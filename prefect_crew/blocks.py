@@ -106,7 +106,8 @@ class DeployedCrew(JobBlock[CrewResult]):
         description="Limits of what all runs of the crew together may use in a day, a month or a batch.",
     )
     show: Literal["full", "summary", "none"] = Field(
-        default="full", description="How much of inputs and outputs artifacts, events, records and names of runs show."
+        default="full",
+        description="How much of inputs and outputs artifacts, events, the crew database and names of runs show.",
     )
     secret_inputs: list[str] = Field(
         default_factory=list, description="Names of inputs whose values are masked wherever this package shows them."

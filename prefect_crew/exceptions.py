@@ -17,12 +17,10 @@
     ├── NotStartedError              no kickoff could be sent in ten minutes; nothing was started
     ├── KickoffUncertainError        the kickoff may or may not have started a run
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
-    ├── TooManyAttemptsError         the idempotency key has no number left for another attempt
     ├── SessionBlockedError          an earlier turn of the session is not over, and nobody may know its end
     ├── BudgetExceededError          a budget has no room for another run
     ├── NotWaitingError              the run does not wait for a person
     ├── AnswerUncertainError         an answer was sent, and nobody knows whether it arrived
-    ├── UnreadableRecordError        a later version, or somebody else, wrote the record of a run
     ├── FlowRunCancelledError        the flow run was cancelled, so it starts no run and waits for none
     ├── CrewFailedError              the crew ran and failed
     ├── CrewStoppedError             the run was stopped
@@ -63,11 +61,10 @@ __all__ = [
     "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
     "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
-    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError",
-    "NoResultError", "NotFoundError", "NotStartedError", "NotWaitingError", "OutputTypeError",
-    "PipelineFailedError", "PrefectAwayError", "PrefectRefusedError", "RateLimitedError",
-    "ResponseFormatError", "ReviewLimitError", "RunNotFoundError", "ServerError",
-    "SessionBlockedError", "StoreError", "TooManyAttemptsError", "UnreadableRecordError",
+    "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "NoResultError", "NotFoundError",
+    "NotStartedError", "NotWaitingError", "OutputTypeError", "PipelineFailedError", "PrefectAwayError",
+    "PrefectRefusedError", "RateLimitedError", "ResponseFormatError", "ReviewLimitError", "RunNotFoundError",
+    "ServerError", "SessionBlockedError", "StoreError",
 ]  # fmt: skip
 
 
@@ -320,11 +317,7 @@ class NoResultError(CrewError):
 
 
 class NotStartedError(CrewError):
-    """For ten minutes, the run lost each claim before its kickoff could be sent. Nothing was started."""
-
-
-class UnreadableRecordError(CrewError):
-    """A later version of this package, or somebody else, wrote the record of a run. The call did not use the record."""
+    """For ten minutes, each window for the kickoff was over before it could be sent. Nothing was started."""
 
 
 class NotWaitingError(CrewError):
@@ -353,20 +346,6 @@ class IdempotencyConflictError(_FactsError):
         )
 
 
-class TooManyAttemptsError(_FactsError):
-    """The idempotency key has as many attempts on record as it may have. Nothing was started."""
-
-    idempotency_key: str  # pyright: ignore[reportIncompatibleVariableOverride]
-    attempts: int
-
-    def _text(self) -> str:
-        return (
-            f"Run {self.idempotency_key!r} has {self.attempts} attempts on record, the most that an idempotency key "
-            "may have. Nothing was started. Use another key; or remove old records with prefect-crew runs prune, "
-            "once the key's last attempt is old enough, and run again."
-        )
-
-
 class SessionBlockedError(_FactsError):
     """A session cannot go on after its turn `turn`. Nothing was started.
 
@@ -390,8 +369,8 @@ class BudgetExceededError(_FactsError):
     """A budget has no room for another run. Nothing was started.
 
     `measure` is "cost", "tokens" or "kickoffs". `used` includes the estimates of runs in flight; `estimate` is the
-    expected use of another run. `resets_at` is the start of the next day or month, UTC; None for a batch. `counter` is
-    the name of the counter, a global concurrency limit in Prefect.
+    expected use of another run. `resets_at` is the start of the next day or month, UTC; None for a batch. `counter`
+    names the sum.
     """
 
     budget: str
@@ -459,7 +438,7 @@ class CrewLostError(_RunError):
             key = shlex.quote(self.idempotency_key)
             again += f", and so does the key after prefect-crew runs resolve {key} --lost"
         if self.last_state == CrewState.COMPLETED:
-            sight = "it has completed, but the server has forgotten the result, which its record does not hold"
+            sight = "it has completed, but the server has forgotten the result, which the crew database does not hold"
         else:
             sight = f"it was last seen {self.last_state}" if self.last_state else "this call got no status of the run"
             sight += (

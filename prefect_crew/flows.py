@@ -262,11 +262,11 @@ async def run_deployed_crew(
     return await run_tasks(stored, own_inputs, options)
 
 
-@naming_prefect_away("The call reads the result from the run's record. Call it again.")
+@naming_prefect_away("The call reads the result from the crew database. Call it again.")
 async def aget_result(
     idempotency_key: str, *, crew: DeployedCrew | str | None = None, output_type: type[Data] | None = None
 ) -> CrewResult[Data]:
-    """Return the result of a completed run, on any machine that shares the Prefect server.
+    """Return the result of a completed run, on any machine that shares the crew database.
 
     `get_result` is for sync code, `aget_result` for async code.
 
@@ -274,7 +274,7 @@ async def aget_result(
         idempotency_key: The run's key. If it has several attempts, the latest completed one counts. A kickoff id in its
             place selects one attempt.
         crew: Needed only if the result is not on record (the crew does not show it, it contains a secret input, or it
-            is larger than 5 MB) and no block is stored under the crew's name in the record.
+            is larger than 5 MB) and no block is stored under the crew's name.
         output_type: See `run_crew`.
 
     Raises:

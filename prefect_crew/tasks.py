@@ -270,7 +270,7 @@ def tasks_of(options: RunOptions) -> tuple[CrewTask, CrewTask]:
     """
     if name := next((name for name in options.kickoff_options or {} if name in _REFUSED), None):
         raise ConfigurationError(
-            f"kickoff_options cannot have {name!r}: only the record of a run decides whether it is started. Nothing "
+            f"kickoff_options cannot have {name!r}: only the crew database decides whether a run is started. Nothing "
             "was started. Leave it out."
         )
     both = ((kickoff_crew, options.kickoff_options), (wait_for_crew, options.wait_options))

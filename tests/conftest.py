@@ -129,11 +129,8 @@ HEAVY = (
     "cli/",
     "pipelines/",
     "receiver/",
-    "records/test_budgets.py",
-    "records/test_owners.py",
-    "records/test_prune.py",
     "runs/reviews/",
-    "runs/test_limits.py",
+    "runs/test_owners.py",
     "runs/test_stop.py",
     "test_deployments.py",
 )
@@ -235,15 +232,10 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory, prefect_template: P
         yield server
 
 
-@pytest.fixture(scope="module")
-def no_records(prefect_server: PrefectServer) -> None:
-    """No run record of an earlier module: a test that looks through all records reads those of its own module."""
-    prefect_server.forget_records()
-
-
 @pytest.fixture
-def prefect_api(prefect_server: PrefectServer, no_records: None, tmp_path: Path) -> Iterator[PrefectServer]:
+def prefect_api(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[PrefectServer]:
     """This process is a client of `prefect_server`, with a Prefect home of the test's own."""
+    prefect_server.forget_store()
     with connected(prefect_server, tmp_path / "prefect-home"):
         yield prefect_server
 

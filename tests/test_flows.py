@@ -26,13 +26,13 @@ import prefect_crew as pc
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewResult
 from prefect_crew.client.redaction import MASK
-from prefect_crew.records import results
-from prefect_crew.records.model import RecordPhase
+from prefect_crew.runs import run as run_module
+from prefect_crew.store.decision import AttemptState
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow, call_in_flow
 from support.frames import locals_of
+from support.past import aput, key, new_attempt
 from support.proxy import Proxy
-from support.records import key, new_record, put
 from support.scripts import FAILS, PICKY, script, slow
 from support.seen import Seen
 
@@ -93,7 +93,7 @@ async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFact
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"kickoff_options": {"cache_policy": INPUTS}}, "cannot have 'cache_policy': only the record"),
+        ({"kickoff_options": {"cache_policy": INPUTS}}, "cannot have 'cache_policy': only the crew database"),
         ({"kickoff_options": {"persist_result": True}}, "cannot have 'persist_result'"),
         ({"kickoff_options": {"result_storage": "local-file-system/x"}}, "cannot have 'result_storage'"),
         ({"kickoff_options": {"retry_condition_fn": print}}, "cannot have 'retry_condition_fn'"),
@@ -390,7 +390,7 @@ async def test_a_result_needs_no_crew_server(crew_server: CrewServerFactory, wor
 
 
 async def test_a_too_large_result_is_read_at_the_crew(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(results, "LARGEST", 8000)
+    monkeypatch.setattr(run_module, "LARGEST_RESULT", 8000)
     server, idempotency_key, block = crew_server(script({"output": "{{ 'x' * 9000 }}"})), key(), new_name()
     await pc.arun_crew(crew_of(server.crew()).called(block), idempotency_key=idempotency_key)
     with pytest.raises(pc.CrewError, match=r"Give the crew: crew=…"):
@@ -449,7 +449,7 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
 
 
 @pytest.mark.parametrize("idempotency_key", [None, "given"])
-def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None):
+def test_a_run_costs_two_requests_to_the_prefect_server(crew_server: CrewServerFactory, proxy: Proxy, idempotency_key: str | None):
     server = crew_server(slow(0.4))
 
     async def trip() -> list[str]:
@@ -459,19 +459,13 @@ def test_what_the_record_costs(crew_server: CrewServerFactory, proxy: Proxy, ide
         return proxy.requests[before:]
 
     _, counted = call_in_flow(trip)
-    # SQLite makes the server answer 503 when two write at once; such a request is sent again.
-    made = [one for one, before in zip(counted, ["", *counted], strict=False) if one != before]
-    shown = [request for request in made if "/artifacts" in request]
-    # That of Prefect itself: what has to do with the record is in Variables, or asks after flow runs.
+    # Those of Prefect's own tasks, and of its client.
     prefects = ("/logs", "/events", "csrf", "/concurrency_limits", "/admin")
-    others = [one for one in made if one not in shown and not any(part in one for part in prefects)]
-    # A change of one and the same Variable is the same one, sent again: the permit and the record are two.
-    others = [one for n, one in enumerate(others) if not (one.startswith("PATCH") and one in others[:n])]
-    kinds = [re.sub("/[0-9a-f-]{36}$", "/ID", request).replace("/api/", "") for request in others]
-    create, read, change = "POST variables/", "POST variables/filter", "PATCH variables/ID"
-    # The claim, the second reading, the permit, the id, the name of the id, the end, the tag of the claim.
-    assert kinds == [create, read, create, change, create, create, change]
-    assert [one.split()[0] for one in shown] == ["POST", "PATCH"], "the artifact is made at the start"
+    others = [request for request in counted if not any(part in request for part in prefects)]
+    # SQLite makes the server answer 503 when two write at once; such a request is sent again.
+    others = [one for one, before in zip(others, ["", *others], strict=False) if one != before]
+    assert [one.split()[0] for one in others if "/artifacts" in one] == ["POST", "PATCH"], "it is made at the start"
+    assert len(others) == 2, others
 
 
 # Calls that cannot be made
@@ -508,6 +502,6 @@ async def test_a_refused_start_hides_no_failure(crew_server: CrewServerFactory):
     server, idempotency_key = crew_server(FAILS), key()
     with pytest.raises(pc.CrewFailedError):
         await pc.arun_crew(server.crew(), idempotency_key=idempotency_key)
-    await put(new_record(idempotency_key, attempt=2, phase=RecordPhase.NOT_STARTED))
+    await aput(new_attempt(idempotency_key, number=2, state=AttemptState.NOT_STARTED))
     with pytest.raises(pc.CrewFailedError):
         await pc.aget_result(idempotency_key)

@@ -368,7 +368,7 @@ class _Batch:
 
     async def _take(self, stack: AsyncExitStack, before: Batch) -> None:
         if before.crew_url != self.job.crew.url:
-            raise BatchChangedError(name=self.job.name, difference=f"crew {before.crew_url}, not {self.job.crew.url}")
+            raise BatchChangedError(name=self.job.name, difference=f"{before.crew_url}, not {self.job.crew.url}")
         await stack.enter_async_context(self.hold)
 
     async def _check_rows(self, before: Batch | None, rejected: IO[bytes]) -> Checked:

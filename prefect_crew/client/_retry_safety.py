@@ -13,7 +13,6 @@ from prefect_crew.exceptions import (
     RateLimitedError,
     ServerError,
     SessionBlockedError,
-    TooManyAttemptsError,
 )
 
 DELAY_CAP = 120.0
@@ -41,7 +40,7 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     A 5xx often comes from a proxy that has passed the request on. Only a 503 with `Retry-After` surely started nothing:
     its server chose not to take the request. An error of an unknown kind is uncertain.
     """
-    if isinstance(error, ConfigurationError | BudgetExceededError | TooManyAttemptsError | SessionBlockedError):
+    if isinstance(error, ConfigurationError | BudgetExceededError | SessionBlockedError):
         return KickoffFate.REFUSED
     if isinstance(error, InvalidInputsError) and error.before_kickoff:
         return KickoffFate.REFUSED

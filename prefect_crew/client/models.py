@@ -76,8 +76,8 @@ class CrewResult(_Model, Generic[Data]):
     `output` is the text. `data` is the structured result, or None; with an `output_type` it is an instance of that
     model, and type checkers know it: `CrewResult[Trip]`. `execution_time` is in seconds, as the server measured it.
     `usage` has the reported tokens, `cost` is the cost by the crew's price; each is None if unknown. `raw` is the whole
-    body of the last status answer, None if the result was read from a record. `idempotency_key` is the key of the run,
-    given or derived; None without a record, for example from a `CrewClient`.
+    body of the last status answer, None if the result comes from the crew database. `idempotency_key` is the key of
+    the run, given or derived; None from a `CrewClient`.
     """
 
     output: str

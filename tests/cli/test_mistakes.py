@@ -82,7 +82,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("reviews approve never-used", 2, "No run has the key or kickoff id 'never-used'"),
         ("batch inspect nobody's", 2, "nobody's"),
         ("batch inspect nobody's/x*", 2, 'There is no batch "nobody\'s/x*"'),
-        ("batch inspect b --ledger postgresql://me:hunter2@127.0.0.1:1/x", 2, "'b'"),
         ("batch plan {crew} nowhere.csv", 2, "nowhere.csv"),
         (
             f"{BATCH_RUN} --map who=naem",
@@ -96,7 +95,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("crews save new --url {closed} --max-attempts 0", 2, "max_attempts"),
         ("crews save new --url {closed} --timeout -1", 2, "timeout"),
         ("crews save Not-A-Name --url {closed}", 2, "not stored"),
-        ("crews save new --url {closed} --concurrency-limit no-limit", 2, "gcl create no-limit --limit N"),
         ("crews save new --url {url} --token-file {wrong}", 1, "The crew new was not stored"),
         ("crews save {crew} --url {url} --overwrite --token-file {wrong}", 1, "answered 401"),
         ("crews save {crew} --url {other}", 2, "--overwrite"),

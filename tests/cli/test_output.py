@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prefect_crew.batches.outcomes import RowState
 from prefect_crew.batches.report import BatchProgress
 from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.cli import _options, _output
@@ -23,9 +22,10 @@ from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.client.redaction import MASK
 from prefect_crew.exceptions import ConfigurationError, CrewError
-from prefect_crew.runs.options import RunOptions, RunRequest
+from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
+from prefect_crew.store.decision import AttemptState
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def run(kickoff_id: str = "k1", *, owned: bool = True, **fields: Any) -> LiveRun
 
 
 def batch(phase: Any, completed: int = 0, failed: int = 0) -> BatchProgress:
-    counts = {RowState.COMPLETED: completed, RowState.FAILED: failed}
+    counts = {AttemptState.COMPLETED: completed, AttemptState.FAILED: failed}
     return BatchProgress("[red]leads[/red]\x1b[2J", phase, total=1_200, counts=counts)
 
 

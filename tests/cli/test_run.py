@@ -69,7 +69,7 @@ def test_a_key_finds_its_run_and_its_result_again(here: Command, greet: str, cre
     assert here("result", "key of eve").out == "**Hello** Eve\n"
     assert here("result", "key of eve", "-o", "json").json["output"] == "**Hello** Eve"
     assert here(*eve, "--force-new", "--yes").code == 0
-    assert crews.kickoffs_by_key["key of eve"] == 2
+    assert len([key for key in crews.kickoffs_by_key if key.startswith("key of eve")]) == 2
     other = here("run", greet, "-i", "who=Bob", "--key", "key of eve")
     assert "prefect-crew runs inspect 'key of eve'" in other.error(1)
 

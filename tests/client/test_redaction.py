@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew.client.models import TaskResult, TokenUsage
+from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK, SHORTEST, Redactor, holds_secret
-from prefect_crew.records.model import StoredResult
 
 SECRETS = st.text(min_size=SHORTEST, max_size=12).filter(lambda secret: secret not in MASK and "*" not in secret)
 JSON = st.recursive(
@@ -69,7 +68,9 @@ def test_a_model_is_masked_in_all_its_parts():
 def test_a_secret_like_a_count_or_a_field_masks_a_model(secret: Any):
     usage = TokenUsage(total_tokens=1234)
     tasks = [TaskResult(name=f"as {secret}", data=[1234], execution_time=12.5)]
-    result = StoredResult(output=f"{secret}", data={"pin": secret}, tasks=tasks, execution_time=12.5, usage=usage)
+    result = CrewResult(
+        kickoff_id="k1", output=f"{secret}", data={"pin": secret}, tasks=tasks, execution_time=12.5, usage=usage
+    )
     masked = of(pin=secret).model(result)
     assert masked.output == MASK
     assert masked.data == {"pin": MASK}

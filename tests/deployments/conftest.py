@@ -18,6 +18,14 @@ def site(tmp_path_factory: pytest.TempPathFactory, prefect_template: Path | None
         yield site
 
 
+@pytest.fixture(autouse=True)
+def own_crew_database(request: pytest.FixtureRequest, crew_database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test on the site shares the crew database of its processes; any other has one of its own."""
+    if "site" in request.fixturenames:
+        site: Site = request.getfixturevalue("site")
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_DATABASE_URL", site.database_url)
+
+
 @pytest.fixture(scope="session")
 def worker(site: Site) -> Worker:
     """The one worker of that site."""

@@ -21,10 +21,10 @@ async def test_a_file_is_run_and_what_failed_fails_the_flow(save_crew: Any, tmp_
     server = save_crew("batch-picky", PICKY)
     (tmp_path / "rows.csv").write_text("topic\ntea\nbad milk\n")
     run: Any = partial(batch_file, "batch-picky", str(tmp_path / "rows.csv"))
-    for _ in range(2):
+    for kickoffs in (2, 3):  # the second call starts the failed row again
         with pytest.raises(BatchFailedError, match="1 of 2 rows completed, 1 failed"):
             await run("of a file", str(tmp_path / "out.jsonl"))
-        assert server.kickoffs == 2
+        assert server.kickoffs == kickoffs
     other = ("with options", str(tmp_path / "other.jsonl"))
     with pytest.raises(ConfigurationError, match=r"wait\.initial: Input should be greater than 0"):
         await run(*other, options={"wait": {"initial": -1}})

@@ -324,16 +324,17 @@ class Batch(Step):
 
 @dataclass(frozen=True)
 class Retried(Step):
-    """A flow that makes one call several times, without a key, fails after that and is retried: it finds its runs."""
+    """A flow that makes one call several times, fails after that and is retried: it finds its runs."""
 
     calls: int
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     async def play(self, world: World) -> None:
         tries: list[list[str]] = []
 
         @flow(retries=1)
         async def looping() -> None:
-            results = [await arun_crew(world.crew(), {"text": "tea"}) for _ in range(self.calls)]
+            results = [await arun_crew(world.crew(), {"text": "tea"}, **self.options) for _ in range(self.calls)]
             tries.append([result.kickoff_id for result in results])
             assert len(tries) > 1, "the first try fails"
 

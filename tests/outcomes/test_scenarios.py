@@ -43,6 +43,8 @@ from prefect_crew import (
     CrewTimeoutError,
     IdempotencyConflictError,
     KickoffUncertainError,
+    ResponseFormatError,
+    SessionBlockedError,
 )
 
 pytestmark = pytest.mark.usefixtures("prefect_api")
@@ -59,12 +61,14 @@ FORGETFUL = {"wait": {"grace": 0.0, "lost_after": 0.3}}
 LOST = Call(CrewLostError, options=FORGETFUL, says=("{run1}", "prefect-crew runs resolve"))
 PEOPLE = {"wait": {"human_timeout": 1.0}}
 TOLD = crew({"output": "done"}, inputs=("text",))
+TURN = {"session": "s"}
+ONE = {"concurrency_limit": 1}
 SLOW_FLOW = crew({"seconds": 0.6, "output": "{{ state.turn }} after {{ state.output }}"}, flow=True)
 
 
-def turn(gives: str | type[CrewError], key: str, *, run: int | None = 1, text: str = "tea") -> Call:
-    """Return a call that is a turn of the one session of its scenario."""
-    return Call(gives, run, key, text, options={"session": "s"})
+def turn(gives: str | type[CrewError], key: str, *, run: int | None = 1, text: str = "tea", session: str = "s") -> Call:
+    """Return a call that is a turn of a session of its scenario."""
+    return Call(gives, run, key, text, options={"session": session})
 
 
 def uncertain_rows() -> Iterator[Row]:
@@ -96,6 +100,7 @@ ROWS = (
     Row("another crew is a conflict", (Call(), Call(IdempotencyConflictError, None, crew={"url": "http://127.0.0.1:9"})), 1),
     Row("a secret input makes no other run", (Call("done", crew={"secret_inputs": ["text"]}), Call("done", text="x", crew={"secret_inputs": ["text"]})), 1, crew=TOLD),
     Row("a flow that is retried finds its two runs", (Retried(2),), 2),
+    Row("a flow that is retried finds its two forced runs", (Retried(2, {"idempotency_key": "k", "force_new": True}),), 2),
     Row("force_new starts another", (Call(), Call(run=2, options={"force_new": True})), 2, formats=BOTH),
     Row("force_new beside a run", (Together((Call(), After(1, Call(run=2, options={"force_new": True})))),), 2, crew=SLOW),
     Row("force_new where a kickoff is uncertain", (UNCERTAIN, Call(run=2, options={"force_new": True})), 2, faults=("kickoff:drop-after-accept@1",)),
@@ -119,6 +124,7 @@ ROWS = (
     Row("401 at GET /inputs", (REFUSED, Call()), 1, faults=("inputs:401@1",)),
     Row("a web page at GET /inputs", (Call(ConfigurationError, None), Call()), 1, faults=("inputs:html@1",)),
     Row("no server", (Call(CrewConnectionError, None, crew={"url": "http://127.0.0.1:9"}, options={"kickoff_options": {"retries": 0}}), ), 0),
+    Row("a run that is found needs no room in the limit", (Together((Call(crew=ONE), After(1, Call(crew=ONE)))),), 1, crew=LONG),
     Row("a budget of one kickoff", (Call(options={"max_kickoffs": 1}), Call(BudgetExceededError, None, "other", options={"max_kickoffs": 1}), Call(options={"max_kickoffs": 1})), 1),
     # Uncertain: a person resolves it.
     *uncertain_rows(),
@@ -126,12 +132,14 @@ ROWS = (
     Row("other inputs where it is uncertain", (UNCERTAIN, CONFLICT, UNCERTAIN), 1, faults=("kickoff:500-after-accept@1",)),
     Row("the result of what is uncertain", (UNCERTAIN, Result(CrewError, None, says=("{key}",))), 1, faults=("kickoff:drop-after-accept@1",)),
     Row("resolved as started", (UNCERTAIN, Command("runs resolve {key} --kickoff-id {run1} --crew", waits=True), Call(), Call()), 1, faults=("kickoff:drop-after-accept@1",), formats=BOTH),
-    Row("resolved with an id that the server does not know", (UNCERTAIN, Command("runs resolve {key} --kickoff-id 5e1f --crew", 2), UNCERTAIN), 1, faults=("kickoff:drop-after-accept@1",)),
+    Row("an id that the server does not know, said too early", (UNCERTAIN, Command("runs resolve {key} --kickoff-id 5e1f --crew", 1, ("{key}",)), UNCERTAIN), 1, faults=("kickoff:drop-after-accept@1",)),
+    Row("resolved with an id that the server does not know", (UNCERTAIN, Command("runs resolve {key} --kickoff-id 5e1f --crew", 2, ("5e1f",), waits=True), UNCERTAIN), 1, faults=("kickoff:drop-after-accept@1",), is_slow=True),
     Row("never started, said too early", (UNCERTAIN, Command("runs resolve {key} --never-started --yes", 1, ("{key}",)), UNCERTAIN), 1, faults=("kickoff:500-after-accept@1",)),
     Row("never started, said in time", (UNCERTAIN, Command("runs resolve {key} --never-started --yes", waits=True), Call(), Call()), 1, 2, faults=("kickoff:500@1",), is_slow=True),
     Row("nothing to resolve", (Call(), Command("runs resolve {key} --never-started --yes", 1, ("{key}",)), Call()), 1),
     # Never lost: what a failed poll says, and what it does not.
     Row("bad answers while it waits", (Call(),), 1, faults=("status:500@1", "status:429=0.1@2", "status:drop@3", "status:html@4", "status:garbage@5"), formats=BOTH),
+    Row("a web page, and then an answer", (Call(ResponseFormatError, options={"wait": {"error_timeout": 0.3}}, says=("{key}",)), Server(), Call()), 1, faults=("status:html",)),
     Row("not known at first", (Call(),), 1, faults=("kickoff:early-404=3",), formats=BOTH),
     Row("401 while it waits", (REFUSED, Call()), 1, crew=SLOW, faults=("status:401@1",)),
     Row("the token is rotated, and the block has it", (Together((Call(stored=True), After(1, Server(token="new", save=True)))),), 1, crew=LONG),
@@ -157,12 +165,14 @@ ROWS = (
     Row("two turns", (turn("1", "a"), turn("2 after 1", "b", run=2), turn("1", "a"), turn("2 after 1", "b", run=2)), 2, crew=FLOW, formats=BOTH),
     Row("turns at once", (Together((turn("1 after ", "a"), After(1, turn("2 after 1 after ", "b", run=2)))),), 2, crew=SLOW_FLOW),
     Row("a failed turn is not built on", (turn("1", "a"), turn(CrewFailedError, "b", run=2, text="bad"), turn("2 after 1", "c", run=3)), 3, crew=FLOW),
-    Row("an uncertain turn is in the way", (turn(KickoffUncertainError, "a", run=None), turn(CrewError, "b", run=None)), 1, crew=FLOW, faults=("kickoff:500-after-accept@1",)),
+    Row("an uncertain turn is in the way", (turn(KickoffUncertainError, "a", run=None), Call(SessionBlockedError, None, "b", says=("-a", "prefect-crew runs resolve"), options=TURN), turn("1 after ", "c", run=2, session="other")), 2, crew=SLOW_FLOW, faults=("kickoff:500-after-accept@1",)),
+    Row("a forgotten turn is in the way until it is resolved", (Call(CrewLostError, None, "a", options=TURN | FORGETFUL), Call(SessionBlockedError, None, "b", says=("{run1}",), options=TURN | SHORT), Command("runs resolve {key} --lost --yes --crew", key="a"), Server(), turn("1 after ", "c", run=2)), 2, crew=SLOW_FLOW, faults=("status:forgotten@2-4",)),
+    Row("a turn has its session for ever", (turn("1", "a"), Call(IdempotencyConflictError, None, "a", options={"session": "other"}), Call(IdempotencyConflictError, None, "a"), turn("1", "a")), 1, crew=FLOW),
     Row("a session of a crew that is no Flow", (turn(ConfigurationError, "a", run=None),), 0),
     # Batches: a row is a run.
     Row("a batch", (Batch(("a", "b", "c"), {"completed": 3, "kickoffs": 3}, lines=3), Batch(("a", "b", "c"), {"completed": 3, "kickoffs": 0}, lines=3)), 3, formats=BOTH),
-    Row("a batch with a row that fails", (Batch(("a", "bad", "c"), {"completed": 2, "failed": 1}, lines=3), Batch(("a", "bad", "c"), {"completed": 2, "failed": 1, "kickoffs": 1}, options={"retry_failed": True})), 4, crew=PICKY),
-    Row("a batch that stops and goes on", (Batch(("bad", "b", "c"), {"failed": 1, "completed": 0, "skipped": 2}, options={"on_failure": "stop", "max_in_flight": 1}), Batch(("bad", "b", "c"), {"failed": 1, "completed": 2})), 3, crew=PICKY),
+    Row("a batch with a row that fails", (Batch(("a", "bad", "c"), {"completed": 2, "failed": 1}, lines=3), Batch(("a", "bad", "c"), {"completed": 2, "failed": 1, "kickoffs": 1})), 4, crew=PICKY),
+    Row("a batch that stops and goes on", (Batch(("bad", "b", "c"), {"failed": 1, "completed": 0, "skipped": 2, "kickoffs": 1}, options={"on_failure": "stop", "max_in_flight": 1}), Batch(("bad", "b", "c"), {"failed": 1, "completed": 2, "kickoffs": 3})), 4, crew=PICKY),
     Row("a batch with an uncertain row", (Batch(("a", "b", "c"), {"completed": 2, "uncertain": 1}), Batch(("a", "b", "c"), {"completed": 2, "uncertain": 1, "kickoffs": 0})), 3, faults=("kickoff:drop-after-accept@2",)),
     Row("a batch at a busy server", (Batch(("a", "b", "c"), {"completed": 3}),), 3, 5, faults=("kickoff:429=0.2@1-2",)),
     Row("two callers of one batch", (Together((Batch(("a", "b"), {"completed": 2}), After(1, Batch(("a", "b"), gives=CrewError)))),), 2, crew=LONGER),

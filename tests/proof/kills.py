@@ -1,4 +1,4 @@
-"""Where a process dies: before, during or after the n-th call of a named function, or of any request it makes.
+"""Where a process dies: before, during or after the n-th call of a named function, or of any request or statement.
 
 Used on both sides: a test names the points, and the process that is to die arms itself with one. SIGKILL comes from
 within, so that it falls exactly there and nothing in the process hears of it.
@@ -13,36 +13,34 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["POINTS", "Kill", "arm", "arm_from", "die_after"]
+__all__ = ["ANSWERS", "POINTS", "Kill", "arm", "arm_from", "die_after"]
 
 HOOKS = {
+    # Functions of the crew database, in a transaction: "before" and "after" are before the commit.
+    **{name: ("prefect_crew.store.attempts", name) for name in ("look", "begin", "started", "ended")},
+    **{name: ("prefect_crew.store.questions", name) for name in ("ask", "answer", "send", "sent")},
+    "continued": ("prefect_crew.store.attempts", "continued"),
+    "transaction": ("prefect_crew.store.database", "Store._transact"),
+    "statement": ("sqlalchemy.engine.default", "DefaultDialect.do_execute"),
+    # Requests.
+    **{
+        name: ("prefect_crew.client._client", f"CrewClient.{name}")
+        for name in ("inputs", "kickoff", "status", "resume")
+    },
+    "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
+    # What a caller does.
     "open": ("prefect_crew.tasks", "kick_off"),
-    "identify": ("prefect_crew.runs.kickoff", "identify"),
-    "claim": ("prefect_crew.records.store", "PrefectRecords.claim"),
-    "confirm": ("prefect_crew.records.store", "PrefectRecords.confirm"),
-    "permit": ("prefect_crew.records.store", "PrefectRecords.permit"),
-    "turn": ("prefect_crew.runs.kickoff", "take_turn"),
-    "name": ("prefect_crew.records.store", "PrefectRecords._name_kickoff"),
-    "inputs": ("prefect_crew.client._client", "CrewClient.inputs"),
-    "kickoff": ("prefect_crew.client._client", "CrewClient.kickoff"),
-    "save": ("prefect_crew.records.store", "PrefectRecords.save"),
-    "end": ("prefect_crew.records.store", "PrefectRecords.end"),
-    "unlist": ("prefect_crew.records.store", "PrefectRecords.unlist"),
-    "artifact": ("prefect_crew.artifacts.run", "MarkdownArtifact._create"),
+    "identify": ("prefect_crew.runs.start", "identify"),
     "wait": ("prefect_crew.tasks", "wait_for_run"),
-    "status": ("prefect_crew.client._client", "CrewClient.status"),
+    "artifact": ("prefect_crew.artifacts.run", "MarkdownArtifact._create"),
     "show": ("prefect_crew.artifacts.run", "MarkdownArtifact.keep"),
     "event": ("prefect_crew.artifacts.events", "emit_event"),
-    "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
-    "row-begin": ("prefect_crew.store.attempts", "begin"),
-    "row-started": ("prefect_crew.store.attempts", "started"),
-    "row-ended": ("prefect_crew.store.attempts", "ended"),
-    "store-commit": ("prefect_crew.store.database", "Store._transact"),
+    # Batches and their exports.
     "enter-rows": ("prefect_crew.batches.runner", "put_rows"),
     "export": ("prefect_crew.batches.output", "Output.write"),
     "export-page": ("prefect_crew.batches.output", "Output._write_page"),
@@ -56,15 +54,16 @@ HOOKS = {
 }
 """The functions by the names that points use. A request is one of either server, made by the process's main thread."""
 
-REQUESTS = 16
-"""Requests that an undisturbed run always makes, those to the Prefect API for its flow and its tasks among them."""
+REQUESTS, STATEMENTS = 16, 20
+"""Requests and statements that an undisturbed run always makes, those to the Prefect API among the former."""
 
-When = Literal["before", "during", "after"]
+When = Literal["before", "during", "after", "committed"]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """A point: the `nth` call of `hook`, counted from 1; "during" is `delay` seconds after its beginning.
+    """A point: the `nth` call of `hook`, counted from 1; "during" is `delay` seconds after its beginning, "committed"
+    is after the commit of the transaction that it was called in.
 
     `faults` are what the crew's server does wrong at that time, to hold an answer back.
     """
@@ -76,19 +75,18 @@ class Kill:
     faults: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        ordinal = f" {self.nth}" if self.nth > 1 or self.hook in ("request", "status") else ""
+        ordinal = f" {self.nth}" if self.nth > 1 or self.hook in ("request", "statement", "status") else ""
         holding = f" ({', '.join(self.faults)})" if self.faults else ""
         return f"{self.when} {self.hook}{ordinal}{holding}"
 
 
 def _points() -> Iterator[Kill]:
-    for hook in (
-        *("open", "identify", "claim", "confirm", "inputs", "permit", "kickoff", "save", "name", "artifact"),
-        "wait",
-    ):
+    for hook in ("open", "identify", "look", "inputs", "begin", "kickoff", "started", "artifact", "wait", "ended"):
         yield Kill(hook, "before")
         if hook not in ("open", "wait"):
             yield Kill(hook, "after")
+        if hook in ("begin", "started", "ended"):
+            yield Kill(hook, "committed")
     # The answer is held back: before the run is accepted, and after it.
     yield Kill("kickoff", "during", delay=0.2, faults=("kickoff:latency=1",))
     yield Kill("kickoff", "during", delay=0.4, faults=("kickoff:timeout-after-accept=2",))
@@ -99,29 +97,54 @@ def _points() -> Iterator[Kill]:
         yield Kill("status", "after", nth)
     yield Kill("wait", "during", delay=0.5)  # between two looks
     yield Kill("wait", "during", delay=1.0)
-    yield Kill("end", "before")
-    yield Kill("end", "after")
     yield Kill("event", "before")  # the end: a script emits no other
     yield Kill("event", "after")
-    yield Kill("unlist", "after")
-    yield Kill("show", "after", 1)
+    yield Kill("show", "after")
     yield Kill("wait", "after")
     for nth in range(1, REQUESTS + 1):
-        yield Kill("request", "before", nth)
         yield Kill("request", "after", nth)
+    for nth in range(1, STATEMENTS + 1):
+        yield Kill("statement", "before", nth)
 
 
 POINTS = tuple(_points())
+ANSWERS = (
+    *(Kill(hook, "committed") for hook in ("ask", "answer", "send", "sent")),
+    *(Kill("resume", when) for when in ("before", "after")),
+    Kill("resume", "during", delay=0.2, faults=("resume:latency=1",)),
+    Kill("sent", "before"),
+)
+"""Points in the life of an answer."""
 
 
 def arm(kill: Kill) -> None:
     """Make this process die there."""
-    module_name, path = HOOKS[kill.hook]
+    die = _die
+    if kill.when == "committed":
+        reached = threading.Event()
+        die = reached.set
+        _wrap("transaction", lambda function: _dying_after(function, reached))
+    _wrap(kill.hook, lambda function: _wrapped(function, kill, die))
+
+
+def _wrap(hook: str, wrapped: Callable[[Any], Any]) -> None:
+    module_name, path = HOOKS[hook]
     holder: Any = importlib.import_module(module_name)
     *classes, name = path.split(".")
     for part in classes:
         holder = getattr(holder, part)
-    setattr(holder, name, _wrapped(getattr(holder, name), kill))
+    setattr(holder, name, wrapped(getattr(holder, name)))
+
+
+def _dying_after(function: Any, reached: threading.Event) -> Any:
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        value = function(*args, **kwargs)
+        if reached.is_set():
+            _die()
+        return value
+
+    return called
 
 
 def arm_from(file: Path) -> None:
@@ -139,7 +162,7 @@ def order(kill: Kill, file: Path) -> None:
     file.write_text(json.dumps(asdict(kill)))
 
 
-def _wrapped(function: Any, kill: Kill) -> Any:
+def _wrapped(function: Any, kill: Kill, die: Callable[[], None]) -> Any:
     calls = 0
 
     def begins() -> bool:
@@ -153,7 +176,7 @@ def _wrapped(function: Any, kill: Kill) -> Any:
             _die()
         if kill.when == "during":
             die_after(kill.delay)
-        return kill.when == "after"
+        return kill.when in ("after", "committed")
 
     if inspect.iscoroutinefunction(function):
 
@@ -162,7 +185,7 @@ def _wrapped(function: Any, kill: Kill) -> Any:
             last = begins()
             value = await function(*args, **kwargs)
             if last:
-                _die()
+                die()
             return value
 
         return awaited
@@ -172,7 +195,7 @@ def _wrapped(function: Any, kill: Kill) -> Any:
         last = begins()
         value = function(*args, **kwargs)
         if last:
-            _die()
+            die()
         return value
 
     return called

@@ -1,6 +1,6 @@
 """Mistakes, one at a time, in the modules that decide and post: each has to be seen. `make mutate` makes some.
 
-The simulation of `make proofs` looks first, then the own tests of the module. Nothing is changed here, only in a
+The own tests of the module look first, then the scenarios of tests/outcomes. Nothing is changed here, only in a
 copy of the tree. A mistake with which a run can be started twice must never be seen by nobody: who reads the list
 decides that. The exit code is 1 where fewer are seen than LEAST.
 """
@@ -21,36 +21,26 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SIMULATION = [
-    f"tests/proof/test_{name}.py"
-    for name in ("scenarios", "permit_worlds", "random_scenarios", "session_worlds", "row_worlds")
-]
-OWN_TESTS = {
-    "records/decision.py": ["tests/records/test_decision.py", "tests/runs/test_kickoff.py"],
-    "records/model.py": ["tests/records/test_model.py", "tests/records/test_golden.py", "tests/runs/test_kickoff.py"],
+STORE = ["tests/store/test_machine.py", "tests/store/test_attempts.py", "tests/store/test_races.py"]
+OUTCOMES = ["tests/outcomes/test_scenarios.py"]
+MODULES = {
+    "store/attempts.py": STORE,
+    "store/decision.py": STORE,
+    "store/spending.py": STORE,
+    "store/batches.py": ["tests/store/test_rooms.py", "tests/batches/test_run.py"],
+    "store/questions.py": ["tests/store/test_rooms.py", "tests/runs/reviews"],
+    "store/workers.py": ["tests/store/test_rooms.py", "tests/store/test_machine.py"],
+    "store/prune.py": ["tests/store/test_rooms.py", "tests/store/test_machine.py"],
+    "store/database.py": ["tests/store/test_bad_luck.py", "tests/store/test_races.py"],
     "client/_retry_safety.py": ["tests/client/test_client.py"],
-    "runs/kickoff.py": ["tests/runs/test_kickoff.py", "tests/runs/test_kickoff_claims.py"],
-    "records/store.py": [
-        "tests/records/test_contract.py",
-        "tests/records/test_store.py",
-        "tests/runs/test_kickoff_claims.py",
-    ],
-    "records/prune.py": ["tests/records/test_prune.py"],
-    "records/sessions.py": ["tests/records/test_sessions.py", "tests/runs/test_turns.py"],
-    "runs/turns.py": ["tests/runs/test_turns.py"],
-    "runs/claims.py": ["tests/runs/test_kickoff_claims.py"],
-    "batches/turns.py": ["tests/batches/test_turns.py"],
-    "batches/attempts.py": ["tests/batches/test_attempts.py", "tests/batches/test_ledger.py"],
+    "runs/start.py": ["tests/runs/test_start.py"],
+    "runs/resolve.py": ["tests/cli/test_runs.py"],
+    "runs/wait.py": ["tests/runs/test_wait.py"],
     "runs/polling.py": ["tests/runs/test_polling.py", "tests/runs/test_wait.py"],
-    "records/resolve.py": [
-        "tests/records/test_contract.py",
-        "tests/records/test_resolve.py",
-        "tests/cli/test_runs.py",
-    ],
 }
-"""The modules that decide and post, and what tests each of them in addition to the simulation."""
+"""The modules that decide and post, and their own tests, which look first. Then the scenarios do."""
 LONGEST = 300.0
-"""Seconds, or three times those of the simulation without a mistake: whoever takes longer was held up by the mistake,
+"""Seconds, or three times those of the scenarios without a mistake: whoever takes longer was held up by the mistake,
 which counts as seen."""
 LEAST = 0.8
 """The share of mistakes that has to be seen. Some change nothing that anybody could see: a log level, a pause."""
@@ -129,7 +119,7 @@ def _short(node: ast.AST) -> str:
 
 def passes(tree: Path, tests: list[str], limit: float) -> bool:
     """Whether some tests pass in a copy of the tree, in time."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "PROOF_UNSHRUNK": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-m", "not slow", *tests]
     with subprocess.Popen(
         command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -146,9 +136,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutants", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--module", choices=OWN_TESTS, help="only this one")
+    parser.add_argument("--module", choices=MODULES, help="only this one")
     options = parser.parse_args()
-    modules = [options.module] if options.module else list(OWN_TESTS)
+    modules = [options.module] if options.module else list(MODULES)
     sources = {module: (ROOT / "prefect_crew" / module).read_text("utf-8") for module in modules}
     places = [(module, site) for module, source in sources.items() for site in sites(source)]
     sample = random.Random(options.seed).sample(places, min(options.mutants, len(places)))
@@ -159,8 +149,8 @@ def main() -> int:
         skipped = shutil.ignore_patterns(".*", "__pycache__", "build", "dist")
         shutil.copytree(ROOT, tree, ignore=skipped)
         began = time.monotonic()
-        if not passes(tree, SIMULATION, 12 * LONGEST):
-            sys.exit("The simulation fails without any mistake: repair that first.")
+        if not passes(tree, OUTCOMES, 12 * LONGEST):
+            sys.exit("The scenarios fail without any mistake: repair that first.")
         limit = max(LONGEST, 3 * (time.monotonic() - began))  # on a busy machine nobody is held up by the mistake
         survivors = 0
         for module, line, change, text in chosen:
@@ -178,8 +168,8 @@ def main() -> int:
 
 
 def _killers(tree: Path, module: str) -> list[tuple[str, list[str]]]:
-    own = [test for test in OWN_TESTS[module] if (tree / test).exists()]
-    return [("simulation", SIMULATION), *([("own tests", own)] if own else [])]
+    own = [test for test in MODULES[module] if (tree / test).exists()]
+    return [*([("own tests", own)] if own else []), ("scenarios", OUTCOMES)]
 
 
 if __name__ == "__main__":

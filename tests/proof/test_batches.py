@@ -13,9 +13,7 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,46 +29,31 @@ from prefect_crew.runs.database import find_store
 from prefect_crew.store import attempts
 from prefect_crew.store.batches import read_rows
 from prefect_crew.store.decision import PREPARING, AttemptState
-from proof.batch_forks import KILLS, WHILE_STARTING, BatchForks, Call
 from proof.kills import Kill
-from support.batches import let_an_hour_pass
-from support.prefect_server import PrefectServer
+from proof.resolve import is_in_doubt, let_an_hour_pass, resolve
+from proof.zygote import Script, Zygote
 from support.scripts import JOURNAL, script
 from support.servers import at_random
 
 PICKY = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
 WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeout": 60, "lost_after": 1}
+# fmt: off
 KICKOFF_FAULTS = (
-    *(
-        "400",
-        "404",
-        "408",
-        "422",
-        "429=0.1",
-        "429-bare",
-        "500",
-        "500-after-accept",
-        "502",
-        "503=0.1",
-        "503-bare",
-        "504",
-    ),
-    *(
-        "drop",
-        "drop-after-accept",
-        "redirect",
-        "html",
-        "garbage",
-        "empty",
-        "no-id-after-accept",
-    ),
-    *("timeout-after-accept=1.5", "early-404=2", "early-404-seconds=0.3"),
+    "400", "404", "408", "422", "429=0.1", "429-bare", "500", "500-after-accept", "502", "503=0.1", "503-bare", "504",
+    "drop", "drop-after-accept", "redirect", "html", "garbage", "empty", "no-id-after-accept", "timeout-after-accept=1.5",
+    "early-404=2", "early-404-seconds=0.3",
 )
 STATUS_FAULTS = (
-    *("429=0.1", "429-bare", "500", "502", "503=0.1", "503-bare", "504", "408", "drop", "timeout=1.5"),
-    *("html", "garbage", "empty", "forgotten"),
+    "429=0.1", "429-bare", "500", "502", "503=0.1", "503-bare", "504", "408", "drop", "timeout=1.5", "html", "garbage",
+    "empty", "forgotten",
 )
+# fmt: on
 FAULTS = (*(f"kickoff:{name}" for name in KICKOFF_FAULTS), *(f"status:{name}" for name in STATUS_FAULTS))
+
+WHILE_STARTING = ("begin", "started", "ended", "transaction", "kickoff", "status")
+"""Points at which a batch may die while its rows are started, by their names in `kills.HOOKS`."""
+KILLS = (*WHILE_STARTING, "enter-rows", "export", "export-page")
+"""All points of a batch's life at which it may die."""
 
 QUICK = (
     "kickoff:drop-after-accept%0.3",
@@ -145,8 +128,8 @@ class Place:
             "wait": WAIT,
         }
 
-    def call(self, **more: Any) -> Call:
-        return Call(self.crew, str(self.dataset), self.options, **more)
+    def call(self, **more: Any) -> Script:
+        return Script(self.crew, {"dataset": str(self.dataset), **self.options}, **more)
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.output.read_text(encoding="utf-8").splitlines()]
@@ -161,7 +144,7 @@ class Place:
         uncertain = {row.row_key for row in rows if row.state in (AttemptState.UNCERTAIN, *PREPARING)}
         return started, uncertain, {row.row_key for row in rows if row.state is AttemptState.STARTED}
 
-    def check(self, world: World, report: dict[str, Any]) -> None:
+    def check(self, world: World, report: Mapping[str, Any]) -> None:
         """Every promise, once the last call has ended."""
         lines, (started, uncertain, in_flight) = self.lines(), asyncio.run(self.starts())
         keys = [line["key"] for line in lines]
@@ -214,37 +197,30 @@ def test_every_row_ends_once_whatever_the_server_answers(world: World, tmp_path:
         place.check(world, report.as_dict())
 
 
-@pytest.fixture(scope="session")
-def forks(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchForks]:
-    folder = tmp_path_factory.mktemp("batches")
-    with BatchForks(prefect_server.env(home=folder / "home"), folder) as running:
-        yield running
-
-
-def lives(world: World, forks: BatchForks, folder: Path, faults_seed: int = 1) -> None:
+def lives(world: World, zygote: Zygote, folder: Path, faults_seed: int = 1) -> None:
     with CrewServer(world.spec, faults=at_random(*world.faults, seed=faults_seed)) as server:
         place = Place(world, server, folder)
         for kill in world.kills:
-            ended = forks.run(place.call(kill=kill))
+            ended = zygote.run_one(place.call(kill=kill))
             note(f"{kill}: {ended}")
         server.faults.clear()
         time.sleep(0.2)  # what was sent last arrives
-        ended = forks.run(place.call())
-        note(f"{ended}; kickoffs {dict(server.kickoffs_by_key)}; log in {forks.folder}")
+        ended = zygote.run_one(place.call())
+        note(f"{ended}; kickoffs {dict(server.kickoffs_by_key)}; log in {zygote.folder}")
         assert not ended.error
-        place.check(world, ended.report)
+        place.check(world, ended.counts())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(20))
 @pytest.mark.timeout(900)
 def test_every_row_ends_once_wherever_its_batch_dies(
-    number: int, forks: BatchForks, tmp_path: Path, pytestconfig: pytest.Config
+    number: int, zygote: Zygote, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     chosen = 1000 * pytestconfig.getoption("seed") + number
 
     def dies(world: World) -> None:
-        lives(world, forks, tmp_path / uuid.uuid4().hex, number)
+        lives(world, zygote, tmp_path / uuid.uuid4().hex, number)
 
     seed(chosen)(settings(QUIET, max_examples=10)(given(deadly)(dies)))()
 
@@ -258,14 +234,14 @@ def a_death(luck: random.Random, rows: int) -> Kill:
     """Choose a moment at which a batch dies before it has begun all of that many rows."""
     hook, when, most = luck.choice(WHILE_STARTING), luck.choice(("before", "after")), min(100, max(1, rows // 2))
     # A commit may hold many transactions: some twenty rows are begun by each, and as many by one that waits for it.
-    return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "store-commit" else max(1, most // 10))
+    return Kill(hook, when, luck.randint((most + 4) // 5, most) if hook != "transaction" else max(1, most // 10))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("rows", "deaths"), [pytest.param(600, 3, id="a-few"), pytest.param(2000, 20, id="many")])
 def test_rows_of_a_batch_that_is_killed_again_and_again(
-    rows: int, deaths: int, request: pytest.FixtureRequest, forks: BatchForks, tmp_path: Path, notes: list[str]
+    rows: int, deaths: int, request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path, notes: list[str]
 ) -> None:
     if rows > 600:
         only_when_all_are_run(request)
@@ -278,14 +254,14 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
         unclaimed = rows
         for left in range(deaths, 0, -1):
             kill = a_death(luck, unclaimed // left)
-            assert forks.run(place.call(kill=kill)).killed, f"seed {chosen}: it ended before {kill}"
+            assert zygote.run_one(place.call(kill=kill)).killed, f"seed {chosen}: it ended before {kill}"
             unclaimed = rows - len(asyncio.run(place.starts())[0])
         _, uncertain, _ = asyncio.run(place.starts())
-        ended = forks.run(place.call())
+        ended = zygote.run_one(place.call())
         assert not ended.error
-        place.check(world, ended.report)
+        place.check(world, ended.counts())
         assert server.kickoffs_by_key.most_common(1)[0][1] == 1
-        assert ended.report["uncertain"] <= deaths * world.kickoffs_at_once, "more than could have been on their way"
+        assert ended.counts()["uncertain"] <= deaths * world.kickoffs_at_once, "more than could have been on their way"
         notes.append(
             f"{rows:,} rows killed {deaths} times (seed {chosen}): {len(uncertain)} uncertain, "
             f"{server.kickoffs} kickoffs, {time.monotonic() - began:.0f} s"
@@ -295,44 +271,38 @@ def test_rows_of_a_batch_that_is_killed_again_and_again(
 SESSIONS, NOTES = 3, 6
 
 
-async def resolve_rows(place: Place) -> int:
+def resolve_rows(place: Place) -> int:
     """Resolve the uncertain rows of a dead batch by the runs that its server has accepted. Return their number."""
-    await let_an_hour_pass()
-    open_states = [AttemptState.UNCERTAIN, *PREPARING]
-    unresolved = await find_store().run(attempts.list_attempts, batch=place.name, states=open_states)
+    asyncio.run(let_an_hour_pass())
+    found = asyncio.run(find_store().run(attempts.list_attempts, batch=place.name, limit=1_000_000))
+    unresolved = [attempt for attempt in found if is_in_doubt([attempt])]
     for attempt in unresolved:
-        accepted = place.server.accepted.items()
-        ids = [id_ for id_, meta in accepted if meta["idempotency_key"] == attempt.key]
-        state = AttemptState.STARTED if ids else AttemptState.NOT_STARTED
-        kickoff_id = ids[-1] if ids else None
-        await find_store().run(attempts.resolve, attempt, state, "a test", kickoff_id=kickoff_id, timeout=60.0)
+        resolve(place.server, attempt.key)
     return len(unresolved)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("prefect_api")
 def test_turns_of_rows_whose_batches_are_killed(
-    request: pytest.FixtureRequest, prefect_server: PrefectServer, tmp_path: Path, notes: list[str]
+    request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path, notes: list[str]
 ) -> None:
     luck, killed, uncertain = random.Random(request.config.getoption("seed")), 0, 0
-    with CrewServer(JOURNAL, speed=3) as server, ExitStack() as stack:
+    with CrewServer(JOURNAL, speed=3) as server:
         places = [Place(World([], keyed=True), server, tmp_path / name) for name in "ab"]
-        forks = [BatchForks(prefect_server.env(home=tmp_path / "home"), place.output.parent) for place in places]
-        threads = stack.enter_context(ThreadPoolExecutor(2))
-        for place, fork in zip(places, forks, strict=True):
-            stack.enter_context(fork)
+        for place in places:
             rows = [f"{at}{session},slow,{session}" for at in range(NOTES) for session in range(SESSIONS)]
             place.dataset.write_text("\n".join(["id,note,who", *rows]))
             place.options |= {"session": "who", "wait": {**WAIT, "timeout": 20}}
         for round_ in range(30):
             dies = [luck.uniform(1, 5) if round_ < 8 else None for _ in places]
-            calls = [place.call(kill_after=seconds) for place, seconds in zip(places, dies, strict=True)]
-            ended = [*threads.map(lambda fork, call: fork.run(call), forks, calls)]
+            calls = [place.call(dies_after=seconds) for place, seconds in zip(places, dies, strict=True)]
+            ended = zygote.run(*calls)
             assert not [one.error for one in ended if one.error]
             killed += sum(one.killed for one in ended)
             time.sleep(0.3)  # a kickoff that was sent last arrives
-            uncertain += sum(asyncio.run(resolve_rows(place)) for place in places)
-            if all(one.report.get("completed") == SESSIONS * NOTES for one in ended):
+            uncertain += sum(resolve_rows(place) for place in places)
+            if all((one.report or {}).get("completed") == SESSIONS * NOTES for one in ended):
                 break
         assert all(count == 1 for count in server.kickoffs_by_key.values())
         assert server.kickoffs == 2 * SESSIONS * NOTES
@@ -351,7 +321,7 @@ def test_turns_of_rows_whose_batches_are_killed(
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_a_soak_of_twenty_thousand_rows(
-    request: pytest.FixtureRequest, forks: BatchForks, tmp_path: Path, notes: list[str]
+    request: pytest.FixtureRequest, zygote: Zygote, tmp_path: Path, notes: list[str]
 ) -> None:
     only_when_all_are_run(request)
     began = time.monotonic()
@@ -372,13 +342,13 @@ def test_a_soak_of_twenty_thousand_rows(
             calls += 1
             if calls > 4:
                 server.faults.clear()
-            ended = forks.run(place.call())
+            ended = zygote.run_one(place.call())
             assert not ended.error, ended.error
-            if not ended.report["skipped"] and calls > 4:
+            if not ended.counts()["skipped"] and calls > 4:
                 break
-        place.check(world, ended.report)
+        place.check(world, ended.counts())
         assert server.kickoffs_by_key.most_common(1)[0][1] == 1
-        report = ended.report
+        report = ended.counts()
         assert report["completed"] > 19_000
         notes.append(
             f"soak: 20,000 rows, {report['completed']} completed, {report['failed']} failed, {report['uncertain']} "

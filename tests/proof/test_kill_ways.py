@@ -5,14 +5,16 @@ None of them names an idempotency key: it is what Prefect keeps of a flow run th
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from prefect_crew.devserver import CrewServer
+from prefect_crew.runs.database import URL_SETTING
 from proof.kills import Kill, order
-from proof.resolve import resolve
+from proof.resolve import let_an_hour_pass, resolve
 from proof.test_kill_matrix import CREW
 from proof.ways import WAYS, Ways
 from support.prefect_server import PrefectServer
@@ -24,11 +26,11 @@ pytestmark = [
 ]
 
 KILLS = {
-    "before the claim": Kill("claim", "before"),
+    "before its start is on record": Kill("begin", "after"),
     "between answer and record": Kill("kickoff", "after"),
-    "after the record": Kill("save", "after"),
+    "after the record": Kill("started", "committed"),
     "while it waits": Kill("status", "after", 2),
-    "before the end is on record": Kill("end", "before"),
+    "before the end is on record": Kill("ended", "after"),
 }
 
 
@@ -40,7 +42,10 @@ def ways(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.parametrize("point", KILLS)
 @pytest.mark.parametrize("name", WAYS)
-def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways, tmp_path: Path) -> None:
+def test_a_flow_run_that_was_killed_is_retried(
+    name: str, point: str, ways: Ways, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(URL_SETTING, ways.crew_database)
     way = ways.way(name)
     starts = 2 if name == "subflow" else 1
     with CrewServer(CREW) as server:
@@ -54,6 +59,7 @@ def test_a_flow_run_that_was_killed_is_retried(name: str, point: str, ways: Ways
         assert crashed["state_type"] == "CRASHED", crashed["state"]
         assert not (tmp_path / "kill.json").exists()
 
+        asyncio.run(let_an_hour_pass())
         ways.retry(run_id)
         ended = ways.ended(run_id, "COMPLETED", "FAILED")
         if point == "between answer and record":

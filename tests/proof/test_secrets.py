@@ -1,9 +1,9 @@
 """Secrets stay secret, after every kind of failure and after a success.
 
 The crew's server says everything back, the token and the inputs, in every answer. Then the token is looked for in the
-Prefect database, in all logs at DEBUG, in artifacts and events, in errors with their causes, reprs, pickles and
-tracebacks, in local variables of our frames, and in what the command line writes; and so are the values of the secret
-inputs in everything of ours.
+Prefect database and the crew database, in all logs at DEBUG, in artifacts and events, in errors with their causes,
+reprs, pickles and tracebacks, in local variables of our frames, and in what the command line writes; and so are the
+values of the secret inputs in everything of ours.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from prefect_crew import (
 )
 from prefect_crew.devserver import CrewServer
 from prefect_crew.receiver.app import create_receiver
+from prefect_crew.runs.database import forget_stores
 from prefect_crew.runs.reviews.questions import Review
 from proof.echoing import Echo, echoing
 from support.environment import program
@@ -363,7 +364,7 @@ def _slow(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * _slow(name)) for name in CASES])
-def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything) -> None:
+def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything, crew_database: Path) -> None:
     case, given = CASES[name], Given.new()
     LEFT[name] = given
     block = "echo-" + "".join(letter if letter.isalnum() else "-" for letter in name.lower())
@@ -373,6 +374,10 @@ def test_no_secret_is_shown_by(name: str, client: Path, logged: Everything) -> N
     every = [given.token, *given.secret_values]
     assert not found(every, "\n".join(logged.lines))
     assert logged.lines
+    forget_stores()  # what was written is in its file then
+    stored = contents(crew_database.parent.glob("crew.db*"))
+    assert not [form for text in every for form in forms(text) for content in stored if form.encode() in content]
+    assert name != "a success" or block.encode() in stored[0]
     if error is not None:
         assert isinstance(error, CrewError), error
         assert not found(every, of_error(error))
@@ -464,7 +469,7 @@ def assert_no_secret_is_left(own_server: PrefectServer, client: Path) -> None:
         dump = "\n".join(
             str(row) for table in _tables(database) for row in database.execute(f'SELECT * FROM "{table}"')
         )
-    raw = contents(own_server.database.parent.glob("prefect.db*"))
+    raw = contents(own_server.database.parent.glob("*.db*"))
     files = contents(client.rglob("*"))
     assert raw
     assert "deployed-crew" in dump

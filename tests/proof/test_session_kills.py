@@ -12,12 +12,12 @@ from dataclasses import replace
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from prefect_crew.records.sessions import last_turn
+from prefect_crew.runs.database import find_store
+from prefect_crew.store.attempts import list_attempts
 from proof.kills import Kill
-from proof.resolve import resolve
+from proof.resolve import attempts_of, is_in_doubt, let_an_hour_pass, resolve
 from proof.zygote import Ended, Script, Zygote
 from support.scripts import JOURNAL
-from support.seen import Seen
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.usefixtures("prefect_api")]
 TURNS, AT_ONCE = 50, 2
@@ -29,34 +29,23 @@ LIFE = 3.5
 
 def scripts(server: CrewServer, keys: Iterable[str], session: str, *, dies: bool) -> list[Script]:
     wait = {"initial": 0.1, "max_interval": 0.3, "timeout": 120}
-    crew = {"url": server.url, "token": server.token, "request_timeout": 3, "wait": wait}
-    return [
-        Script(
-            crew,
-            {"note": "slow"},
-            key,
-            session=session,
-            dies_after=random.uniform(0.3, LIFE) if dies else None,
-        )
-        for key in keys
-    ]
+    crew = {"url": server.url, "token": server.token, "request_timeout": 3, "wait": wait, "flow": True}
+    calls = [{"inputs": {"note": "slow"}, "idempotency_key": key, "session": session} for key in keys]
+    return [Script(crew, call, dies_after=random.uniform(0.3, LIFE) if dies else None) for call in calls]
 
 
-def bury(server: CrewServer, seen: Seen, keys: Sequence[str], phases: Counter[str]) -> None:
-    """Report the dead callers, as Prefect's heartbeats do, and resolve what they have left uncertain."""
+def bury(server: CrewServer, keys: Sequence[str], states: Counter[str]) -> None:
+    """Resolve what dead callers have left uncertain."""
     for key in keys:
-        records = seen.records(key)
-        phases[records[-1]["phase"] if records else "nothing"] += 1
-        for record in records:
-            if record["phase"] == "claimed":
-                seen.set_state(record["flow_run_id"], "CRASHED")
-                if record["entries"]:
-                    resolve(server, key)
+        found = attempts_of(key)
+        states[found[-1].state if found else "nothing"] += 1
+        if is_in_doubt(found):
+            resolve(server, key)
 
 
-def test_fifty_turns_have_fifty_states(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:
+def test_fifty_turns_have_fifty_states(zygote: Zygote, idempotency_key: str, notes: list[str]) -> None:
     keys = [f"{idempotency_key} {number}" for number in range(TURNS)]
-    session, killed, uncertain, phases = idempotency_key[-150:], 0, 0, Counter[str]()
+    session, killed, uncertain, left_as = idempotency_key[-150:], 0, 0, Counter[str]()
     with CrewServer(JOURNAL, speed=2) as server:
         for first in range(0, TURNS, AT_ONCE):
             left, kills = keys[first : first + AT_ONCE], KILLS
@@ -65,7 +54,7 @@ def test_fifty_turns_have_fifty_states(zygote: Zygote, seen: Seen, idempotency_k
                 kills -= 1
                 killed += sum(one.killed for one in ended)
                 uncertain += sum(one.error in ("KickoffUncertainError", "SessionBlockedError") for one in ended)
-                bury(server, seen, keys[first : first + AT_ONCE], phases)
+                bury(server, keys[first : first + AT_ONCE], left_as)
                 assert {one.error for one in ended} <= {None, "KickoffUncertainError", "SessionBlockedError"}, ended
                 left = [key for key, one in zip(left, ended, strict=True) if one.output is None]
         states = server.crew_runs.program.states  # pyright: ignore[reportAttributeAccessIssue]
@@ -74,40 +63,40 @@ def test_fifty_turns_have_fifty_states(zygote: Zygote, seen: Seen, idempotency_k
         assert [run.restore_from for run in server.runs] == [None, *ids[:-1]]
         assert [states[id_]["turn"] for id_ in ids] == [*range(1, TURNS + 1)]
         assert len(states) == TURNS
-        last = asyncio.run(last_turn(server.url, session))
-        assert last is not None
-    print(f"{killed} callers were killed, {uncertain} met an uncertain turn, {last.number} numbers were taken")
-    print(f"the records of their keys after that: {dict(phases)}")
+        turns = asyncio.run(find_store().run(list_attempts, session=session, limit=1000))
+    assert len([one for one in turns if one.kickoff_id]) == TURNS
+    notes.append(
+        f"{TURNS} turns of a session: {killed} callers killed, {uncertain} met an uncertain turn, {len(turns)} "
+        f"attempts, left as {dict(left_as)}"
+    )
     assert killed > TURNS / 4
 
 
 POINTS = [
-    Kill("turn", "before"),
-    Kill("turn", "after"),
-    Kill("permit", "after"),
+    Kill("begin", "before"),
+    Kill("begin", "after"),
+    Kill("begin", "committed"),
     Kill("kickoff", "after"),
-    Kill("save", "after"),
-    Kill("end", "before"),
+    Kill("started", "after"),
+    Kill("started", "committed"),
+    Kill("ended", "before"),
+    Kill("ended", "after"),
 ]
 
 
 @pytest.mark.parametrize("kill", POINTS, ids=str)
-def test_a_caller_that_dies_leaves_its_session_to_others(
-    kill: Kill, zygote: Zygote, seen: Seen, idempotency_key: str
-) -> None:
+def test_a_caller_that_dies_leaves_its_session_to_others(kill: Kill, zygote: Zygote, idempotency_key: str) -> None:
     session, other = idempotency_key[-150:], f"{idempotency_key} 2"
     with CrewServer(JOURNAL, speed=10) as server:
 
         def run(key: str, kill: Kill | None = None) -> Ended:
             (one,) = scripts(server, [key], session, dies=False)
-            (ended,) = zygote.run(replace(one, kill=kill))
-            return ended
+            return zygote.run_one(replace(one, kill=kill))
 
         assert run(idempotency_key, kill).killed
-        for record in seen.records(idempotency_key):
-            seen.set_state(record["flow_run_id"], "CRASHED")
+        asyncio.run(let_an_hour_pass())
         second = run(other)
-        if str(kill) in ("after permit", "after kickoff"):
+        if str(kill) in ("committed begin", "after kickoff", "after started"):
             assert second.error == "SessionBlockedError"
             assert f"runs resolve '{idempotency_key}' --kickoff-id ID" in second.text
             resolve(server, idempotency_key)

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from proof.batch_forks import BatchForks, Call, Report
 from proof.kills import Kill
-from support.prefect_server import PrefectServer
+from proof.zygote import Script, Zygote
 from support.scripts import script
 from support.tables import SQLITE, StoredDatabase, new_database
 
@@ -73,20 +72,13 @@ def database(request: pytest.FixtureRequest, tmp_path: Path, prefect_api: object
     return empty
 
 
-@pytest.fixture(scope="session")
-def forks(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[BatchForks]:
-    folder = tmp_path_factory.mktemp("tables")
-    with BatchForks(prefect_server.env(home=folder / "home"), folder) as running:
-        yield running
-
-
 class Exports:
     """A batch that is exported into the table `results`, and what the table has."""
 
-    def __init__(self, database: StoredDatabase, forks: BatchForks, server: CrewServer, folder: Path) -> None:
+    def __init__(self, database: StoredDatabase, zygote: Zygote, server: CrewServer, folder: Path) -> None:
         self.name = f"proof {uuid.uuid4().hex[:12]}"
         self._database = database
-        self._forks = forks
+        self._zygote = zygote
         self._crew = {"url": server.url, "token": server.token}
         self._data = folder / "rows.csv"
         self._options: dict[str, Any] = {
@@ -98,13 +90,13 @@ class Exports:
             "breaker": None,
         }
 
-    def call(self, topics: list[str], kill: Kill | None = None) -> Report:
+    def call(self, topics: list[str], kill: Kill | None = None) -> None:
         lines = [f"{number},{topic}" for number, topic in enumerate(topics)]
         self._data.write_text("\n".join(["id,topic", *lines]))
-        ended = self._forks.run(Call(self._crew, str(self._data), self._options, kill=kill, page=PAGE))
+        call = {"dataset": str(self._data), **self._options}
+        ended = self._zygote.run_one(Script(self._crew, call, kill, page=PAGE))
         assert not ended.error
         assert ended.killed is (kill is not None)
-        return ended
 
     def run(self, *statements: str) -> Rows:
         return asyncio.run(self._database.run(*statements))
@@ -121,9 +113,9 @@ def lines(topics: list[str]) -> Rows:
 
 
 @pytest.fixture
-def exports(database: StoredDatabase, forks: BatchForks, tmp_path: Path) -> Iterator[Exports]:
+def exports(database: StoredDatabase, zygote: Zygote, tmp_path: Path) -> Iterator[Exports]:
     with CrewServer(PICKY) as server:
-        yield Exports(database, forks, server, tmp_path)
+        yield Exports(database, zygote, server, tmp_path)
 
 
 @pytest.mark.parametrize("kill", points([*IN_CHECK, *IN_EXPORT]))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefect_crew.devserver import CrewServer
+from prefect_crew.runs.database import URL_SETTING
 from support.deployed import command, wait_for_state, wait_until
 from support.prefect_server import PrefectServer
 from support.processes import Process
@@ -43,7 +43,9 @@ class Ways:
         self.seen = Seen(server)
         self._open = ExitStack()
         self._ways: dict[str, Way] = {}
+        self.crew_database = f"sqlite:///{folder / 'crew.db'}"
         self._env = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, sys.path)])}
+        self._env[URL_SETTING] = self.crew_database
 
     def __enter__(self) -> Ways:
         self._open.callback(self.seen.close)
@@ -111,8 +113,3 @@ class Ways:
     def ended(self, flow_run_id: str, *states: str) -> dict[str, Any]:
         """Wait for a state of a flow run and return it."""
         return wait_for_state(self.seen, flow_run_id, *states, seconds=120)
-
-
-def waited_for(server: CrewServer, since: int, seconds: float = 120) -> None:
-    """Wait until the crew has been asked for a status more than `since` times."""
-    wait_until(lambda: server.requests["status"] > since, seconds=seconds, what="a run that is waited for", pause=0.02)

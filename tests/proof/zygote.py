@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,49 +20,53 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
+from prefect_crew.runs.database import URL_SETTING, database_url
 from proof.kills import Kill, arm, die_after
 
-__all__ = ["Ended", "Forks", "Script", "Zygote"]
+__all__ = ["Ended", "Script", "Zygote"]
 
 
 @dataclass(frozen=True)
 class Script:
-    """A script that runs a crew.
+    """A script that runs a crew, or with a `dataset` a batch.
 
     Attributes:
         crew: Fields of its block.
-        inputs, idempotency_key: As `run_crew` takes them.
+        call: As `run_crew` or `run_batch` take it, plain values only; `review="yes"` is a function that approves.
         kill: Where it dies.
-        session: As `run_crew` takes it.
         dies_after: Seconds from its start after which it dies, wherever it is then.
+        page: Rows of an export that are written at once.
     """
 
     crew: Mapping[str, Any]
-    inputs: Mapping[str, str]
-    idempotency_key: str | None
+    call: Mapping[str, Any]
     kill: Kill | None = None
-    session: str | None = None
     dies_after: float | None = None
+    page: int | None = None
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a script ended: `killed`, or with a result, or with an error's name and text."""
+    """How a script ended: `killed`, or with a result or a report, or with an error's name and text."""
 
-    killed: bool
+    killed: bool = False
     kickoff_id: str | None = None
     output: str | None = None
+    report: Mapping[str, Any] | None = None
     error: str | None = None
     text: str = ""
 
+    def counts(self) -> Mapping[str, Any]:
+        """Return the report of a batch. Fail if there is none."""
+        assert self.report is not None, self
+        return self.report
 
-class Forks:
+
+class Zygote:
     """The process; a context manager. `env` makes it a client of a Prefect server, `folder` gets outcomes and logs.
 
-    `program` is the file that it runs.
+    Scripts use the crew database of the test that sends them.
     """
-
-    program = __file__
 
     def __init__(self, env: Mapping[str, str], folder: Path) -> None:
         self.folder = folder
@@ -70,9 +75,8 @@ class Forks:
         self._running: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
-        self._running = subprocess.Popen(
-            [sys.executable, self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self._env
-        )
+        pipe = subprocess.PIPE
+        self._running = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=self._env)
         return self
 
     @property
@@ -89,37 +93,36 @@ class Forks:
         self._running.wait(30)
         answers.close()
 
-    def _answer(self, order: object) -> Any:
-        orders, answers = self._pipes
-        orders.write(json.dumps(order) + "\n")
-        orders.flush()
-        answer = answers.readline()
-        assert answer, "the process that forks died"
-        return json.loads(answer)
-
-
-class Zygote(Forks):
-    """The process that runs scripts."""
-
     def run(self, *scripts: Script) -> list[Ended]:
         """Run scripts side by side, each in a process of its own, and return how they ended."""
         self._orders += 1
         files = [self.folder / f"{self._orders}-{number}" for number in range(len(scripts))]
-        order = [{**asdict(script), "file": str(file)} for script, file in zip(scripts, files, strict=True)]
-        return [self._ended(file, status) for file, status in zip(files, self._answer(order), strict=True)]
+        own = {"database": database_url()[0]}
+        orders, answers = self._pipes
+        order = [{**asdict(script), **own, "file": str(file)} for script, file in zip(scripts, files, strict=True)]
+        print(json.dumps(order), file=orders, flush=True)
+        answer = answers.readline()
+        assert answer, "the process that forks died"
+        return [self._ended(file, status) for file, status in zip(files, json.loads(answer), strict=True)]
+
+    def run_one(self, script: Script) -> Ended:
+        """Run a script, and return how it ended."""
+        (ended,) = self.run(script)
+        return ended
 
     def _ended(self, file: Path, status: int) -> Ended:
         said = file.with_suffix(".json")
-        if status == -9:
+        if status == -signal.SIGKILL:
             return Ended(killed=True)
         assert said.exists(), f"a script ended with {status}:\n{file.with_suffix('.log').read_text()}"
-        return Ended(killed=False, **json.loads(said.read_text()))
+        return Ended(**json.loads(said.read_text()))
 
 
 def main() -> None:
     """Take orders until standard input ends."""
     import prefect_crew.cli  # noqa: F401  imports nothing that a script would not
     from prefect_crew import flows  # noqa: F401
+    from prefect_crew.batches import run  # noqa: F401
 
     assert threading.active_count() == 1, threading.enumerate()
     for line in sys.stdin:
@@ -146,8 +149,10 @@ def _fork(script: dict[str, Any]) -> int:
 def _script(script: dict[str, Any]) -> None:
     import random
 
-    from prefect_crew import CrewError, DeployedCrew, run_crew
-    from prefect_crew.runs import kickoff
+    os.environ[URL_SETTING] = script["database"]
+    from outcomes.driver import approve
+    from prefect_crew import CrewError, DeployedCrew, WaitPolicy, run_batch, run_crew
+    from prefect_crew.batches import output
     from support.prefect_server import drain
 
     file = Path(script["file"])
@@ -159,12 +164,15 @@ def _script(script: dict[str, Any]) -> None:
         arm(Kill(**script["kill"]))
     if script["dies_after"] is not None:
         die_after(script["dies_after"])
-    kickoff.PERMIT_GOOD_FOR = 2.0  # so that a test need not wait long until it may resolve
-    crew = DeployedCrew(flow=script["session"] is not None, **script["crew"])
+    output.PAGE = script["page"] or output.PAGE
+    crew, call = DeployedCrew(**script["crew"]), script["call"]
+    said: dict[str, Any]
     try:
-        options = {name: script[name] for name in ("idempotency_key", "session")}
-        result = run_crew(crew, script["inputs"], **options)
-        said = {"kickoff_id": result.kickoff_id, "output": result.output}
+        if "dataset" in call:
+            said = {"report": run_batch(crew, **call | {"wait": WaitPolicy(**call["wait"])}).as_dict()}
+        else:
+            result = run_crew(crew, **call | ({"review": approve} if call.get("review") == "yes" else {}))
+            said = {"kickoff_id": result.kickoff_id, "output": result.output}
     except CrewError as error:
         said = {"error": type(error).__name__, "text": str(error)}
     drain()

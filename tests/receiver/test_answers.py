@@ -91,7 +91,7 @@ async def test_links_answer_a_crew_as_on_amp(chat: Chat, monkeypatch: pytest.Mon
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", os.environ["PREFECT_INTEGRATIONS_CREW_ANSWER_URL"])
     async with asking(response_format="live") as (server, flow_run, _):
         assert (await send(await chat.link(), decision="reject", feedback="Shorter.")).status == 200
-        assert (await send(await chat.link_that_opens(2), decision="approve")).status == 200
+        assert (await send(await chat.link(2), decision="approve")).status == 200
         assert await flow_run == "printed"
     assert server.requests["resume"] == 2
     assert server.kickoffs == 1

@@ -2,12 +2,10 @@
 
 import pickle
 import re
-from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Any
 from unittest.mock import AsyncMock
 
-import httpx
 import pytest
 from pydantic import BaseModel, SecretStr, field_validator
 
@@ -19,24 +17,20 @@ from prefect_crew.client.models import CrewResult, CrewStatus, TaskResult
 from prefect_crew.client.redaction import MASK
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.crew import Crew
-from prefect_crew.records.model import RecordPhase, RunRecord
-from prefect_crew.records.store import PrefectRecords
-from prefect_crew.runs.options import RunOptions, RunRequest
-from prefect_crew.runs.run import WITHHELD, LiveRun, parse_data, read_record, result_of
+from prefect_crew.exceptions import StoreError
+from prefect_crew.runs.request import RunOptions, RunRequest
+from prefect_crew.runs.run import WITHHELD, LiveRun, parse_data, read_attempt, result_of
 from prefect_crew.states import CrewState
-
-NOON = datetime(2026, 5, 1, 12, tzinfo=UTC)
+from prefect_crew.store.decision import Attempt
+from support.past import new_attempt
 
 
 def crew(**fields: Any) -> Crew:
     return crew_of(DeployedCrew(url="https://travel.test", token=SecretStr("the-token"), **fields)).called("travel")
 
 
-def record(**fields: Any) -> RunRecord:
-    return RunRecord(
-        idempotency_key="k", attempt=1, crew="travel", crew_url="https://travel.test", inputs_digest="d", owner="o",
-        claimed_at=NOON, kickoff_id="r1", kicked_off_at=NOON, **fields,
-    )  # fmt: skip
+def attempt(*secret: str) -> Attempt:
+    return new_attempt("k", kickoff_id="r1", secret_names=[*secret])
 
 
 def asked(inputs: dict[str, Any], *secret: str, **options: Any) -> RunRequest:
@@ -45,7 +39,7 @@ def asked(inputs: dict[str, Any], *secret: str, **options: Any) -> RunRequest:
 
 def secretive(inputs: dict[str, Any] | None, **fields: Any) -> LiveRun:
     request = None if inputs is None else asked(inputs, "password")
-    return LiveRun(crew(secret_inputs=["password"], **fields), "r1", record(), request)
+    return LiveRun(crew(secret_inputs=["password"], **fields), "r1", attempt(), request)
 
 
 SUMMARY = LiveRun(crew(show="summary"), "r1", request=asked({}))
@@ -92,8 +86,8 @@ def test_secrets_are_masked_in_every_text():
 
 @pytest.mark.parametrize(
     "run",
-    [secretive(None), LiveRun(crew(), "r1", record(secret_inputs=["password"]))],
-    ids=["of the block", "of the record"],
+    [secretive(None), LiveRun(crew(), "r1", attempt("password"))],
+    ids=["of the block", "of the attempt"],
 )
 def test_unknown_secrets_show_no_text(run: LiveRun):
     assert run.is_blind is True
@@ -110,14 +104,14 @@ def test_unknown_secrets_show_no_text(run: LiveRun):
 
 
 def test_a_reattached_call_does_not_know_the_secrets():
-    started = record(secret_inputs=["pin"])
+    started = attempt("pin")
     run = LiveRun(crew(), "r1", started, asked({"text": "a", "pin": "5678"}, "pin"), is_found=True)
     assert "1234" not in run.redact_text("log in with 1234")
     ours = LiveRun(run.crew, "r1", started, run.request, owned=True)
     assert ours.redact_text("log in with 1234") == "log in with 1234"
-    plain = LiveRun(crew(), "r1", record(), asked({"text": "a"}), is_found=True)
+    plain = LiveRun(crew(), "r1", attempt(), asked({"text": "a"}), is_found=True)
     assert plain.redact_text("a text") == "a text"
-    plain.record, plain.is_unread = None, True  # it may name secret inputs
+    plain.attempt, plain.is_unread = None, True  # it may name secret inputs
     assert plain.redact_text("a text") == WITHHELD
 
 
@@ -131,7 +125,7 @@ def test_old_and_new_tokens_are_secret():
 def test_repr_and_pickle_show_no_text():
     webhooks = Webhooks(task="https://hooks.test/pass-1234")
     request = asked({"text": "pass-1234"}, meta={"a": "pass-1234"}, webhooks=webhooks)
-    run = LiveRun(crew(), "r1", record(), request)
+    run = LiveRun(crew(), "r1", attempt(), request)
     run.notify(CrewStatus(kickoff_id="r1", state=CrewState.RUNNING, current_task="pass-1234"))
     assert "'r1'" in repr(run)
     assert "pass-1234" not in repr(run)
@@ -139,39 +133,14 @@ def test_repr_and_pickle_show_no_text():
         pickle.dumps(run)
 
 
-# Its record
-
-
-@pytest.mark.usefixtures("prefect_api")
-async def test_a_read_record_is_not_of_this_process():
-    webhooks = Webhooks(crew="https://hooks.test/mine")
-    request = asked({"pin": "4711"}, "pin", webhooks=webhooks)
-    run = LiveRun(crew(), "r1", record(), request, owned=True)
-    await read_record(run)
-    assert run.record is None
-    assert run.owned is False
-    assert run.request == request
-    assert run.redact_text("4711") == MASK
-    stored = record()
-    assert await run.records.claim(stored)
-    await run.records.save_started(stored.model_copy(update={"phase": RecordPhase.STARTED}))
-    for key in (None, "k"):
-        await read_record(run, key)
-        assert run.record is not None
-        assert run.record.ref == stored.ref
-    other = LiveRun(replace(crew(), url="https://other.test"), "r1")
-    with pytest.raises(pc.ConfigurationError, match="is of crew travel at"):
-        await read_record(other)
-
-
-async def test_an_unread_record_may_name_secrets(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(PrefectRecords, "of_kickoff", AsyncMock(side_effect=httpx.ConnectError("away")))
-    run, known = LiveRun(crew(), "r1"), LiveRun(crew(), "r1", record())
+async def test_an_unread_attempt_may_name_secrets(monkeypatch: pytest.MonkeyPatch):
+    away = AsyncMock(side_effect=StoreError("away", operation="read", started="no"))
+    monkeypatch.setattr("prefect_crew.runs.run.in_store", away)
+    run, known = LiveRun(crew(), "r1"), LiveRun(crew(), "r1", attempt())
     assert run.redact_text("a text") == "a text"
-    await read_record(run)
+    for one in (run, known):
+        await read_attempt(one)
     assert run.redact_text("a text") == WITHHELD
-    await read_record(known)
-    assert known.record is not None
     assert known.redact_text("a text") == "a text"
 
 

@@ -50,13 +50,13 @@ from prefect_crew.store.batches import hold_batch, let_go, open_batch, renew_hol
 from prefect_crew.store.database import Store
 from prefect_crew.store.decision import SEND_WITHIN, STARTS, Allowance, Attempt, AttemptState, Request, Step
 from prefect_crew.store.prune import keys_to_prune, prune_keys
-from prefect_crew.store.spending import used
+from prefect_crew.store.spending import day_of, used
 from prefect_crew.store.workers import beat, held_by, hold, take_over
 from support.crew_database import Clock, request
 
 S = AttemptState
 POST_SECONDS = 30.0
-LIMIT, MOST_COST, ESTIMATE = 2, 3.0, 0.5
+LIMIT, MOST_COST, ESTIMATE, MAX_ATTEMPTS = 2, 3.0, 0.5, 3
 DAY = 86_400.0
 BOOTS = ["boot 1", "boot 2"]
 NEXT = {
@@ -174,7 +174,14 @@ class Machine(RuleBasedStateMachine):
         session = chance.choice([None, "s"])
         facts: dict[str, Any] = {} if session is None else {"session": session}
         budget = Allowance(scope="budget", per="day", max_cost=MOST_COST, estimate_cost=ESTIMATE)
-        call = request(f"{key}{session or ''}", limit=LIMIT, allowances=[budget], post_seconds=POST_SECONDS, **facts)
+        call = request(
+            f"{key}{session or ''}",
+            limit=LIMIT,
+            allowances=[budget],
+            post_seconds=POST_SECONDS,
+            max_attempts=MAX_ATTEMPTS,
+            **facts,
+        )
         decision = self.do(process, look, call)
         self.callers.append(Caller(process, request(**{**vars(call), "asked_at": decision.now})))
 
@@ -192,6 +199,9 @@ class Machine(RuleBasedStateMachine):
                 caller.phase, caller.attempt = "has begun", decision.attempt
         elif decision.step in (Step.REATTACH, Step.RETURN, Step.CONFLICT, Step.STOPPED):
             caller.phase = "is done"
+        elif decision.step is Step.UNCERTAIN:
+            assert decision.attempt.state in (S.POSTING, S.UNCERTAIN), "its caller surely started nothing"
+            assert decision.attempt.owner != caller.call.owner, "this call has sent nothing"
 
     def check_start(self, caller: Caller, attempt: Attempt, before: list[Attempt]) -> None:
         now, key = self.clock.now, caller.call.key
@@ -202,6 +212,10 @@ class Machine(RuleBasedStateMachine):
         for kickoff in self.kickoffs:
             if kickoff.attempt.key == key:
                 assert kickoff.state not in ("on its way", "runs", "completed"), f"a kickoff of {key} {kickoff.state}"
+        bad = [one for one in before if one.key == key and one.state in (S.FAILED, S.STOPPED, S.LOST)]
+        assert all((one.ended_at or 0.0) <= (caller.call.asked_at or 0.0) for one in bad), "it waited for that failure"
+        today = [self.use_of(one)[1] for one in self.all_attempts() if day_of(one.begun_at) == day_of(now)]
+        assert is_again or sum(today) <= MOST_COST + 1e-9
         open_ = [one for one in before if one.ended_at is None and one.id != attempt.id]
         assert is_again or sum(one.counts_until > now for one in open_) < LIMIT
         if (session := attempt.session) is not None:
@@ -212,7 +226,7 @@ class Machine(RuleBasedStateMachine):
                 assert one.ended_at is not None or is_over or is_own, f"turn {one.turn} is not over"
                 assert is_again or (one.turn or 0) < (attempt.turn or 0)
             done = [one for one in turns if one.state is S.COMPLETED]
-            assert attempt.restored == (done[-1].kickoff_id if done else self.last_ids.get(session))
+            assert attempt.restored == (done[-1].first_id if done else self.last_ids.get(session))
 
     def send(self, chance: Random):
         caller = self.pick(chance, [one for one in self.callers if one.may_send])
@@ -397,16 +411,19 @@ class Machine(RuleBasedStateMachine):
         for attempt in attempts:
             before = self.states.get(attempt.id)
             assert before in (None, attempt.state) or self.follows(before, attempt.state), (before, attempt.state)
+            was = self.seen.get(attempt.id, attempt)
+            assert was.first_id in (None, attempt.first_id), "it changed its run"
             self.states[attempt.id] = attempt.state
             self.seen[attempt.id] = attempt
             by_key[attempt.key].append(attempt)
             if attempt.session and attempt.state is S.COMPLETED:
-                self.last_ids[attempt.session] = str(attempt.kickoff_id)
+                self.last_ids[attempt.session] = str(attempt.first_id)
         for key, those in by_key.items():
             numbers = [one.number for one in sorted(those, key=lambda one: one.number)]
             assert numbers == [*range(numbers[0], numbers[0] + len(numbers))], key
             assert sum(one.state in (S.POSTING, S.BACKING_OFF, S.UNCERTAIN, S.STARTED) for one in those) <= 1, key
             assert [one.number for one in those if not one.replaced] == [numbers[-1]]
+            assert sum(one.state is not S.NOT_STARTED for one in those) <= MAX_ATTEMPTS, key
         for kickoff in self.kickoffs:
             if kickoff.state in ("runs", "completed", "failed", "stopped"):
                 on_record = self.seen[kickoff.attempt.id]
@@ -414,6 +431,7 @@ class Machine(RuleBasedStateMachine):
                     assert on_record.state in (S.POSTING, S.UNCERTAIN), f"a run is lost: {on_record}"
                 else:
                     assert kickoff.kickoff_id in self.do(0, ids_of, on_record.id)
+                    assert on_record.state in (S.STARTED, S.LOST, kickoff.state), "no end that the crew has not told"
         uses = [self.use_of(one) for one in attempts]
         sums = self.do(1, used, "budget")
         assert sums.runs == self.pruned_runs + sum(runs for runs, _ in uses)

@@ -47,12 +47,6 @@ class Chat(Receiver):
         await until(lambda: len(self.links) >= number, f"link {number}")
         return self.links[number - 1]
 
-    async def link_that_opens(self, number: int) -> str:
-        """Return the first link, from this one on, that opens: a late webhook replaces a question and its link."""
-        while (await read(link := await self.link(number))).status == 404:
-            number += 1
-        return link
-
 
 @asynccontextmanager
 async def notifying(chat: Chat, *, by_apprise: bool = False) -> AsyncIterator[str]:

@@ -126,8 +126,8 @@ class PrefectServer(Program):
                 time.sleep(0.1)
         return False
 
-    def forget_records(self) -> None:
-        """Delete all run records, and whatever else stands in a Variable, of a server on SQLite."""
+    def forget_store(self) -> None:
+        """Delete the Variable that names a crew database, and all others, of a server on SQLite."""
         assert self.database is not None
         with closing(sqlite3.connect(self.database, timeout=30.0)) as database, database:
             database.execute("DELETE FROM variable")

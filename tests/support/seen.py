@@ -82,10 +82,10 @@ class Seen:
         lines = self.post("/logs/filter", body)
         return "\n".join(f"{levels.get(line['level'], line['level'])} {line['message']}" for line in lines)
 
-    def events(self, kickoff_id: str) -> list[dict[str, Any]]:
+    def events(self, name: str, kind: str = "run") -> list[dict[str, Any]]:
         """Return all events about a run, in order, once everything that was emitted so far has arrived."""
         self.resolve_events()
-        return self._events(f"prefect-crew.run.{kickoff_id}")
+        return self._events(f"prefect-crew.{kind}.{name}")
 
     def resolve_events(self) -> None:
         """Wait until all that this process has emitted stands on the server."""

@@ -38,7 +38,8 @@ class Site(Crews):
 
     def worker(self, name: str, *, env: Mapping[str, str] | None = None) -> Worker:
         """Return a worker of the process pool, started; it is stopped with the site if it still runs then."""
-        return self._open.enter_context(Worker(self.server, POOL, name=name, folder=self.folder, env=env))
+        variables = {"PREFECT_INTEGRATIONS_CREW_DATABASE_URL": self.database_url, **(env or {})}
+        return self._open.enter_context(Worker(self.server, POOL, name=name, folder=self.folder, env=variables))
 
     def deployment(self, name: str) -> dict[str, Any]:
         return self.call("GET", f"/deployments/name/{name}")

@@ -28,6 +28,7 @@ from support.asking import AskingServer, judging
 from support.flow_runs import acall_in_flow
 from support.links import answers_of
 from support.scripts import script
+from support.waiting import until
 from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")

@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
-from prefect_crew import Budget, WaitPolicy
+from prefect_crew import Budget, DeployedCrew, WaitPolicy
+from prefect_crew.blocks import crew_of
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.runs.options import RunOptions
+from prefect_crew.runs.request import RunOptions
 
 STATE = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
 
@@ -53,7 +55,15 @@ def test_no_repr_shows_what_may_hold_a_secret():
         ("output_type", dict, "output_type is the class dict; it has to be a pydantic"),
         ("output_type", list[int], "output_type is .*; it has to be a pydantic"),
         ("review", "from", "review is 'from'; it has to be 'form' or a function"),
-        *((option, "half a \ud800", "holds half a character") for option in ("name", "idempotency_key", "review")),
+        ("session", " \n", "it has to be a name of 1 to 200 characters"),
+        ("session", "x" * 201, "it has to be a name of 1 to 200 characters"),
+        ("session", "c-{{ note }}", "200 characters, without braces or"),
+        ("session", "a\nb", r"session is 'a\\nb'; it has to be .*, without braces or control characters"),
+        ("session", 42, "session is a value of type int"),
+        *(
+            (option, "half a \ud800", "holds half a character")
+            for option in ("name", "idempotency_key", "review", "session")
+        ),
     ],
 )
 def test_an_option_of_another_kind_is_refused(option: str, value: Any, message: str):
@@ -61,3 +71,12 @@ def test_an_option_of_another_kind_is_refused(option: str, value: Any, message: 
         RunOptions.of(**{option: value})
     assert str(caught.value).endswith("Nothing was started.")
     assert caught.value.__context__ is None, "the error of pydantic holds what was given"
+
+
+def test_a_session_chooses_the_state_to_restore_itself():
+    with pytest.raises(ConfigurationError, match="chooses the state to restore itself"):
+        RunOptions.of(session="s", restore_from=STATE)
+    with pytest.raises(ConfigurationError, match=r"The input 'id' names the state of a Flow, .*Leave the input"):
+        crew_of(DeployedCrew(url="https://crew.test", token=SecretStr("t"), flow=True)).take(
+            Inputs.of({"id": STATE}), restore_from=None, session="s"
+        )
