@@ -434,7 +434,7 @@ async def test_lists_have_pages_and_filters(store: Store, clock: Clock):
     async def keys(**filters: Any) -> list[str]:
         return [attempt.key for attempt in await store.run(list_attempts, **filters)]
 
-    assert await keys(is_in_flight=True, crew_url=CREW) == ["4", "3", "2"]
+    assert await keys(is_in_flight=True, crew=CREW) == ["4", "3", "2"]
     assert await keys(states=[AttemptState.COMPLETED]) == ["1", "0"]
     assert await keys(flow_run_ids={"flow 1"}) == ["3", "1"]
     assert await keys(session="s") == ["4"]
