@@ -44,7 +44,9 @@ _BY_KEY = _ATTEMPT.where(A.key == sa.bindparam("key")).order_by(A.number)
 
 
 def _read(transaction: Transaction, query: sa.Executable, **binds: Any) -> list[Attempt]:
-    return [Attempt(**row) for row in transaction.connection.execute(query, binds).mappings()]
+    found = transaction.connection.execute(query, binds)
+    names = tuple(found.keys())
+    return [Attempt(**dict(zip(names, row, strict=True))) for row in found]
 
 
 def _get(transaction: Transaction, attempt_id: str) -> Attempt | None:
@@ -108,8 +110,7 @@ def begin(transaction: Transaction, request: Request) -> Decision:
             _end_unsent(transaction, attempt, now)
     if decision.step not in STARTS:
         return decision
-    refusal = _refuse_limit(transaction, request, now) or _refuse_row(transaction, request, now)
-    turn, restored = None, None
+    refusal, turn, restored = _refuse_limit(transaction, request, now), None, None
     if refusal is None and request.session is not None:
         refusal, turn, restored = _take_turn(transaction, request, now)
     if refusal is not None:
@@ -117,7 +118,11 @@ def begin(transaction: Transaction, request: Request) -> Decision:
     full = overruns(transaction, request.allowances, now)
     if any(not overrun.is_warning for overrun in full):
         return Decision(step=Step.OVER_BUDGET, now=now, overruns=full)
-    attempt = _insert(transaction, request, before, now, turn=turn, restored=restored)
+    attempt_id = uuid.uuid4().hex
+    row = {"of_batch": request.batch, "of_row": request.row_key, "of_owner": request.batch_owner, "attempt": attempt_id}
+    if request.batch is not None and not transaction.changed(_SET_ROW, **row):
+        return Decision(step=Step.NOT_HELD, now=now)
+    attempt = _insert(transaction, request, before, now, id=attempt_id, turn=turn, restored=restored)
     return replace(decision, attempt=attempt, overruns=full)
 
 
@@ -133,21 +138,13 @@ def _refuse_limit(transaction: Transaction, request: Request, now: float) -> Dec
     return Decision(step=Step.FULL, now=now) if count >= request.limit else None
 
 
-def _refuse_row(transaction: Transaction, request: Request, now: float) -> Decision | None:
-    if request.batch is None:
-        return None
-    owner = transaction.connection.scalar(_BATCH_OWNER, {"batch": request.batch})
-    is_held = owner is not None and owner == request.batch_owner
-    return None if is_held else Decision(step=Step.NOT_HELD, now=now)
-
-
 _SAME = [each.name for each in fields(Request) if each.name in A]
 _EMPTY: dict[str, Any] = dict.fromkeys(Attempt.__slots__)
 _INSERT = sa.insert(attempts)
-_BATCH_OWNER = sa.select(batches.c.owner).where(batches.c.name == sa.bindparam("batch"))
+_IS_HELD = sa.exists().where(batches.c.name == sa.bindparam("of_batch"), batches.c.owner == sa.bindparam("of_owner"))
 _SET_ROW = (
     sa.update(rows)
-    .where(rows.c.batch == sa.bindparam("of_batch"), rows.c.row_key == sa.bindparam("of_row"))
+    .where(rows.c.batch == sa.bindparam("of_batch"), rows.c.row_key == sa.bindparam("of_row"), _IS_HELD)
     .values(attempt_id=sa.bindparam("attempt"))
 )
 
@@ -177,23 +174,19 @@ def _insert(
     request: Request,
     before: Sequence[Attempt],
     now: float,
-    *,
-    turn: int | None,
-    restored: str | None,
+    **own: Any,
 ) -> Attempt:
     deadline = _deadline(now, request)
     estimates = {each.scope: (each.estimate_tokens, each.estimate_cost) for each in request.allowances}
     values = {name: getattr(request, name) for name in _SAME}
-    values |= {"id": uuid.uuid4().hex, "number": before[-1].number + 1 if before else 1, "state": S.POSTING}
+    values |= {"number": before[-1].number + 1 if before else 1, "state": S.POSTING}
     values |= {"input_digests": dict(request.input_digests) or None, "secret_names": [*request.secret_names] or None}
     values |= {"replaced": False, "begun_at": now, "deadline": deadline, "counts_until": deadline, "human_seconds": 0.0}
-    values |= {"estimates": estimates or None, "turn": turn, "restored": restored}
+    values |= {"estimates": estimates or None, **own}
     attempt = Attempt(**_EMPTY | values)
     if before:
         transaction.changed(sa.update(attempts).where(A.key == request.key).values(replaced=True))
     transaction.connection.execute(_INSERT, values)
-    if request.batch is not None:
-        transaction.changed(_SET_ROW, of_batch=request.batch, of_row=request.row_key, attempt=attempt.id)
     book(transaction, attempt.estimates, day_of(now))
     return attempt
 
@@ -375,8 +368,8 @@ def ended(
     crew_version: str | None = None,
     result: Any = None,
 ) -> Attempt | None:
-    """Write the end of a run, as the status of its last id reports it. Return the attempt if this call wrote its end:
-    then it emits the event."""
+    """Write the end of a run, as the status of its last id reports it. Return the caller's attempt with the end if this
+    call wrote it: then it emits the event."""
     now = transaction.lock(_key_lock(attempt.key))
     guards = {"id": attempt.id, "state": S.STARTED, "kickoff_id": kickoff_id}
     values = {"state": state, "ended_at": now, "error": error, "usage": usage, "tokens": tokens, "cost": cost}
@@ -387,7 +380,7 @@ def ended(
     close(transaction, attempt, tokens, cost)
     if result is not None:
         transaction.connection.execute(_INSERT_RESULT, {"attempt_id": attempt.id, "body": result})
-    return _get(transaction, attempt.id)
+    return replace(attempt, kickoff_id=kickoff_id, **values)
 
 
 _INSERT_RESULT = sa.insert(results)
