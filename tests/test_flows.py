@@ -430,7 +430,7 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
         await pc.arun_crew(failing.crew(), idempotency_key=failed)
     with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
         await pc.aget_result(failed)
-    with pytest.raises(pc.CrewFailedError, match="For more: in Prefect's UI raise max_attempts"):
+    with pytest.raises(pc.CrewFailedError, match="For more: in Python raise max_attempts"):
         await pc.aget_result(failed, crew=failing.crew(max_attempts=1))
     await (await crew_server(slow(60)).crew().atrigger({}, idempotency_key=stopped)).astop()
     with pytest.raises(pc.CrewStoppedError):

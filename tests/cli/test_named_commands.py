@@ -21,7 +21,10 @@ from prefect_crew.store.decision import AttemptState
 from support.past import new_attempt
 
 ROOT = Path(__file__).parents[2]
-NAMED = re.compile(r"prefect-crew(?! (?:here|if|webhook|secret inputs|knows version|that made)\b)((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)")
+NAMED = re.compile(
+    r"prefect-crew(?! (?:here|if|webhook|secret inputs|knows version|that made)\b)"
+    r"((?: +[a-z][\w-]*)+)((?: +[^\s.,;:`)]+)*)"
+)
 """A command and what follows it. The words left out follow the package's own name."""
 FILES = [
     *(ROOT / "docs").rglob("*.md"),

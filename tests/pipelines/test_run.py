@@ -192,7 +192,9 @@ async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFac
         pc.CrewStep("alone", crew, {"text": "alone"}),
         pc.CrewStep("after alone", crew, {"text": "{{ alone.output }} too"}),
         pc.CrewStep("function", crew, {"text": lambda context: context.inputs["nothing"]}),
-        pc.CrewStep("hidden", server.crew(budgets=[pc.Budget(max_cost=1, name="nobody-made-it")], show="none"), {"text": "x"}),
+        pc.CrewStep(
+            "hidden", server.crew(budgets=[pc.Budget(max_cost=1, name="nobody-made-it")], show="none"), {"text": "x"}
+        ),
     ]
     with pytest.raises(pc.PipelineFailedError) as raised:
         await pc.arun_pipeline(steps, {"first": "bad"}, name="failing", idempotency_key=idempotency_key)

@@ -32,7 +32,7 @@ def test_options_are_kept_and_frozen():
     assert options.budgets == (Budget(max_kickoffs=2),)
     with pytest.raises(ValidationError, match="frozen"):
         options.name = "other"
-    assert RunOptions.of(**dict.fromkeys(set(given) - {"force_new"})) == RunOptions()
+    assert RunOptions.of(**dict.fromkeys(set(given) - {"force_new"})).model_dump() == RunOptions().model_dump()
 
 
 def test_no_repr_shows_what_may_hold_a_secret():
