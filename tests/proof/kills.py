@@ -32,7 +32,7 @@ HOOKS = {
         name: ("prefect_crew.client._client", f"CrewClient.{name}")
         for name in ("inputs", "kickoff", "status", "resume")
     },
-    "request": ("httpcore", "AsyncHTTPConnection.handle_async_request"),
+    "request": ("httpx", "AsyncHTTPTransport.handle_async_request"),
     # What a caller does.
     "open": ("prefect_crew.tasks", "kick_off"),
     "identify": ("prefect_crew.runs.start", "identify"),
