@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-import httpcore
 import httpx
 
-Connection = httpcore.AsyncHTTPConnection | httpx.AsyncHTTPTransport
-"""A connection to a server; httpx's goes through a proxy."""
 
-
-def is_closed(connection: Connection) -> bool:
-    """Return whether a server has closed an idle connection. httpx looks itself."""
-    is_plain = isinstance(connection, httpcore.AsyncHTTPConnection)
-    return is_plain and (connection.is_closed() or connection.has_expired())
-
-
-def has_unread_bytes(own: Connection) -> bool:
+def has_unread_bytes(transport: httpx.AsyncHTTPTransport) -> bool:
     """Return whether bytes follow the last answer on a connection, which the next request would read as its own answer.
 
     A broken server or proxy sends two answers at once. httpcore (1.0) looks only at the socket, and h11 keeps the bytes
     that came together with the answer. To ask for upstream: httpcore closes such a connection itself.
     """
-    inner: Any = own
-    for connection in [inner] if isinstance(own, httpcore.AsyncHTTPConnection) else inner._pool.connections:  # noqa: SLF001
+    for connection in cast("Any", transport)._pool.connections:  # noqa: SLF001
         # Behind a proxy, the connection is one or two levels deeper. It is None where none is open.
         while connection is not None and not hasattr(connection, "_h11_state"):
             connection = connection._connection  # noqa: SLF001

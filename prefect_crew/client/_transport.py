@@ -16,15 +16,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
 import anyio
-import httpcore
 import httpx
 from pydantic import SecretStr
 
-from prefect_crew._internal.httpx_connections import Connection, has_unread_bytes, is_closed
+from prefect_crew._internal.httpx_connections import has_unread_bytes
 from prefect_crew.client._retry_safety import POST_DEADLINE
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
@@ -35,7 +34,6 @@ times into one answer: as the result, as the output, as the output of the last t
 MAX_ERROR_BODY = 64 * 1024
 AT_ONCE = 256 * 1024
 """The most bytes that are parsed on the event loop. A larger body is parsed in a thread, to keep the loop free."""
-LONGEST_ID = 2_000
 GET_DEADLINE = 10
 """A whole GET may take this many times the request timeout. The timeout counts between two pieces of the answer:
 without this limit, a server that sends a byte a second would never time out."""
@@ -100,9 +98,9 @@ def encoded_id(kickoff_id: str) -> str:
         encoded = quote(kickoff_id, safe="")
     except UnicodeEncodeError:
         encoded = ""
-    if not encoded.strip() or len(encoded) > LONGEST_ID:
+    if not encoded.strip():
         raise ConfigurationError(
-            f"The kickoff id {kickoff_id[:100]!a} is not a valid id. Give the id that the kickoff returned."
+            f"The kickoff id {kickoff_id!a} is not a valid id. Give the id that the kickoff returned."
         )
     # An id of only dots would lead to another path.
     return encoded.replace(".", "%2E") if encoded in (".", "..") else encoded
@@ -147,13 +145,6 @@ class Call:
     content: bytes | None = field(default=None, repr=False)
     before_sending: Callable[[], None] | None = field(default=None, repr=False)
 
-    @property
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """The headers of its body."""
-        if self.content is None:
-            return []
-        return [(b"Content-Type", b"application/json"), (b"Content-Length", b"%d" % len(self.content))]
-
     def shown(self, text: str) -> str:
         """Mask a text of the server, for errors."""
         return withheld(self.hide(text))
@@ -178,11 +169,7 @@ class Answer:
         return self.body.decode("utf-8", "replace")
 
 
-_HEADERS = {
-    "Accept": "application/json",
-    "Accept-Encoding": "identity",
-    "User-Agent": f"prefect-crew/{version('prefect-crew')}",
-}
+_USER_AGENT = f"prefect-crew/{version('prefect-crew')}"
 _CONNECT = 10.0
 """The most seconds to get a free connection, and to connect: less than a request's timeout, for a host that is down."""
 POLL_KEEPALIVE = 60.0
@@ -199,25 +186,23 @@ KEPT = 256
 
 
 class _Server:
-    """The connections to one server. The one used last is used next.
+    """The connections to one server, each in an httpx transport of its own. The one used last is used next.
 
-    So it is known how long a connection was idle, and a request costs the same however many there are: a pool looks at
-    all its connections for each request. All open clients of an event loop share them, so hundreds of runs that wait in
-    one process need few connections and few handshakes. Each request has its own token, so clients with different
-    tokens share as well.
+    So it is known how long a connection was idle, and a request costs the same however many there are: a pool of httpx
+    looks at all its connections for each request. All open clients of an event loop share them, so hundreds of runs
+    that wait in one process need few connections and few handshakes. Each request has its own token, so clients with
+    different tokens share as well.
     """
 
     def __init__(self, origin: httpx.URL) -> None:
         self.users = 0
-        self._origin, self._proxy = httpcore.URL(str(origin)).origin, _proxy_for(origin)
+        self._proxy = _proxy_for(origin)
         # The one used last at the end, each with the time at which its last answer was read.
         self._idle = deque([(time.monotonic(), self._open())])
 
-    def _open(self) -> Connection:
+    def _open(self) -> httpx.AsyncHTTPTransport:
         limits = httpx.Limits(max_connections=1, keepalive_expiry=POLL_KEEPALIVE)
         try:
-            if self._proxy is None:  # without the layers of httpx, which take a third of a request's CPU time
-                return httpcore.AsyncHTTPConnection(self._origin, tls_context())
             return httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=self._proxy)
         except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
             raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
@@ -225,36 +210,28 @@ class _Server:
             raise ConfigurationError(f"The certificates cannot be read: {error}. Nothing was sent.") from None
 
     @contextlib.asynccontextmanager
-    async def connection(self, keepalive: float) -> AsyncGenerator[Connection]:
+    async def connection(self, keepalive: float) -> AsyncGenerator[httpx.AsyncHTTPTransport]:
         """Lend the connection used last, or a new one if that one was idle for longer than `keepalive` seconds."""
         is_fresh = self._idle and time.monotonic() - self._idle[-1][0] < keepalive
         connection = self._idle.pop()[1] if is_fresh else self._open()
-        if is_closed(connection):
-            await _close(connection)
-            connection = self._open()
         try:
             yield connection
         except BaseException:
-            await _close(connection)
+            await connection.aclose()
             raise
         if has_unread_bytes(connection):
-            await _close(connection)
+            await connection.aclose()
         else:
             self._idle.append((time.monotonic(), connection))
         while self._idle and (len(self._idle) > KEPT or time.monotonic() - self._idle[0][0] > POLL_KEEPALIVE):
-            await _close(self._idle.popleft()[1])
+            await self._idle.popleft()[1].aclose()
         if not self.users:  # all clients were closed while the request was under way
             await self.aclose()
 
     async def aclose(self) -> None:
         """Close the idle connections, one after the other: a cancellation would end tasks before they begin."""
         while self._idle:
-            await _close(self._idle.pop()[1])
-
-
-async def _close(connection: Connection) -> None:
-    with anyio.CancelScope(shield=True):
-        await connection.aclose()
+            await self._idle.pop()[1].aclose()
 
 
 _shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Server]] = (
@@ -266,9 +243,9 @@ _shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, by
 class Connections:
     """The connections of one client to its server.
 
-    Requests go straight to httpcore, of which httpx is made: `httpx.AsyncClient` would add cookies, redirects and a log
-    of URLs. Errors show `label` instead of the URL. `transport` carries requests instead of the network, and this class
-    does not close it.
+    Requests go straight to httpx's transport: `httpx.AsyncClient` would add cookies, redirects and a log of URLs, and a
+    quarter of a request's CPU time. Errors show `label` instead of the URL. `transport` carries requests instead of the
+    network, and this class does not close it.
 
     Raises:
         ConfigurationError: The environment's proxy cannot be used.
@@ -284,13 +261,15 @@ class Connections:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._base = httpx.URL(url)
-        self._url = str(self._base).rstrip("/") if self._base.query == b"" else str(self._base)
+        self._url = url
         self._label = url if label is None else label
         self._timeout = timeout
         connect = min(_CONNECT, timeout / 2)
         self._timeouts = httpx.Timeout(timeout, connect=connect, pool=connect).as_dict()
         # Made once. Its repr hides the token.
-        self._headers = httpx.Headers({"Host": self._base.netloc.decode(), **_HEADERS})
+        self._headers = httpx.Headers(
+            {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": _USER_AGENT}
+        )
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token.get_secret_value()}"
         self._transport = transport
@@ -311,7 +290,9 @@ class Connections:
                 POLL_KEEPALIVE if call.method == "GET" else POST_KEEPALIVE
             ) as connection:
                 return await self._send(call, connection)
-        except (httpx.HTTPError, *_HTTPCORE_ERRORS, OSError) as error:
+        except httpx.InvalidURL:
+            raise ConfigurationError(f"{call.method} {call.path[:100]}… makes no URL. Check the id.") from None
+        except (httpx.HTTPError, OSError) as error:
             cause = self._without_secrets(error, call)
             is_sent, reason = _FAILURES.get(type(cause), (True, type(cause).__name__))
             raise CrewConnectionError(
@@ -322,26 +303,25 @@ class Connections:
                 kickoff_id=call.kickoff_id,
             ) from cause
 
-    async def _send(self, call: Call, connection: Any) -> Answer:
-        is_plain = isinstance(connection, httpcore.AsyncHTTPConnection)
-        make: Any = httpcore.Request if is_plain else httpx.Request
-        # No variable has the URL or the headers: error reporters show the local variables of all frames.
-        request = make(
+    async def _send(self, call: Call, transport: httpx.AsyncBaseTransport) -> Answer:
+        request = httpx.Request(
             call.method,
             self._url + call.path,
-            headers=self._headers.raw + call.headers,
+            headers=self._headers,
             content=call.content,
             extensions={"timeout": self._timeouts, **({"trace": call.trace} if call.before_sending else {})},
         )
+        if call.content is not None:
+            request.headers["Content-Type"] = "application/json"
         seconds = self._timeout * (POST_DEADLINE if call.method == "POST" else GET_DEADLINE)
-        if call.before_sending is not None and not (is_plain or isinstance(connection, httpx.AsyncHTTPTransport)):
+        if call.before_sending is not None and not isinstance(transport, httpx.AsyncHTTPTransport):
             call.before_sending()  # a user's transport may not support httpx's trace
         with anyio.move_on_after(seconds):
-            response: Any = await connection.handle_async_request(request)
-            del request
+            response = await transport.handle_async_request(request)
+            del request  # its repr shows the whole URL
             try:
-                status = response.status if is_plain else response.status_code
-                return await _read(status, httpx.Headers(response.headers), response.stream, call.kickoff_id)
+                body = cast("AsyncIterable[bytes]", response.stream)
+                return await _read(response.status_code, response.headers, body, call.kickoff_id)
             finally:
                 await response.aclose()
         raise httpx.ReadTimeout(f"the answer was not complete after {seconds:g} s")
@@ -351,8 +331,6 @@ class Connections:
 
         A tool that prints the local variables of frames would print the token.
         """
-        if isinstance(error, _HTTPCORE_ERRORS):
-            error = getattr(httpx, type(error).__name__)(str(error))
         if isinstance(error, httpx.RequestError):
             error.request = httpx.Request(call.method, f"{self._base.scheme}://{self._base.netloc.decode()}")
         # An answer that is not HTTP is a text of the server, so mask it as such.
@@ -373,10 +351,6 @@ class Connections:
 # Answers and failures
 
 
-_HTTPCORE_ERRORS = (
-    *(httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError),
-    *(httpcore.ProxyError, httpcore.UnsupportedProtocol),
-)
 _FAILURES: dict[type[Exception], tuple[bool, str]] = {
     httpx.ConnectError: (False, "no connection was made"),  # refused, unreachable, DNS, TLS
     httpx.ConnectTimeout: (False, "no connection was made in time"),
