@@ -454,7 +454,7 @@ async def test_a_worker_that_begins_before_its_server_lives_once_the_server_does
         assert worker._work_pool is None
         assert await worker._get_scheduled_flow_runs() == []
         await worker._beat()
-        assert [one.name for one in await in_store(workers.workers_of, str(worker.work_pool.id))] == ["early"]
+        assert "early" in [one.name for one in await in_store(workers.workers_of, str(worker.work_pool.id))]
     finally:
         await worker.__aexit__(None, None, None)
 

@@ -19,6 +19,8 @@ from prefect_crew.cli.doctor import Finding, Findings, check_crew, check_prefect
 from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import PrefectAwayError
+from prefect_crew.runs.database import in_store
+from prefect_crew.store import workers
 from support.commands import Command
 from support.crew_pool import CrewPool
 from support.prefect_server import PrefectServer
@@ -80,21 +82,12 @@ async def test_prefect_and_a_pool_whose_worker_is_gone(prefect_api: PrefectServe
         assert finding.level == "warning"
         assert finding.fact == "workers online: none; flow runs begun: 0"
         assert finding.fix == f"prefect worker start --pool {pool.name}"
-        deployment = pool.deploy("a")
-        for name in ("here", "there"):
-            pool.call("POST", f"/work_pools/{pool.name}/workers/heartbeat", {"name": name})
-        for owner, *states in (
-            ("here", "PENDING", "RUNNING"),
-            ("gone", "PENDING", "RUNNING"),
-            ("gone", "PENDING"),
-            ("gone", "PENDING", "RUNNING", "COMPLETED"),
-            (None, "PENDING"),  # a worker may be about to take it
-        ):
-            run_id = pool.start(deployment)
-            for state in states:
-                pool.set_state(run_id, state)
-            if owner is not None:
-                pool.call("PATCH", f"/flow_runs/{run_id}", {"infrastructure_pid": f"{owner}/1"})
+        pool_id = pool.call("GET", f"/work_pools/{pool.name}")["id"]
+        for name, heartbeat, held in (("here", 30, 2), ("there", 30, 0), ("gone", 0, 2), ("ended", 0, 0)):
+            boot = uuid4().hex
+            await in_store(workers.beat, boot, pool_id, name, "host", heartbeat)
+            for _ in range(held):
+                await in_store(workers.hold, str(uuid4()), boot)
         (finding,) = await look_at_prefect(f"crew pool {pool.name}")
     left = "workers online: here, there; flow runs begun: 4, 2 of them left by workers that are gone (gone)"
     assert finding.level == "warning"
