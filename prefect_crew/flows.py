@@ -83,8 +83,8 @@ async def arun_crew(
         crew: A crew, or the name of a stored block.
         inputs: The crew's inputs by name.
         name: The step's name: in task names, and part of a derived idempotency key.
-        idempotency_key: The identity of this run, across flow runs and machines that share a Prefect server. It may be
-            a template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Default: inside a flow, a key is
+        idempotency_key: The identity of this run, across flow runs and machines that share a crew database. It may be a
+            template over the scheduled time: `"daily-{scheduled_start:%Y-%m-%d}"`. Default: inside a flow, a key is
             derived, so that retries of this flow run reattach to the run; outside, every call is a new run.
         force_new: Start a new run, whatever attempts the key has.
         meta: Any JSON object for the crew's webhooks; the idempotency key is added to it.

@@ -61,7 +61,7 @@ def test_the_url_is_cleaned():
         *({"url": url} for url in (None, "", "travel.test", "http://travel.test", "https://me:hunter2@travel.test")),
         *({"max_attempts": 0}, {"request_timeout": 0}, {"price": -1}, {"show": "everything"}, {"token": None}),
         *({"wait": {"initial": 0}}, {"max_attempt": 1}, {"wait": {"timeot": 60}}),
-        # No date is so far away: they would fail once a kickoff has its permit, or when a form is put up.
+        # No date is so far away: they would fail once the kickoff is sent, or when a form is put up.
         *({"wait": {"timeout": 1e12}}, {"wait": {"human_timeout": 1e12}}, {"wait": {"timeout": math.inf}}),
     ],
     ids=str,

@@ -43,13 +43,15 @@ def test_servers_end_with_their_test(pytester: pytest.Pytester) -> None:
         import httpx
         import pytest
 
-        servers = []
+        servers, databases = [], []
 
-        def test_start(crew_server):
+        def test_start(crew_server, crew_database):
+            databases.append(crew_database)
             servers.extend([crew_server("echo"), crew_server("echo")])
             assert all(httpx.get(server.url).text == "Healthy" for server in servers)
 
-        def test_ended():
+        def test_ended(crew_database):
+            assert crew_database not in databases, "each test has a crew database of its own"
             for server in servers:
                 with pytest.raises(httpx.ConnectError):
                     httpx.get(server.url)

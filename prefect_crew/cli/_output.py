@@ -221,12 +221,11 @@ class SeenRun:
         return lines
 
     @property
-    def on_record(self) -> str:
+    def started(self) -> str:
         """The sentence that leads to the run's result if the command fails."""
         if self.idempotency_key is None:
             return f"Run {self.kickoff_id} was started."
-        command = f"prefect-crew result {shlex.quote(self.idempotency_key)}"
-        return f"Run {self.kickoff_id} was started and is on record: {command}."
+        return f"Run {self.kickoff_id} was started: prefect-crew result {shlex.quote(self.idempotency_key)}."
 
 
 class Progress(AbstractContextManager["Progress"]):

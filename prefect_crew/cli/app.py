@@ -143,7 +143,7 @@ def run(arguments: list[str]) -> int:
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `-o json` for programs; return its exit code."""
     watched, error = _output.current.seen, _errors.own_error(error)
-    code, text = _errors.exit_code(error), _errors.message(error, watched and watched.on_record)
+    code, text = _errors.exit_code(error), _errors.message(error, watched and watched.started)
     if _output.current.debug:
         sys.stderr.write(_output.redact("".join(traceback.format_exception(error))))
     _output.note(text, "bold" if _errors.is_signal(error) else "red")

@@ -468,7 +468,7 @@ def _conflict(attempt: Attempt, differences: Sequence[str]) -> IdempotencyConfli
     names = [name for name in differences if name not in ("crew", "inputs")]
     parts = [f"crew {attempt.crew} at {attempt.crew_url}"] if "crew" in differences else []
     if names:
-        parts.append(f"other values of the inputs {', '.join(map(repr, names))}")
+        parts.append(f"other values of {', '.join(map(repr, names))}")
     elif "inputs" in differences:
         parts.append("other inputs")
     return IdempotencyConflictError(

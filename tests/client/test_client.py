@@ -311,7 +311,7 @@ async def test_a_client_is_opened_once_and_used_open():
         await client.kickoff({})
 
 
-# No error shows what a request held. tests/proof/test_secrets.py looks at logs, records and everything else.
+# No error shows what a request held. tests/proof/test_secrets.py looks at logs, the crew database and everything else.
 
 ODD_TOKEN = 't0k"en<&>/\\+0123456789'
 INPUT, IN_PATH, IN_HEADER = "1nput-secret", "p4th-secret", "h00k-secret"

@@ -112,7 +112,7 @@ def test_a_digest_never_changes():
     others = [{"a": ["z", "y"], "b": 2}, {"a": ["y", "z"]}, {"a": ["y", "z"], "c": 2}, {}, {"a": ""}]
     assert len({Inputs.of(inputs).digest for inputs in same}) == 1
     assert len({Inputs.of(inputs).digest for inputs in (same[0], *others)}) == 1 + len(others)
-    # A digest stands in records that outlive this version: the figures stay.
+    # A digest stands in crew databases that outlive this version: the figures stay.
     three = Inputs.of({"topic": "Lisbon", "days": 3, "when": date(2025, 1, 2)})
     assert three.digest == "ac79fdfa3001cab39457346ccaaf7a5f"
     inputs, state = {"topic": "Lisbon"}, "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"

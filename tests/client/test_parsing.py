@@ -228,6 +228,6 @@ def test_retry_after_is_none_or_a_time_to_wait(value: str):
 
 @pytest.mark.parametrize("count", [10**12 + 1, 2**63 - 1024, 10**30, -1, "NaN", "inf", "many", None, [1], True])
 def test_an_impossible_count_is_not_reported(count: Any):
-    """Two of 2**63 - 1024 would overflow the sum of a batch's ledger, which then could not be read."""
+    """Two of 2**63 - 1024 would overflow the sum of a batch in the crew database, which then could not be read."""
     assert tokens_of({"total_tokens": count}) is None
     assert tokens_of({"total_tokens": count, "prompt_tokens": 5}) == TokenUsage(prompt_tokens=5)

@@ -5,15 +5,30 @@ import shutil
 from pathlib import Path
 
 import pytest
-from prefect.settings import PREFECT_HOME, temporary_settings
+from prefect.settings import PREFECT_HOME, PREFECT_SERVER_DATABASE_CONNECTION_URL, temporary_settings
 
 from prefect_crew import StoreError, run_crew
-from prefect_crew.runs.database import URL_SETTING, forget_stores, use_this_store
+from prefect_crew.runs.database import URL_SETTING, database_url, forget_stores, use_this_store
 from prefect_crew.testing import CrewServerFactory
 
-pytestmark = pytest.mark.usefixtures("prefect_api")
+
+@pytest.mark.parametrize(
+    ("prefect_url", "file"),
+    [
+        ("sqlite+aiosqlite:////harness/orion.db", "/harness/crew.db"),  # as `prefect_test_harness` makes one
+        ("postgresql+asyncpg://user:password@host/prefect", "/home/me/crew.db"),
+        ("sqlite+aiosqlite:///:memory:", "/prefect-crew-"),
+    ],
+)
+def test_the_default_file_is_beside_that_of_prefect(monkeypatch: pytest.MonkeyPatch, prefect_url: str, file: str):
+    monkeypatch.delenv(URL_SETTING, raising=False)
+    with temporary_settings({PREFECT_HOME: "/home/me", PREFECT_SERVER_DATABASE_CONNECTION_URL: prefect_url}):
+        url, is_set = database_url()
+    assert file in url
+    assert not is_set
 
 
+@pytest.mark.usefixtures("prefect_api")
 def test_a_second_default_file_starts_nothing_and_one_that_is_set_is_warned_of_once(
     crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

@@ -151,7 +151,7 @@ async def test_a_dead_flow_run_with_forms_crashes():
 
 
 async def test_a_resumed_flow_run_is_left_alone():
-    """Another process goes on with it. A later claim of that process does not look at the suspension before."""
+    """Another process goes on with it, and the suspension before says nothing about that process."""
     first = await begun()
     async with get_client() as client:
         for state in (Suspended(timeout_seconds=300), Scheduled(name="Resuming"), Pending(), Running()):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import stat
@@ -26,6 +27,7 @@ from prefect_crew.store.database import Store, Transaction, mount_kind, transact
 from prefect_crew.store.decision import AttemptState, Step
 from prefect_crew.store.schema import METADATA, attempts
 from support.crew_database import begun, in_flight, request
+from support.postgres import Postgres
 
 FORKED = multiprocessing.get_context("fork")
 
@@ -197,6 +199,27 @@ async def test_a_locked_file_is_waited_for_and_then_given_up(path: Path, monkeyp
     store.close()
 
 
+async def test_a_full_disk_is_an_error_in_a_sentence_and_takes_records_again(file_store: Store):
+    pages: list[int] = []
+
+    @sa.event.listens_for(file_store._engine, "connect")
+    def limit(connection: sqlite3.Connection, _: object) -> None:
+        connection.execute(f"PRAGMA max_page_count={pages[-1] if pages else 2**30}").close()
+
+    attempt = await in_flight(file_store, request(), "id")
+    pages.append(1)  # as many as there are
+    file_store.close()
+    result = "x" * 1_000_000
+    with pytest.raises(StoreError, match=r"disk is full\)\. The run was started and goes on\.") as error:
+        await file_store.run(ended, attempt, "id", AttemptState.COMPLETED, result=result)
+    assert error.value.started == "yes"
+    with pytest.raises(StoreError, match=r"disk is full\)\. Nothing was started\."):
+        await asyncio.gather(*(file_store.run(begin, request(f"{number}")) for number in range(100)))
+    assert (await file_store.run(look, request())).step is Step.REATTACH
+    pages.append(2**30)
+    assert await file_store.run(ended, attempt, "id", AttemptState.COMPLETED, result=result)
+
+
 # Both databases
 
 
@@ -314,6 +337,27 @@ def test_parent_and_child_of_a_fork_write_to_one_database(timed_store: Store):
         assert len(asyncio.run(timed_store.run(of_key, key))) == 1, key
 
 
+@pytest.mark.programs
+def test_a_hundred_processes_share_one_database(database_url: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(database, "LOCK_WITHIN", 60.0)  # all share two busy cores
+
+    def write(number: int) -> None:
+        store = Store(database_url)
+        assert asyncio.run(store.run(begin, request("one"))).step in (Step.START, Step.BUSY)
+        asyncio.run(in_flight(store, request(f"{number}")))
+        store.close()
+
+    processes = [FORKED.Process(target=write, args=(number,)) for number in range(100)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 100
+    store = Store(database_url)
+    assert [len(asyncio.run(store.run(of_key, key))) for key in ("one", *map(str, range(100)))] == [1] * 101
+    store.close()
+
+
 def die_in_transaction(url: str) -> None:
     @transaction("write")
     def die(transaction: Transaction) -> None:
@@ -355,6 +399,48 @@ async def test_a_password_that_the_server_repeats_is_masked(empty_postgres: Call
         await store.run(begin, request())
     assert error.value.__cause__ is None
     store.close()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(
+    ("role", "problem"),
+    [("wrong", "password authentication failed"), ("many", 'too many connections for role "many"')],
+)
+async def test_a_server_that_refuses_is_an_error_in_a_sentence(
+    empty_postgres: Callable[[], str], role: str, problem: str
+):
+    url = empty_postgres()
+    with raw(url) as connection:
+        connection.exec_driver_sql(f"DROP ROLE IF EXISTS {role}")
+        connection.exec_driver_sql(f"CREATE ROLE {role} LOGIN PASSWORD 'another' CONNECTION LIMIT 0")
+        rules = Path(str(connection.exec_driver_sql("SHOW hba_file").scalar_one()))
+        if role == "wrong" and "all wrong " not in rules.read_text():
+            rules.write_text(f"host all wrong 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+            connection.exec_driver_sql("SELECT pg_reload_conf()")
+    store = Store(re.sub("//.*@", f"//{role}:s3cret@", url))
+    with pytest.raises(StoreError, match=rf"cannot be used \(.*{problem}.*\)\. Nothing was started\.$") as error:
+        await store.run(begin, request())
+    assert (error.value.operation, error.value.started, "s3cret" in str(error.value)) == ("begin", "no", False)
+    store.close()
+
+
+@pytest.mark.postgres
+async def test_a_server_that_stops_starts_nothing_and_is_used_again(postgres: Postgres):
+    with Postgres(postgres.programs) as server:
+        store = Store(server.create_database("crews").replace("+asyncpg", ""))
+        attempt = await in_flight(store, request(), "id")
+        server.process.stop(signal.SIGINT)
+        with pytest.raises(StoreError, match=r"cannot be used \(.*\)\. Nothing was started\."):
+            await store.run(begin, request("other"))
+        with pytest.raises(StoreError, match=r"cannot be used \(.*\)\. The run was started and goes on\."):
+            await store.run(ended, attempt, "id", AttemptState.COMPLETED)
+        server.serve()
+        assert (await store.run(look, request("other"))).step is Step.START
+        assert await store.run(ended, attempt, "id", AttemptState.COMPLETED)
+        server.process.stop(signal.SIGINT)
+        server.serve()
+        assert (await store.run(look, request())).step is Step.RETURN, "a connection of before is replaced"
+        store.close()
 
 
 @pytest.mark.postgres
