@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from json import dumps
 from typing import TYPE_CHECKING, Any
@@ -46,14 +46,12 @@ class Invocation:
         tokens: Texts that must not be written.
         seen: The run that the command kicked off or found last, for later errors.
         line: The last line of the screen, while the command redraws it.
-        at_end: The things that are closed when the command ends.
     """
 
     debug: bool = False
     tokens: set[str] = field(default_factory=set[str], repr=False)
     seen: SeenRun | None = None
     line: LiveLine | None = None
-    at_end: ExitStack = field(default_factory=ExitStack)
 
     def hide(self, token: str) -> str:
         """Keep a token out of everything that is written from now on, and return it."""

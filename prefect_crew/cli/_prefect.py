@@ -1,4 +1,4 @@
-"""The Prefect API for a command: reachable and quiet. A server that was started for the command ends with it."""
+"""The Prefect API for a command: reachable and quiet."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import importlib
 import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Literal
 
@@ -75,25 +72,21 @@ def _check(url: str) -> None:
 
     from prefect_crew._internal.prefect_errors import STATUS_ERRORS, shown_url
 
-    def judge(response: httpx.Response) -> None:
-        # Raised here, since the client would wait before it gives up, and takes a page of another server for an answer.
-        is_page = response.is_success and "html" in response.headers.get("Content-Type", "")
-        if is_page or response.is_error:
-            problem = f"GET {response.url.path} was answered with {'a page' if is_page else response.status_code}"
+    def refuse_page(response: httpx.Response) -> None:
+        # The client takes the page of another server for an answer.
+        if response.is_success and "html" in response.headers.get("Content-Type", ""):
+            problem = f"GET {response.url.path} was answered with a page"
             raise PrefectHTTPStatusError(problem, request=response.request, response=response)
 
     timeout = httpx.Timeout(ANSWER_WITHIN, connect=ANSWER_WITHIN / 4)  # the client tries to connect four times
-    asking = {"timeout": timeout, "event_hooks": {"response": [judge]}}
+    asking = {"timeout": timeout, "event_hooks": {"response": [refuse_page]}}
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(asking, sync_client=True) as client:
         problem = client.api_healthcheck()
     code = problem.response.status_code if isinstance(problem, STATUS_ERRORS) else None
     if problem is None or code == 429:  # which says that it is there
         return
-    why = str(problem).rstrip(".") or type(problem).__name__
-    fix = (
-        "Start that server, or set PREFECT_API_URL to one that runs; without PREFECT_API_URL Prefect starts an "
-        "embedded one."
-    )
+    why = str(problem).splitlines()[0].rstrip(".") or type(problem).__name__
+    fix = "Start that server, or set PREFECT_API_URL to one that runs."
     if code in (401, 403):
         fix = "Check PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
     elif code is not None and code < 500:
@@ -104,82 +97,35 @@ def _check(url: str) -> None:
 
 
 def _start_embedded() -> None:
-    """Start Prefect's embedded server, which ends with the command.
+    """Let Prefect's client start the embedded server, which ends with this process."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
-    Prefect's own class (`SubprocessASGIServer`) starts a server with a broken database again and again.
-    """
-    from prefect_crew._internal.prefect_api import embedded_server
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     if not _output.current.debug:  # what it logs, such as a busy database, is kept off this terminal
         for name in ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
             os.environ.setdefault(name, "CRITICAL")
-    at_end, url = _output.current.at_end, f"http://127.0.0.1:{port}/api"
-    command, env = embedded_server(port)
+    outcome = Future[None]()
 
-    def start() -> subprocess.Popen[bytes]:
+    def start() -> None:
         # The keys send SIGINT to every process of the terminal, so the server would end before the end of the flow run
         # is on record. A process inherits the signal mask of the thread that starts it.
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        process = subprocess.Popen(command, env=env)  # noqa: S603 - fixed words, and a port
-        at_end.callback(_end, process)
-        return process
+        try:
+            with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: START_WITHIN}):
+                get_client(sync_client=True)
+        except Exception as error:  # noqa: BLE001 - the thread that waits raises it
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
 
-    at_end.callback(_use_server, None)  # once it has ended
-    with ThreadPoolExecutor(1) as pool:  # which is waited for when this thread is interrupted, so that its end is sure
-        process = pool.submit(start).result()
-    _use_server(url)
-    importlib.import_module("prefect_crew.flows")  # most commands need it, and the server takes longer
-    _wait_for(process, f"{url}/health")
-
-
-def _use_server(url: str | None) -> None:
-    from prefect.context import refresh_global_settings_context
-
-    for name, value in {"PREFECT_API_URL": url, "PREFECT_UI_URL": url and ""}.items():  # it has no pages
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    refresh_global_settings_context()
-
-
-def _wait_for(process: subprocess.Popen[bytes], url: str) -> None:
-    import httpx
-
-    from prefect_crew._internal.prefect_errors import TRANSPORT_ERRORS
-
-    until, is_up = time.monotonic() + START_WITHIN, False
-    with httpx.Client(trust_env=False) as client:
-        while not is_up:
-            if process.poll() is not None or time.monotonic() > until:
-                why = "it gave no answer" if process.returncode is None else f"its exit code is {process.returncode}"
-                raise PrefectAwayError(
-                    f"Prefect's embedded server did not start: {why}. Try `prefect server start`, which shows more."
-                )
-            time.sleep(0.05)
-            with suppress(*TRANSPORT_ERRORS):
-                is_up = client.get(url).is_success
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the embedded server after Prefect's threads have sent their logs and events, or after some 10 s."""
-    from prefect.events.worker import EventsWorker
-    from prefect.logging.handlers import APILogWorker
-
+    threading.Thread(target=start, daemon=True).start()
     try:
-        if process.poll() is None:
-            APILogWorker.drain_all(timeout=3)
-            EventsWorker.drain_all(timeout=3)
-    finally:  # a further signal may have come
-        process.terminate()
-    try:
-        process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        outcome.result()
+    except RuntimeError as error:
+        raise PrefectAwayError(
+            f"Prefect's embedded server did not start: {str(error).rstrip('.')}. Try `prefect server start`, which shows more."
+        ) from None
 
 
 _PACKAGE = str(Path(__file__).parent.parent)

@@ -113,9 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             with _signals(_IGNORED):
                 return _report(error, as_json=bool(re.search(r"(^| )(-o|--output)[ =]?json( |$)", " ".join(own))))
-        finally:
-            with _signals(_IGNORED):  # what is closed now takes a few seconds at most
-                invocation.at_end.close()
 
 
 def run(arguments: list[str]) -> int:

@@ -100,7 +100,6 @@ def _store(name: str, url: str, token: str, is_flow: bool) -> None:
     _output.current.hide(token)
     asyncio.run(save_served(name, url, token, is_flow=is_flow))
     _output.note(f"Stored crew {name} ({url}) as the block deployed-crew/{name}.")
-    _output.current.at_end.close()  # an embedded server has done its part
 
 
 @contextmanager
