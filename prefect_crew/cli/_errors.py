@@ -5,7 +5,6 @@ A table in docs/reference/cli.md has the meaning of each exit code.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,11 +62,7 @@ def message(error: BaseException, run: str | None = None) -> str:
     if is_signal(error):
         return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
     text = reason(error)
-    if isinstance(error, CrewError):
-        return text
-    if isinstance(error, CycloptsError):
-        for words, plain in _PLAIN.items():
-            text = re.sub(words, plain, text)
+    if isinstance(error, CrewError | CycloptsError):
         return text
     response: Any = getattr(error, "response", None)
     if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
@@ -80,20 +75,21 @@ def message(error: BaseException, run: str | None = None) -> str:
     )
 
 
-def own_error(error: BaseException) -> BaseException:
-    """Return this package's error if the Prefect API cannot be reached or refuses the key, else the error as it is.
+def own_error(error: BaseException, run: object = None) -> BaseException:
+    """Return this package's error if an option does not fit its field, or if the Prefect API cannot be reached or
+    refuses the key; else the error as it is.
 
-    Errors of the crew's client are this package's errors already.
+    `run` is the run that the command has started or found by then: no option is at fault any more.
     """
     if isinstance(error, CrewError | CycloptsError) or is_signal(error):
         return error
+    if isinstance(error, ValidationError) and run is None:
+        return ConfigurationError(reason(error))
     from prefect_crew._internal.prefect_errors import is_away_or_refuses_key, prefect_error
 
     if not is_away_or_refuses_key(error):
         return error
-    own = prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
-    own.__cause__ = error
-    return own
+    return prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
 
 
 def reason(error: BaseException) -> str:
@@ -112,14 +108,3 @@ def _refusal(response: Any) -> str:
         detail = ""
     answered = f"{response.request.method} {response.request.url.path} was answered with {response.status_code}"
     return ", ".join(filter(None, (answered, " ".join(str(detail).split()))))
-
-
-_PLAIN = {
-    r"^Unused Tokens: \[(.+)\]\.": r"The command takes no such argument: \1. An input is -i NAME=VALUE.",
-    " Did you mean --yes\\?": "",  # a person who means another option would confirm a question that was not asked yet
-    "into timedelta": "into a time such as 90m, 4h or 30d",
-    r"into float\|Literal\[continue, stop\]": "into a number, continue or stop",
-    r'Command "([^"]+)" parameter (\S+) requires an argument\.': r"prefect-crew \1: \2 is missing or has no value.",
-    r"^Invalid values for group [^.]+\. ": "",
-}
-"""Words in place of those of the parser."""

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from json import dumps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as LiveLine
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.prompt import Confirm
 from rich.table import Table
 
@@ -91,22 +89,6 @@ def note(text: str, style: str | None = None) -> None:
     out.print(redact(plain(text)), style=style, soft_wrap=True)
 
 
-@contextmanager
-def asking() -> Generator[None]:
-    """Let Ctrl-C end a question at once, since asyncio would only note it and read on from the terminal.
-
-    Outside the main thread, where Python allows no handlers, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def confirm(question: str, *, yes: bool) -> None:
     """Go on only if a person agrees, with --yes (`yes`) or on the terminal.
 
@@ -119,7 +101,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
     is_agreed = False
-    with asking(), suppress(EOFError):  # the end of the input, as Ctrl-D gives it, is no yes
+    with suppress(EOFError):  # the end of the input, as Ctrl-D gives it, is no yes
         is_agreed = Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
     if not is_agreed:
         raise CrewError("Nothing was changed.")
@@ -174,6 +156,15 @@ def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
     else:
         for row in (header, *rows):
             put("\t".join(row))
+
+
+def put_facts(facts: Mapping[str, Any]) -> None:
+    """Write a line for each fact that there is: a text, a number or a list."""
+    for name, fact in facts.items():
+        if fact and not isinstance(fact, dict):
+            label = "to do" if name == "todo" else name.replace("_", " ")
+            text = "; ".join(map(str, cast("list[Any]", fact))) if isinstance(fact, list) else str(fact)
+            put(f"  {label[0].upper()}{label[1:]}: {' '.join(text.split())}")
 
 
 def put_json(value: Any) -> None:
@@ -251,7 +242,7 @@ class Progress(AbstractContextManager["Progress"]):
         self._since = time.monotonic()
         line = f"{text}{f' ({hint})' if hint else ''}"
         if self._is_live:
-            self._draw(line)
+            self._draw(line, self._since)
         elif hint or not self._is_quiet:
             note(f"{line} …")
 
@@ -273,24 +264,22 @@ class Progress(AbstractContextManager["Progress"]):
             self.close()
         elif self._is_live:
             word = "waits for a person" if watched.state is CrewState.WAITING else str(watched.state)
-            self._draw(f"Crew {watched.label} {word}{watched.share}", since=watched.since)
+            self._draw(f"Crew {watched.label} {word}{watched.share}", watched.since)
 
     def watch_batch(self, progress: BatchProgress) -> None:
         """Show the progress of a batch. `run_batch` calls this as its `on_progress`."""
         from prefect_crew._internal.prefect_api import flow_run_id
 
         self.flow_run_id = self.flow_run_id or flow_run_id()
-        name, phase = progress.name, progress.phase
-        self.batch = name
-        if phase == "checking":
-            self.phase(f"Batch {name}: checking every row")
-        elif self._is_live and phase != "done":
-            self._draw(f"Batch {name}", done=progress.done, total=progress.total, figures=figures(progress))
-        elif self._is_live or phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
+        self.batch, text = progress.name, f"Batch {progress.name}: {figures(progress)}"
+        if progress.phase == "checking":
+            self.phase(f"Batch {progress.name}: checking every row")
+        elif self._is_live and progress.phase != "done":
+            self._draw(text, progress.started)
+        elif self._is_live or progress.phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
             self.close()
             self._said_at = time.monotonic()
-            parts = (f"{progress.done:,} of {progress.total:,} rows", figures(progress))
-            note(f"Batch {name}: {' · '.join(filter(None, parts))}")
+            note(text)
 
     def close(self) -> None:
         """Stop drawing."""
@@ -301,37 +290,25 @@ class Progress(AbstractContextManager["Progress"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _draw(
-        self, text: str, *, since: float | None = None, done: int = 0, total: int | None = None, figures: str = ""
-    ) -> None:
-        """Draw the last line: a spinner and the seconds, or a bar where `total` is given."""
-        if current.line is not None and (current.line.tasks[0].total is None) is not (total is None):
-            self.close()
+    def _draw(self, text: str, since: float) -> None:
+        """Draw the last line: a spinner, a text from outside, which neither controls nor styles, and the seconds."""
         if current.line is None:
-            bar: list[ProgressColumn] = [] if total is None else [BarColumn(30), MofNCompleteColumn()]
-            columns = (TextColumn("{task.description}"), *bar, TextColumn("[dim]{task.fields[figures]}"))
-            out = console(stderr=True)
-            current.line = LiveLine(SpinnerColumn(), *columns, TimeElapsedColumn(), console=out, transient=True)
-            current.line.add_task("", total=total, figures="")
+            out, columns = console(stderr=True), (TextColumn("{task.description}"), TimeElapsedColumn())
+            current.line = LiveLine(SpinnerColumn(), *columns, console=out, transient=True)
+            current.line.add_task("")
         (task,) = current.line.tasks
-        if total is None:
-            task.start_time = self._since if since is None else since
-        description, figures = _as_markup(text), _as_markup(figures)
-        current.line.update(task.id, completed=done, total=total, description=description, figures=figures)
+        task.start_time = since
+        current.line.update(task.id, description=escape(redact(plain(text))))
         current.line.start()  # not again where it is drawn already
 
 
-def _as_markup(text: str) -> str:
-    """Return text from outside as markup that neither controls nor styles the terminal."""
-    return escape(redact(plain(text)))
-
-
 def figures(progress: BatchProgress) -> str:
-    """Return a batch's progress as a text, without the number of done rows, which the caller shows."""
+    """Return a batch's progress as a text."""
     from prefect_crew.artifacts.escape import duration
     from prefect_crew.batches.report import WAITS_FOR_SLOT
 
     parts = (
+        f"{progress.done:,} of {progress.total:,} rows",
         WAITS_FOR_SLOT if progress.phase == "waiting" else "",
         f"{progress.failed:,} failed" if progress.failed else "",
         f"{progress.uncertain:,} uncertain" if progress.uncertain else "",

@@ -14,10 +14,14 @@ from typing import Literal
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress
-from prefect_crew.exceptions import PrefectAwayError, PrefectRefusedError
+from prefect_crew.exceptions import PrefectAwayError
 
 START_WITHIN = 120
 """Seconds for the embedded server: it makes its database the first time, and machines are slow."""
+CHECK_URL = (
+    "Start that server with `prefect server start`, or check PREFECT_API_URL, which has to end in /api, such as "
+    "http://127.0.0.1:4200/api."
+)
 ANSWER_WITHIN = 10.0
 """Seconds for the first answer of the server in PREFECT_API_URL."""
 
@@ -49,7 +53,7 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
             from prefect_crew._internal.prefect_errors import shown_url
 
             progress.phase(f"Asking the Prefect API at {shown_url(url)}")
-            _check(url)
+            _check()
         elif lasting or not settings.server.ephemeral.enabled:
             why = "the settings of Prefect forbid its embedded server"
             if lasting:
@@ -64,36 +68,26 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
     return url
 
 
-def _check(url: str) -> None:
+def _check() -> None:
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    from prefect_crew._internal.prefect_errors import STATUS_ERRORS, shown_url
+    from prefect_crew._internal.prefect_errors import STATUS_ERRORS, prefect_error
 
-    def refuse_page(response: httpx.Response) -> None:
-        # The client takes the page of another server for an answer.
-        if response.is_success and "html" in response.headers.get("Content-Type", ""):
-            problem = f"GET {response.url.path} was answered with a page"
-            raise PrefectHTTPStatusError(problem, request=response.request, response=response)
+    def judge(response: httpx.Response) -> None:
+        # The client would wait before it gives up, and takes a page of another server for an answer.
+        if response.is_error or "html" in response.headers.get("Content-Type", ""):
+            raise PrefectHTTPStatusError("no answer of the API", request=response.request, response=response)
 
     timeout = httpx.Timeout(ANSWER_WITHIN, connect=ANSWER_WITHIN / 4)  # the client tries to connect four times
-    asking = {"timeout": timeout, "event_hooks": {"response": [refuse_page]}}
+    asking = {"timeout": timeout, "event_hooks": {"response": [judge]}}
     with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(asking, sync_client=True) as client:
         problem = client.api_healthcheck()
-    code = problem.response.status_code if isinstance(problem, STATUS_ERRORS) else None
-    if problem is None or code == 429:  # which says that it is there
-        return
-    why = str(problem).splitlines()[0].rstrip(".") or type(problem).__name__
-    fix = "Start that server, or set PREFECT_API_URL to one that runs."
-    if code in (401, 403):
-        fix = "Check PREFECT_API_KEY or PREFECT_API_AUTH_STRING."
-    elif code is not None and code < 500:
-        fix = "Check PREFECT_API_URL, which has to end in /api, such as http://127.0.0.1:4200/api."
-    how = "" if code is None else " as it should"
-    kind = PrefectRefusedError if code in (401, 403) else PrefectAwayError
-    raise kind(f"The Prefect API at {shown_url(url)} does not answer{how}: {why}. {fix}") from None
+    is_busy = isinstance(problem, STATUS_ERRORS) and problem.response.status_code == 429  # so it is there
+    if problem is not None and not is_busy:
+        raise prefect_error(problem, CHECK_URL) from None
 
 
 def _start_embedded() -> None:
@@ -123,8 +117,9 @@ def _start_embedded() -> None:
     try:
         outcome.result()
     except RuntimeError as error:
+        why = str(error).rstrip(".")
         raise PrefectAwayError(
-            f"Prefect's embedded server did not start: {str(error).rstrip('.')}. Try `prefect server start`, which shows more."
+            f"Prefect's embedded server did not start: {why}. Try `prefect server start`, which shows more."
         ) from None
 
 
