@@ -6,7 +6,6 @@ A table in docs/reference/cli.md has the meaning of each exit code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cyclopts import CycloptsError
 from pydantic import ValidationError
@@ -64,10 +63,6 @@ def message(error: BaseException, run: str | None = None) -> str:
     text = reason(error)
     if isinstance(error, CrewError | CycloptsError):
         return text
-    response: Any = getattr(error, "response", None)
-    if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
-        refusal = text if response is None else _refusal(response)
-        return f"The Prefect API refused: {refusal}. To check it, run: prefect-crew doctor."
     if isinstance(error, OSError) and error.args:
         return text
     return " ".join(
@@ -77,7 +72,7 @@ def message(error: BaseException, run: str | None = None) -> str:
 
 def own_error(error: BaseException, run: object = None) -> BaseException:
     """Return this package's error if an option does not fit its field, or if the Prefect API cannot be reached or
-    refuses the key; else the error as it is.
+    refuses the request; else the error as it is.
 
     `run` is the run that the command has started or found by then: no option is at fault any more.
     """
@@ -85,11 +80,11 @@ def own_error(error: BaseException, run: object = None) -> BaseException:
         return error
     if isinstance(error, ValidationError) and run is None:
         return ConfigurationError(reason(error))
-    from prefect_crew._internal.prefect_errors import is_away_or_refuses_key, prefect_error
+    from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, is_away, prefect_error
 
-    if not is_away_or_refuses_key(error):
-        return error
-    return prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
+    if is_away(error):
+        return prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
+    return prefect_error(error, "") if isinstance(error, PREFECT_ERRORS) else error
 
 
 def reason(error: BaseException) -> str:
@@ -97,14 +92,3 @@ def reason(error: BaseException) -> str:
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) or type(error).__name__
     return "; ".join(problems_of(error))
-
-
-def _refusal(response: Any) -> str:
-    """Return the reason in an answer of the Prefect API, because the text of httpx's error is mostly a link."""
-    try:
-        body = response.json()
-        detail = body.get("detail") or body.get("exception_message") or ""
-    except (ValueError, AttributeError):
-        detail = ""
-    answered = f"{response.request.method} {response.request.url.path} was answered with {response.status_code}"
-    return ", ".join(filter(None, (answered, " ".join(str(detail).split()))))
