@@ -221,30 +221,24 @@ class SeenRun:
 class Progress(AbstractContextManager["Progress"]):
     """Lines on standard error. On a terminal, the last line shows the current phase and its seconds, and is redrawn.
 
-    Args:
-        quiet: For commands that are mostly quick: show only a slow phase, and leave no line.
-
     Attributes:
         seen: The run that was seen last.
         flow_run_id: The flow run of a batch.
         batch: The name of a batch, which its call may give as a template.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self.seen: SeenRun | None = None
         self.flow_run_id: str | None = None
         self.batch: str | None = None
-        self._is_live, self._is_quiet = is_terminal(sys.stderr), quiet
-        self._since = self._said_at = 0.0
+        self._is_live, self._said_at = is_terminal(sys.stderr), 0.0
 
-    def phase(self, text: str, hint: str = "") -> None:
-        """Show the phase that begins now. `hint`: how long it may take."""
-        self._since = time.monotonic()
-        line = f"{text}{f' ({hint})' if hint else ''}"
+    def phase(self, text: str) -> None:
+        """Show the phase that begins now."""
         if self._is_live:
-            self._draw(line, self._since)
-        elif hint or not self._is_quiet:
-            note(f"{line} …")
+            self._draw(text, time.monotonic())
+        else:
+            note(f"{text} …")
 
     def watch(self, run: LiveRun, status: CrewStatus | None) -> None:
         """Note a run and its status. A crew calls this as its `on_status`."""

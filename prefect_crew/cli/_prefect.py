@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._output import Progress
 from prefect_crew.exceptions import PrefectAwayError
 
 START_WITHIN = 120
@@ -38,33 +37,27 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
         PrefectAwayError: The API does not answer, or no URL is set and the embedded server will not do.
         PrefectRefusedError: The API refuses the key.
     """
-    with Progress(quiet=True) as progress:
-        progress.phase("Loading Prefect")
-        importlib.import_module("prefect.main")  # which sets up the logging
-        from prefect.logging.handlers import PrefectConsoleHandler
-        from prefect.settings import get_current_settings
+    importlib.import_module("prefect.main")  # which sets up the logging
+    from prefect.logging.handlers import PrefectConsoleHandler
+    from prefect.settings import get_current_settings
 
-        settings = get_current_settings()
-        url = settings.api.url
-        for handler in (*logging.getLogger().handlers, *logging.getLogger("prefect").handlers):
-            if isinstance(handler, PrefectConsoleHandler):
-                handler.addFilter(_show_own_logs)  # once, however often it is called
-        if url:
-            from prefect_crew._internal.prefect_errors import shown_url
-
-            progress.phase(f"Asking the Prefect API at {shown_url(url)}")
-            _check()
-        elif lasting or not settings.server.ephemeral.enabled:
-            why = "the settings of Prefect forbid its embedded server"
-            if lasting:
-                why = "this needs a Prefect server that stays"
-            raise PrefectAwayError(
-                f"PREFECT_API_URL is not set, and {why}. Start a Prefect server with `prefect server start`, then set "
-                "PREFECT_API_URL=http://127.0.0.1:4200/api."
-            )
-        else:
-            progress.phase("Starting Prefect's embedded server", "10 to 20 seconds the first time")
-            _start_embedded()
+    settings = get_current_settings()
+    url = settings.api.url
+    for handler in (*logging.getLogger().handlers, *logging.getLogger("prefect").handlers):
+        if isinstance(handler, PrefectConsoleHandler):
+            handler.addFilter(_show_own_logs)  # once, however often it is called
+    if url:
+        _check()
+    elif lasting or not settings.server.ephemeral.enabled:
+        why = "the settings of Prefect forbid its embedded server"
+        if lasting:
+            why = "this needs a Prefect server that stays"
+        raise PrefectAwayError(
+            f"PREFECT_API_URL is not set, and {why}. Start a Prefect server with `prefect server start`, then set "
+            "PREFECT_API_URL=http://127.0.0.1:4200/api."
+        )
+    else:
+        _start_embedded()
     return url
 
 
@@ -98,6 +91,7 @@ def _start_embedded() -> None:
     if not _output.current.debug:  # what it logs, such as a busy database, is kept off this terminal
         for name in ("PREFECT_SERVER_LOGGING_LEVEL", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"):
             os.environ.setdefault(name, "CRITICAL")
+    _output.note("Starting Prefect's embedded server (10 to 20 seconds the first time) …")
     outcome = Future[None]()
 
     def start() -> None:

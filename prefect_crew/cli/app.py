@@ -26,7 +26,6 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import docs as documentation
 from prefect_crew.cli import run as run_commands
-from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.exceptions import CrewError
 
@@ -120,10 +119,7 @@ def run(arguments: list[str]) -> int:
         CycloptsError: The line has a wrong command or option.
         Exception: Any error of the command.
     """
-    with Progress(quiet=True) as progress:
-        if arguments and arguments[0] in LAZY:
-            progress.phase("Loading Prefect")
-        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     answer: Any = command(*bound.args, **bound.kwargs)
     if iscoroutine(answer):
         with closing(answer):
