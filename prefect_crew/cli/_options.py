@@ -16,7 +16,6 @@ from prefect_crew.cli import _output
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
     from prefect_crew.client._client import CrewClient
     from prefect_crew.crew import Crew
     from prefect_crew.store.decision import Attempt
@@ -57,18 +56,12 @@ def is_url(crew: str) -> bool:
     return "://" in crew
 
 
-def block_of_url(url: str, **fields: Any) -> DeployedCrew:
-    """Return an unsaved block for a URL. This imports Prefect, but calls no API."""
-    from prefect_crew.blocks import DeployedCrew
-
-    return DeployedCrew.model_validate({"url": url, "token": read_token(url), **fields})
-
-
 async def load(crew: str) -> Crew:
     """Return the stored crew of this name, or the crew of a URL. Raises ConfigurationError if there is none."""
-    from prefect_crew.blocks import load_crew
+    from prefect_crew.blocks import DeployedCrew, load_crew
 
-    loaded_crew = await load_crew(block_of_url(crew) if is_url(crew) else crew)
+    given = DeployedCrew.model_validate({"url": crew, "token": read_token(crew)}) if is_url(crew) else crew
+    loaded_crew = await load_crew(given)
     _output.current.hide(loaded_crew.token.get_secret_value())
     return loaded_crew
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class BatchChoices:
 
 
 @app.command
-def run(
+async def run(
     crew: CrewName,
     dataset: DataSet,
     /,
@@ -96,7 +96,7 @@ def run(
     on_failure: float | Literal["continue", "stop"] = "continue",
     max_kickoffs: int | None = None,
     output: Output = None,
-) -> Coroutine[Any, Any, int]:
+) -> int:
     """Run a crew once for every row of a data set. Call it again to go on where it stopped.
 
     Args:
@@ -113,7 +113,7 @@ def run(
         watch = progress.watch_batch
         return await arun_batch(loaded_crew, dataset, name=name, export=export, on_progress=watch, **options)
 
-    return _run(name, call, output, by_name=not is_url(crew))
+    return await _run(name, call, output, by_name=not is_url(crew))
 
 
 def _look_here() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -16,7 +15,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect_crew.blocks import DeployedCrew
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import reason
-from prefect_crew.cli._options import block_of_url, read_token
+from prefect_crew.cli._options import read_token
 from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError
 
 app = App(name="crews")
@@ -50,7 +49,7 @@ class BlockFields:
 
 
 @app.command
-def save(name: Name, /, *, fields: BlockFields = BlockFields(), overwrite: bool = False) -> Coroutine[Any, Any, None]:
+async def save(name: Name, /, *, fields: BlockFields = BlockFields(), overwrite: bool = False) -> None:
     """Store a crew as a Prefect block, so that flows and commands need only its name.
 
     Its token is CREW_TOKEN, or the command asks for it. --overwrite changes a stored crew and keeps fields that are
@@ -60,60 +59,17 @@ def save(name: Name, /, *, fields: BlockFields = BlockFields(), overwrite: bool 
         overwrite: Change the stored crew of this name.
     """
     changes = {field: value for field, value in vars(fields).items() if value is not None}
-    if overwrite:
-        return _change(name, changes)
-    # The command names a mistake in the fields before it reaches Prefect.
-    return _save(name, _new_block(name, changes), overwrite=False)
-
-
-def _new_block(name: str, fields: dict[str, Any]) -> DeployedCrew:
-    if "url" not in fields:
+    stored = await _read_stored(name) if overwrite else {}
+    values = {**stored, **changes}
+    if "url" not in values:
         raise ConfigurationError(
             f"Give --url for a new crew {name!r}. If a crew of that name is stored already, give --overwrite."
         )
-    return block_of_url(**fields)
-
-
-async def _change(name: str, changes: dict[str, Any]) -> None:
-    stored = await _read_stored(name)
-    if stored is None:
-        await _save(name, _new_block(name, changes), overwrite=True)
-        return
-    fields = {**stored, **changes}
     # The stored token belongs to the stored URL alone. Without any other change a new token is meant.
-    if os.environ.get("CREW_TOKEN") or not changes or fields["url"].rstrip("/") != stored["url"]:
-        fields["token"] = read_token(fields["url"])
-    _output.current.hide(fields["token"])
-    await _save(name, DeployedCrew.model_validate(fields), overwrite=True)
-
-
-async def save_served(name: str, url: str, token: str, *, is_flow: bool) -> None:
-    """Store a crew that the dev server serves, and keep its other stored fields.
-
-    Raises:
-        ConfigurationError: The stored crew of this name is not on this machine, or cannot be stored.
-    """
-    stored = await _read_stored(name) or {}
-    if stored and urlsplit(str(stored["url"])).hostname not in ("127.0.0.1", "::1", "localhost"):
-        raise ConfigurationError(
-            f"The crew {name!r} is stored with the URL {stored['url']}, which is not on this machine. The served crew "
-            "did not replace it. Give --save another name."
-        )
-    block: DeployedCrew = DeployedCrew.model_validate({**stored, "url": url, "token": token, "flow": is_flow})
-    await _store(name, block, overwrite=True)
-
-
-async def _read_stored(name: str) -> dict[str, Any] | None:
-    """Return the unchecked fields of a stored crew, with its token; None if there is no such crew."""
-    async with get_client() as client:
-        try:
-            document = await client.read_block_document_by_name(name, "deployed-crew")
-        except ObjectNotFound:
-            return None
-    return {field: value for field, value in document.data.items() if field in DeployedCrew.model_fields}
-
-
-async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
+    if os.environ.get("CREW_TOKEN") or not changes or values["url"].rstrip("/") != stored.get("url"):
+        values["token"] = read_token(values["url"])
+    _output.current.hide(values["token"])
+    block: DeployedCrew = DeployedCrew.model_validate(values)
     try:
         async with block.client() as client:
             inputs = await client.inputs()
@@ -128,6 +84,32 @@ async def _save(name: str, block: DeployedCrew, *, overwrite: bool) -> None:
     await _store(name, block, overwrite=overwrite)
     _output.put(f"Stored crew {name} ({block.url}) as the block deployed-crew/{name}.")
     _output.put(then)
+
+
+async def save_served(name: str, url: str, token: str, *, is_flow: bool) -> None:
+    """Store a crew that the dev server serves, and keep its other stored fields.
+
+    Raises:
+        ConfigurationError: The stored crew of this name is not on this machine, or cannot be stored.
+    """
+    stored = await _read_stored(name)
+    if stored and urlsplit(str(stored["url"])).hostname not in ("127.0.0.1", "::1", "localhost"):
+        raise ConfigurationError(
+            f"The crew {name!r} is stored with the URL {stored['url']}, which is not on this machine. The served crew "
+            "did not replace it. Give --save another name."
+        )
+    block: DeployedCrew = DeployedCrew.model_validate({**stored, "url": url, "token": token, "flow": is_flow})
+    await _store(name, block, overwrite=True)
+
+
+async def _read_stored(name: str) -> dict[str, Any]:
+    """Return the unchecked fields of a stored crew, with its token; none if there is no such crew."""
+    async with get_client() as client:
+        try:
+            document = await client.read_block_document_by_name(name, "deployed-crew")
+        except ObjectNotFound:
+            return {}
+    return {field: value for field, value in document.data.items() if field in DeployedCrew.model_fields}
 
 
 async def _store(name: str, block: DeployedCrew, *, overwrite: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Coroutine
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,7 +45,7 @@ REPLACED = {"schedule": "schedules", "concurrency limit": "global_concurrency_li
 """What Prefect removes if a deployment is deployed again without it."""
 
 
-def deploy(
+async def deploy(
     crew: Annotated[str | None, Parameter(name="CREW", group=WHAT)] = None,
     /,
     *,
@@ -60,7 +59,7 @@ def deploy(
     key: Key = None,
     session: str | None = None,
     tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
-) -> Coroutine[Any, Any, None]:
+) -> None:
     """Deploy a crew or a pipeline. A deployment of the same name is replaced: give all its options again.
 
     Your own flows, and all options of Prefect: prefect deploy, or crew_flow and pipeline_flow in Python.
@@ -86,39 +85,35 @@ def deploy(
     flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
     schedules = None if cron is None else [CronSchedule(cron=cron, timezone=timezone)]
     parameters = {"inputs": gather_inputs(inputs, input_file), "idempotency_key": key, "session": session}
-
-    async def make() -> None:
-        earlier = await read_deployment(f"{flow.name}/{name or flow.label}")
-        own_pool = pool or (earlier and earlier.work_pool_name)
-        deployment = await flow.ato_deployment(
-            name,
-            parameters={name: value for name, value in parameters.items() if value},
-            schedules=schedules,
-            tags=tag,
-            work_pool_name=own_pool or get_current_settings().deployments.default_work_pool_name,
-        )
-        deployment_id = await _apply(deployment)
-        async with get_client() as client:
-            stored = await client.read_deployment(UUID(deployment_id))
-        form = (stored.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
-        fields: dict[str, Any] = form.get("properties", {})
-        _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
-        if page := page_url(deployment_id, "deployment"):
-            _output.put(page)
-        if earlier is not None and (gone := _gone(earlier, stored)):
-            _output.note(f"It had this, which you did not give again: {', '.join(gone)}.", "yellow")
-        for timetable in stored.schedules:
-            _output.put(f"Its schedule: {await describe_schedule(timetable.schedule)}")
-        needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
-        example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
-        argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
-        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{argument}")
-        if stored.work_pool_name:  # left out, it keeps the pool that it has
-            _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
-        else:
-            _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
-
-    return make()
+    earlier = await read_deployment(f"{flow.name}/{name or flow.label}")
+    own_pool = pool or (earlier and earlier.work_pool_name)
+    deployment = await flow.ato_deployment(
+        name,
+        parameters={name: value for name, value in parameters.items() if value},
+        schedules=schedules,
+        tags=tag,
+        work_pool_name=own_pool or get_current_settings().deployments.default_work_pool_name,
+    )
+    deployment_id = await _apply(deployment)
+    async with get_client() as client:
+        stored = await client.read_deployment(UUID(deployment_id))
+    form = (stored.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
+    fields: dict[str, Any] = form.get("properties", {})
+    _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
+    if page := page_url(deployment_id, "deployment"):
+        _output.put(page)
+    if earlier is not None and (gone := _gone(earlier, stored)):
+        _output.note(f"It had this, which you did not give again: {', '.join(gone)}.", "yellow")
+    for timetable in stored.schedules:
+        _output.put(f"Its schedule: {await describe_schedule(timetable.schedule)}")
+    needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
+    example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
+    argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
+    _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{argument}")
+    if stored.work_pool_name:  # left out, it keeps the pool that it has
+        _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
+    else:
+        _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
 
 
 def _gone(earlier: DeploymentResponse, stored: DeploymentResponse) -> list[str]:
