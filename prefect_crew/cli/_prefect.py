@@ -109,9 +109,9 @@ def _start_embedded() -> None:
 
     threading.Thread(target=start, daemon=True).start()
     try:
-        outcome.result()
-    except RuntimeError as error:
-        why = str(error).rstrip(".")
+        outcome.result(START_WITHIN + 10)  # Prefect starts a server whose database is broken again and again
+    except (RuntimeError, TimeoutError) as error:
+        why = str(error).rstrip(".") or "it gave no answer"
         raise PrefectAwayError(
             f"Prefect's embedded server did not start: {why}. Try `prefect server start`, which shows more."
         ) from None

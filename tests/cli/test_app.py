@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prefect_crew.cli import app as module
 from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, message, own_error, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import PrefectAwayError
 from support.commands import Command, environment
 from support.environment import program
 from support.prefect_server import free_port
@@ -122,6 +124,15 @@ def test_only_warnings_of_this_package_are_shown(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "WARNING of it\n"
     _output.begin(debug=True)
     assert _prefect._show_own_logs(record)
+
+
+def test_an_embedded_server_that_does_not_start_ends_the_command(monkeypatch: pytest.MonkeyPatch):
+    """Prefect starts one whose database is broken again and again."""
+    _output.begin(debug=True)
+    monkeypatch.setattr(_prefect, "START_WITHIN", -9.9)
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: time.sleep(2))
+    with pytest.raises(PrefectAwayError, match="did not start: it gave no answer"):
+        _prefect._start_embedded()
 
 
 def test_the_documentation_lists_all_codes():
