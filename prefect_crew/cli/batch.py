@@ -78,10 +78,9 @@ class BatchChoices:
     rows: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return the choices as arguments of `arun_batch` and `aplan_batch`."""
+        """Return the choices as arguments of `arun_batch` and `aplan_batch`. A plan has bad rows in it."""
         inputs = read_pairs("--map", self.map or (), "COLUMN") or None
-        names = ("max_in_flight", "on_bad_row", "rows")
-        return {"key": self.key_column, "inputs": inputs, **{name: getattr(self, name) for name in names}}
+        return {"key": self.key_column, "inputs": inputs, "max_in_flight": self.max_in_flight, "rows": self.rows}
 
 
 @app.command
@@ -94,7 +93,6 @@ async def run(
     export: str,
     choices: BatchChoices = BatchChoices(),
     on_failure: float | Literal["continue", "stop"] = "continue",
-    max_kickoffs: int | None = None,
     output: Output = None,
 ) -> int:
     """Run a crew once for every row of a data set. Call it again to go on where it stopped.
@@ -104,9 +102,8 @@ async def run(
         export: The file or address for the results, .jsonl, .csv or .parquet, or sql://BLOCK/TABLE; written when the
             batch ends or stops.
         on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
-        max_kickoffs: A limit on kickoffs, of all calls together.
     """
-    options: dict[str, Any] = {**choices.options(), "on_failure": on_failure, "max_kickoffs": max_kickoffs}
+    options: dict[str, Any] = {"on_failure": on_failure, "on_bad_row": choices.on_bad_row, **choices.options()}
 
     async def call(progress: Progress) -> BatchReport:
         loaded_crew: Any = await load(crew)
