@@ -8,7 +8,6 @@ the deployment holds, and the form leaves out, names the crew or holds the pipel
 from __future__ import annotations
 
 import inspect
-import shlex
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -58,8 +57,6 @@ SECRET_HELP = "The name of the Prefect Secret block with the value. The value it
 TEXT = ["string", "number", "boolean"]
 """JSON types of an input that is text, since `prefect deployment run` reads a bare number as a number."""
 TYPES: dict[str, Any] = {"integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
-CREW_OF_FORM = "x-crew"
-"""The key in the schema of a form that names the crew."""
 LOCAL_POOLS = ("process", "crew", "prefect-agent")
 """Types of work pools whose flow runs run on the machine of their worker, and may share its file."""
 _naming_prefect_away = naming_prefect_away("Deploy again, which updates a deployment that was made.")
@@ -283,14 +280,14 @@ class Form:
         inputs: The inputs by name, with the defaults of the deployment.
         required: The inputs that each run has to give if the deployment has no default.
         parameters: The parameters of the deployment: the crew or the pipeline, and the defaults.
-        crew: The name of the crew. A deployment by `prefect deploy` or `from_source` has the name only in its form.
+        has_session: Whether a run may have a session: those of crews, not of pipelines.
     """
 
     owner: str
     inputs: Mapping[str, PipelineInput]
     required: Sequence[str]
     parameters: Mapping[str, Any]
-    crew: str | None = None
+    has_session: bool = False
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -299,9 +296,7 @@ class Form:
             name: _field_of(name, item, name in self.required, position)
             for position, (name, item) in enumerate(self.inputs.items())
         }
-        crew = {CREW_OF_FORM: self.crew} if self.crew is not None else {}
-        names = {"properties": fields, "required": [*self.required]}
-        return {"type": "object", **names, "additionalProperties": False, **crew}
+        return {"type": "object", "properties": fields, "required": [*self.required], "additionalProperties": False}
 
     @property
     def signature(self) -> inspect.Signature:
@@ -311,7 +306,7 @@ class Form:
         default: Any = inspect.Parameter.empty if self.required else {}
         fields = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if self.inputs else []
         texts = {"idempotency_key": ("Idempotency key", KEY_HELP)}
-        if self.crew is not None:
+        if self.has_session:
             texts["session"] = ("Session", SESSION_HELP)
         for name, (title, description) in texts.items():
             # As an extra, since Prefect gives every field its name as title.
@@ -352,7 +347,7 @@ async def _crew_form(name: str, defaults: Mapping[str, Any]) -> Form:
     }
     # A run that gives `inputs` replaces those of the deployment, so defaults make none of them optional.
     required = [key for key, item in inputs.items() if item.required]
-    form = await Form(f"Crew {name!r}", inputs, required, {}, name).with_defaults(defaults)
+    form = await Form(f"Crew {name!r}", inputs, required, {}, has_session=True).with_defaults(defaults)
     values = {key: item.default for key, item in form.inputs.items() if item.default is not None}
     return replace(form, parameters={"crew": name, **({"inputs": values} if values else {})})
 
@@ -383,61 +378,6 @@ async def _pipeline_form(pipeline: PipelineDefinition, defaults: Mapping[str, An
     stored = pipeline.model_dump(mode="json", exclude_defaults=True)  # as short as it was written
     required = [name for name, item in form.inputs.items() if item.needed]
     return replace(form, required=required, parameters={"pipeline": stored})
-
-
-def _form_of(deployment: DeploymentResponse) -> dict[str, Any]:
-    """Return the stored schema of the parameter `inputs`."""
-    return (deployment.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
-
-
-def _crew_of(deployment: DeploymentResponse) -> str | None:
-    """Return the name of the crew of a deployment."""
-    return deployment.parameters.get("crew") or _form_of(deployment).get(CREW_OF_FORM)
-
-
-async def outdated_form(deployment: DeploymentResponse) -> tuple[str, str] | None:
-    """Return how the form of a deployment differs from the inputs of today, and how to deploy it again.
-
-    Return None if both are the same, or if the deployment is not of `crew_flow` or `pipeline_flow`.
-
-    Raises:
-        CrewError, ValueError: The inputs of today cannot be read, or the pipeline cannot run any more.
-    """
-    stored, crew, pipeline = _form_of(deployment), _crew_of(deployment), deployment.parameters.get("pipeline")
-    if pipeline is not None:
-        definition = PipelineDefinition.model_validate(pipeline)
-        form, what, call = await _pipeline_form(definition, {}), "--pipeline FILE", 'pipeline_flow("FILE")'
-    elif crew is not None and "properties" in stored:
-        form, what, call = await _crew_form(crew, {}), shlex.quote(crew), f'crew_flow("{crew}")'
-    else:
-        return None
-    own, today = _plain_fields(stored), _plain_fields(form.schema)
-    differences = [
-        *(f"the input {name} is new" for name in today if name not in own),
-        *(f"the input {name} is gone" for name in own if name not in today),
-        *(f"the input {name} has changed" for name in today if name in own and own[name] != today[name]),
-    ]
-    if not differences:
-        return None
-    name, entrypoint = shlex.quote(deployment.name), deployment.entrypoint or ""
-    async with get_client() as client:
-        flow_name = (await client.read_flow(deployment.flow_id)).name
-    again = f"prefect-crew deploy {what} --name {name}"
-    if not entrypoint.startswith("prefect_crew."):
-        pool = f" --pool {shlex.quote(deployment.work_pool_name)}" if deployment.work_pool_name else ""
-        again = f"prefect deploy {shlex.quote(entrypoint)} --name {name}{pool}"
-    elif flow_name not in (run_deployed_crew.name, run_deployed_pipeline.name):
-        again = f'{call}.with_options(name="{flow_name}").deploy("{deployment.name}", …) in Python'
-    return ", ".join(differences), again
-
-
-def _plain_fields(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return by name whether an input is required, and the input's schema without its default and place."""
-    required, ignored = schema.get("required", ()), ("default", "position", "title")
-    return {
-        name: (name in required, {key: value for key, value in field.items() if key not in ignored})
-        for name, field in schema.get("properties", {}).items()
-    }
 
 
 def _read_as(kind: str | None, name: str, value: Any) -> Any:

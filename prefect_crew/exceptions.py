@@ -190,7 +190,7 @@ class InvalidInputsError(CrewAPIError):
         unknown = with_guesses(self.unknown_inputs, self.known_inputs)
         return (
             f"{missing}Unknown inputs: {unknown}. The crew takes: {listed_names(self.known_inputs)}. {self.advice} "
-            "To send the unknown inputs anyway, set allow_extra_inputs=True on the block, or give --allow-extra."
+            "To send the unknown inputs anyway, set allow_extra_inputs=True on the block."
         )
 
 

@@ -1,27 +1,22 @@
 """Functions that Prefect's client and contexts lack: all pages of an answer, the contexts around a call, a lock for
 each event loop, and a logger that writes each message on one line.
 
-Private API of Prefect is used in `embedded_server`, `contexts_around` and `is_entered`.
+Private API of Prefect is used in `contexts_around` and `is_entered`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import prefect
 from prefect.client.orchestration import get_client
 from prefect.context import ContextModel, FlowRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
-from prefect.settings import get_current_settings
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line
@@ -68,19 +63,6 @@ async def read_all(read: Callable[..., Awaitable[Sequence[T]]], **filters: Any) 
         if not page:
             break
     return objects
-
-
-def embedded_server(port: str) -> tuple[list[str], dict[str, str]]:
-    """Return the command and the environment of Prefect's embedded server on a loopback port.
-
-    They are the same as in Prefect's `SubprocessASGIServer`, which imports the whole server before it starts one. To
-    ask for upstream: that class in a module of its own.
-    """
-    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--lifespan", "on"]
-    env = os.environ | get_current_settings().to_environment_variables(exclude_unset=True)
-    env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}
-    command += ["--app-dir", str(Path(prefect.__file__).parents[1])]  # before modules in the working directory
-    return [*command, "--host", "127.0.0.1", "--port", port, "--log-level", "error"], env
 
 
 async def label_flow_run(*, name: str) -> None:

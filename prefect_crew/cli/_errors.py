@@ -5,9 +5,7 @@ A table in docs/reference/cli.md has the meaning of each exit code.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cyclopts import CycloptsError
 from pydantic import ValidationError
@@ -63,16 +61,8 @@ def message(error: BaseException, run: str | None = None) -> str:
     if is_signal(error):
         return "Interrupted." if isinstance(error, KeyboardInterrupt) else "Ended by a signal."
     text = reason(error)
-    if isinstance(error, CrewError):
+    if isinstance(error, CrewError | CycloptsError):
         return text
-    if isinstance(error, CycloptsError):
-        for words, plain in _PLAIN.items():
-            text = re.sub(words, plain, text)
-        return text
-    response: Any = getattr(error, "response", None)
-    if response is not None or any(kind.__module__ == "prefect.exceptions" for kind in type(error).__mro__):
-        refusal = text if response is None else _refusal(response)
-        return f"The Prefect API refused: {refusal}. To check it, run: prefect-crew doctor."
     if isinstance(error, OSError) and error.args:
         return text
     return " ".join(
@@ -80,20 +70,21 @@ def message(error: BaseException, run: str | None = None) -> str:
     )
 
 
-def own_error(error: BaseException) -> BaseException:
-    """Return this package's error if the Prefect API cannot be reached or refuses the key, else the error as it is.
+def own_error(error: BaseException, run: object = None) -> BaseException:
+    """Return this package's error if an option does not fit its field, or if the Prefect API cannot be reached or
+    refuses the request; else the error as it is.
 
-    Errors of the crew's client are this package's errors already.
+    `run` is the run that the command has started or found by then: no option is at fault any more.
     """
     if isinstance(error, CrewError | CycloptsError) or is_signal(error):
         return error
-    from prefect_crew._internal.prefect_errors import is_away_or_refuses_key, prefect_error
+    if isinstance(error, ValidationError) and run is None:
+        return ConfigurationError(reason(error))
+    from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, is_away, prefect_error
 
-    if not is_away_or_refuses_key(error):
-        return error
-    own = prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
-    own.__cause__ = error
-    return own
+    if is_away(error):
+        return prefect_error(error, "Start a server with `prefect server start`, or check PREFECT_API_URL.")
+    return prefect_error(error, "") if isinstance(error, PREFECT_ERRORS) else error
 
 
 def reason(error: BaseException) -> str:
@@ -101,25 +92,3 @@ def reason(error: BaseException) -> str:
     if not isinstance(error, ValidationError):
         return " ".join(str(error).split()) or type(error).__name__
     return "; ".join(problems_of(error))
-
-
-def _refusal(response: Any) -> str:
-    """Return the reason in an answer of the Prefect API, because the text of httpx's error is mostly a link."""
-    try:
-        body = response.json()
-        detail = body.get("detail") or body.get("exception_message") or ""
-    except (ValueError, AttributeError):
-        detail = ""
-    answered = f"{response.request.method} {response.request.url.path} was answered with {response.status_code}"
-    return ", ".join(filter(None, (answered, " ".join(str(detail).split()))))
-
-
-_PLAIN = {
-    r"^Unused Tokens: \[(.+)\]\.": r"The command takes no such argument: \1. An input is -i NAME=VALUE.",
-    " Did you mean --yes\\?": "",  # a person who means another option would confirm a question that was not asked yet
-    "into timedelta": "into a time such as 90m, 4h or 30d",
-    r"into float\|Literal\[continue, stop\]": "into a number, continue or stop",
-    r'Command "([^"]+)" parameter (\S+) requires an argument\.': r"prefect-crew \1: \2 is missing or has no value.",
-    r"^Invalid values for group [^.]+\. ": "",
-}
-"""Words in place of those of the parser."""

@@ -1,4 +1,4 @@
-"""Options that several commands share: the crew, its token, inputs, and what is written."""
+"""Options that several commands share: the crew, inputs, and what is written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -14,18 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from cyclopts import Parameter
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import reason
-from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.exceptions import ConfigurationError
 
 if TYPE_CHECKING:
-    from prefect_crew.blocks import DeployedCrew
     from prefect_crew.client._client import CrewClient
-    from prefect_crew.crew import Crew, WaitPolicy
+    from prefect_crew.crew import Crew
     from prefect_crew.store.decision import Attempt
 
 
-CrewName = Annotated[str, Parameter(name="CREW", help="The name of a stored crew, or the crew's URL.")]
+CrewName = Annotated[
+    str, Parameter(name="CREW", help="The name of a stored crew, or the crew's URL, with its token in CREW_TOKEN.")
+]
+CrewOfRun = Annotated[
+    str | None,
+    Parameter(name="--crew", help="The run's crew, if it is not stored: its URL, or the name of another.", negative=()),
+]
 Output = Annotated[
     Literal["json"] | None,
     Parameter(name=["--output", "-o"], help="json: write one JSON document to standard output, and nothing else."),
@@ -45,10 +47,7 @@ Key = Annotated[
     str | None,
     Parameter(name="--key", help="The idempotency key; on a schedule for example 'daily-{scheduled_start:%Y-%m-%d}'."),
 ]
-Timeout = Annotated[
-    float | None, Parameter(name="--timeout", help="Seconds that a run may take, pending and running together.")
-]
-Yes = Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask for confirmation.")]
+Yes = Annotated[bool, Parameter(name=["--yes", "-y"], negative=(), help="Do not ask for confirmation.")]
 Pool = Annotated[str | None, Parameter(name=["--pool", "-p"])]
 
 
@@ -57,129 +56,72 @@ def is_url(crew: str) -> bool:
     return "://" in crew
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class CrewAccess:
-    """The access to a crew that is given as a URL. A stored crew brings its own."""
+async def load(crew: str) -> Crew:
+    """Return the stored crew of this name, or the crew of a URL. Raises ConfigurationError if there is none."""
+    from prefect_crew.blocks import DeployedCrew, load_crew
 
-    token_file: Annotated[
-        Path | None,
-        Parameter(
-            env_var="CREW_TOKEN_FILE",
-            help="A file that holds the token for a URL; left out, CREW_TOKEN is it, or it is asked for.",
-        ),
-    ] = None
-    allow_http: Annotated[
-        bool, Parameter(help="Send the token to a URL over http, without encryption, beyond this machine.")
-    ] = False
-
-    def block(self, url: str, **fields: Any) -> DeployedCrew:
-        """Return an unsaved block for a URL. This imports Prefect, but calls no API."""
-        from pydantic import SecretStr, ValidationError
-
-        from prefect_crew.blocks import DeployedCrew
-
-        try:
-            return DeployedCrew(url=url, token=SecretStr(self.read_token(url)), allow_http=self.allow_http, **fields)
-        except ValidationError as error:
-            raise ConfigurationError(reason(error)) from None
-
-    async def load(self, crew: str) -> Crew:
-        """Return the stored crew of this name, from the Prefect API, or the crew of a URL.
-
-        Raises:
-            ConfigurationError: There is no such crew.
-        """
-        from prefect_crew.blocks import load_crew
-
-        if is_url(crew):
-            return await load_crew(self.block(crew))
-        try:
-            loaded_crew = await load_crew(crew)
-        except ConfigurationError:
-            raise
-        except ValueError as error:
-            raise ConfigurationError(f"The block {crew!r} cannot be loaded: {reason(error)}") from None
-        _output.current.hide(loaded_crew.token.get_secret_value())
-        return loaded_crew
-
-    async def client(self, crew: str) -> CrewClient:
-        """Return a client for a URL, without any Prefect, or for a stored crew."""
-        if not is_url(crew):
-            return (await self.load(crew)).client()
-        from prefect_crew.client._client import CrewClient
-
-        return CrewClient(crew, self.read_token(crew), allow_http=self.allow_http)
-
-    @property
-    def has_token(self) -> bool:
-        """Whether a token is given, so that nobody is asked for one."""
-        return bool(os.environ.get("CREW_TOKEN")) or self.token_file is not None
-
-    def read_token(self, url: str) -> str:
-        """Return the token for a URL: from a file, the environment, or a person.
-
-        Raises:
-            ConfigurationError: There is none.
-        """
-        token = os.environ.get("CREW_TOKEN")
-        if self.token_file is not None:
-            token = read_text(self.token_file, "token").strip()
-        elif not token and sys.stdin.isatty():
-            with _output.asking():
-                token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
-        if not token:
-            raise ConfigurationError(
-                f"There is no token for {url}: set CREW_TOKEN, or give --token-file. The token is on the Status tab of "
-                "the crew's page."
-            )
-        return _output.current.hide(token)
+    given = DeployedCrew.model_validate({"url": crew, "token": read_token(crew)}) if is_url(crew) else crew
+    loaded_crew = await load_crew(given)
+    _output.current.hide(loaded_crew.token.get_secret_value())
+    return loaded_crew
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class CrewOfRun(CrewAccess):
-    """The crew of a run: the crew of --crew, else the stored crew."""
+async def open_client(crew: str) -> CrewClient:
+    """Return a client for a URL, without any Prefect, or for a stored crew."""
+    if not is_url(crew):
+        return (await load(crew)).client()
+    from prefect_crew.client._client import CrewClient
 
-    crew: Annotated[
-        str | None, Parameter(help="The run's crew, if it is not stored: its URL, or the name of another.")
-    ] = None
+    return CrewClient(crew, read_token(crew))
 
-    async def find(self, attempt: Attempt) -> Crew | None:
-        """Return the crew of a run. Without --crew: None if no stored crew has its name and URL.
 
-        Raises:
-            ConfigurationError: The crew of --crew is not the crew of the run.
-        """
-        try:
-            loaded_crew = await self.load(self.crew or attempt.crew)
-        except ConfigurationError:
-            if self.crew is not None:
-                raise
-            return None
-        if loaded_crew.url == attempt.crew_url:
-            return loaded_crew
-        if self.crew is None:
-            return None
+def read_token(url: str) -> str:
+    """Return the token for a URL from CREW_TOKEN, or from a person. Raises ConfigurationError if there is none."""
+    token = os.environ.get("CREW_TOKEN")
+    if not token and sys.stdin.isatty():
+        token = getpass(f"Token of {url} (on the Status tab of the crew's page; it is not shown): ").strip()
+    if not token:
+        raise ConfigurationError(
+            f"There is no token for {url}: set CREW_TOKEN. The token is on the Status tab of the crew's page."
+        )
+    return _output.current.hide(token)
+
+
+async def find_crew(attempt: Attempt, crew: str | None) -> Crew | None:
+    """Return the crew of a run: that of --crew, else the stored one, None if no stored crew has its name and URL.
+
+    Raises:
+        ConfigurationError: The crew of --crew is not the crew of the run.
+    """
+    if crew is None:
+        from prefect_crew.blocks import find_crew as find_stored_crew
+
+        stored_crew = await find_stored_crew(attempt)
+        if stored_crew is not None:
+            _output.current.hide(stored_crew.token.get_secret_value())
+        return stored_crew
+    loaded_crew = await load(crew)
+    if loaded_crew.url != attempt.crew_url:
         raise ConfigurationError(
             f"Run {attempt.key!r} is of the crew at {attempt.crew_url}, not of {loaded_crew.url}. Give "
             "--crew with the URL of the run."
         )
+    return loaded_crew
 
-    async def need(self, attempt: Attempt) -> Crew:
-        """Return the crew of a run. Raises ConfigurationError if --crew has to name it."""
-        loaded_crew = await self.find(attempt)
-        if loaded_crew is None:
-            raise ConfigurationError(self.missing(attempt))
-        return loaded_crew
 
-    @staticmethod
-    def missing(attempt: Attempt) -> str:
-        """Return the sentence that asks for the crew of a run."""
-        return (
-            f"The crew of run {attempt.first_id}, {attempt.crew}, is not stored with the URL {attempt.crew_url}. Give "
-            "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
-        )
+async def need_crew(attempt: Attempt, crew: str | None) -> Crew:
+    """Return the crew of a run. Raises ConfigurationError if --crew has to name it."""
+    if (loaded_crew := await find_crew(attempt, crew)) is None:
+        raise ConfigurationError(missing_crew(attempt))
+    return loaded_crew
+
+
+def missing_crew(attempt: Attempt) -> str:
+    """Return the sentence that asks for the crew of a run."""
+    return (
+        f"The crew of run {attempt.first_id}, {attempt.crew}, is not stored with the URL {attempt.crew_url}. Give "
+        "--crew: that URL, with CREW_TOKEN, or the name of a stored crew."
+    )
 
 
 def read_pairs(option: str, pairs: Sequence[str], value: str = "value") -> dict[str, str]:
@@ -203,15 +145,17 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
     """Return the inputs of a run from the file (JSON or YAML) and from `name=value` pairs, which win over the file.
 
     Raises:
-        ConfigurationError: A pair has no `=` or repeats a name; the file cannot be read, or holds no object; or a
-            value cannot be sent.
+        ConfigurationError: A pair has no `=` or repeats a name; the file cannot be read, or holds no object.
     """
     inputs = read_pairs("-i", pairs or ())
     if file is None:
         return inputs
     import yaml
 
-    text = read_text(Path(file), "inputs")
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"The inputs in {file} cannot be read: {error}.") from None
     try:
         # JSON first: YAML reads most of it, but not tabs, and it takes some numbers for others.
         value = json.loads(text)
@@ -224,31 +168,4 @@ def gather_inputs(pairs: Sequence[str] | None, file: str | None) -> dict[str, An
         raise ConfigurationError(
             f'{file} holds no inputs: expected one object of names and values, such as {{"topic": "Lisbon"}}.'
         )
-    inputs = {**{str(name): item for name, item in cast("dict[Any, Any]", value).items()}, **inputs}
-    try:
-        encode_inputs(inputs, as_json=True)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{error} Nothing was started.") from None
-    return inputs
-
-
-def read_text(file: Path, content: str) -> str:
-    """Return the text of a file, - is standard input. Raises ConfigurationError if it cannot be read as UTF-8."""
-    try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"The {content} in {file} cannot be read: {error}.") from None
-
-
-def wait_policy(crew: Crew, timeout: float | None) -> WaitPolicy | None:
-    """Return the crew's wait policy with this timeout in seconds, None without a timeout. Raises ConfigurationError."""
-    if timeout is None:
-        return None
-    from pydantic import ValidationError
-
-    from prefect_crew.crew import WaitPolicy
-
-    try:
-        return WaitPolicy.model_validate({**dict(crew.wait), "timeout": timeout})  # model_copy checks nothing
-    except ValidationError as error:
-        raise ConfigurationError(f"{reason(error)} Nothing was started.") from None
+    return {**{str(name): item for name, item in cast("dict[Any, Any]", value).items()}, **inputs}

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from json import dumps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as LiveLine
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.prompt import Confirm
 from rich.table import Table
 
@@ -46,14 +44,12 @@ class Invocation:
         tokens: Texts that must not be written.
         seen: The run that the command kicked off or found last, for later errors.
         line: The last line of the screen, while the command redraws it.
-        at_end: The things that are closed when the command ends.
     """
 
     debug: bool = False
     tokens: set[str] = field(default_factory=set[str], repr=False)
     seen: SeenRun | None = None
     line: LiveLine | None = None
-    at_end: ExitStack = field(default_factory=ExitStack)
 
     def hide(self, token: str) -> str:
         """Keep a token out of everything that is written from now on, and return it."""
@@ -93,22 +89,6 @@ def note(text: str, style: str | None = None) -> None:
     out.print(redact(plain(text)), style=style, soft_wrap=True)
 
 
-@contextmanager
-def asking() -> Generator[None]:
-    """Let Ctrl-C end a question at once, since asyncio would only note it and read on from the terminal.
-
-    Outside the main thread, where Python allows no handlers, it does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def confirm(question: str, *, yes: bool) -> None:
     """Go on only if a person agrees, with --yes (`yes`) or on the terminal.
 
@@ -121,7 +101,7 @@ def confirm(question: str, *, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise ConfigurationError(f"{question} Without a terminal this needs --yes. Nothing was changed.")
     is_agreed = False
-    with asking(), suppress(EOFError):  # the end of the input, as Ctrl-D gives it, is no yes
+    with suppress(EOFError):  # the end of the input, as Ctrl-D gives it, is no yes
         is_agreed = Confirm.ask(redact(plain(question)), console=console(stderr=True), default=False)
     if not is_agreed:
         raise CrewError("Nothing was changed.")
@@ -178,6 +158,15 @@ def put_rows(header: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str
             put("\t".join(row))
 
 
+def put_facts(facts: Mapping[str, Any]) -> None:
+    """Write a line for each fact that there is: a text, a number or a list."""
+    for name, fact in facts.items():
+        if fact and not isinstance(fact, dict):
+            label = "to do" if name == "todo" else name.replace("_", " ")
+            text = "; ".join(map(str, cast("list[Any]", fact))) if isinstance(fact, list) else str(fact)
+            put(f"  {label[0].upper()}{label[1:]}: {' '.join(text.split())}")
+
+
 def put_json(value: Any) -> None:
     """Write one JSON document to standard output, with escapes for characters that its encoding may lack."""
     is_ascii = (sys.stdout.encoding or "utf-8").lower() != "utf-8"  # a lone surrogate is written as its escape
@@ -231,30 +220,24 @@ class SeenRun:
 class Progress(AbstractContextManager["Progress"]):
     """Lines on standard error. On a terminal, the last line shows the current phase and its seconds, and is redrawn.
 
-    Args:
-        quiet: For commands that are mostly quick: show only a slow phase, and leave no line.
-
     Attributes:
         seen: The run that was seen last.
         flow_run_id: The flow run of a batch.
         batch: The name of a batch, which its call may give as a template.
     """
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self) -> None:
         self.seen: SeenRun | None = None
         self.flow_run_id: str | None = None
         self.batch: str | None = None
-        self._is_live, self._is_quiet = is_terminal(sys.stderr), quiet
-        self._since = self._said_at = 0.0
+        self._is_live, self._said_at = is_terminal(sys.stderr), 0.0
 
-    def phase(self, text: str, hint: str = "") -> None:
-        """Show the phase that begins now. `hint`: how long it may take."""
-        self._since = time.monotonic()
-        line = f"{text}{f' ({hint})' if hint else ''}"
+    def phase(self, text: str) -> None:
+        """Show the phase that begins now."""
         if self._is_live:
-            self._draw(line)
-        elif hint or not self._is_quiet:
-            note(f"{line} …")
+            self._draw(text, time.monotonic())
+        else:
+            note(f"{text} …")
 
     def watch(self, run: LiveRun, status: CrewStatus | None) -> None:
         """Note a run and its status. A crew calls this as its `on_status`."""
@@ -274,24 +257,22 @@ class Progress(AbstractContextManager["Progress"]):
             self.close()
         elif self._is_live:
             word = "waits for a person" if watched.state is CrewState.WAITING else str(watched.state)
-            self._draw(f"Crew {watched.label} {word}{watched.share}", since=watched.since)
+            self._draw(f"Crew {watched.label} {word}{watched.share}", watched.since)
 
     def watch_batch(self, progress: BatchProgress) -> None:
         """Show the progress of a batch. `run_batch` calls this as its `on_progress`."""
         from prefect_crew._internal.prefect_api import flow_run_id
 
         self.flow_run_id = self.flow_run_id or flow_run_id()
-        name, phase = progress.name, progress.phase
-        self.batch = name
-        if phase == "checking":
-            self.phase(f"Batch {name}: checking every row")
-        elif self._is_live and phase != "done":
-            self._draw(f"Batch {name}", done=progress.done, total=progress.total, figures=figures(progress))
-        elif self._is_live or phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
+        self.batch, text = progress.name, f"Batch {progress.name}: {figures(progress)}"
+        if progress.phase == "checking":
+            self.phase(f"Batch {progress.name}: checking every row")
+        elif self._is_live and progress.phase != "done":
+            self._draw(text, progress.started)
+        elif self._is_live or progress.phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
             self.close()
             self._said_at = time.monotonic()
-            parts = (f"{progress.done:,} of {progress.total:,} rows", figures(progress))
-            note(f"Batch {name}: {' · '.join(filter(None, parts))}")
+            note(text)
 
     def close(self) -> None:
         """Stop drawing."""
@@ -302,37 +283,25 @@ class Progress(AbstractContextManager["Progress"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _draw(
-        self, text: str, *, since: float | None = None, done: int = 0, total: int | None = None, figures: str = ""
-    ) -> None:
-        """Draw the last line: a spinner and the seconds, or a bar where `total` is given."""
-        if current.line is not None and (current.line.tasks[0].total is None) is not (total is None):
-            self.close()
+    def _draw(self, text: str, since: float) -> None:
+        """Draw the last line: a spinner, a text from outside, which neither controls nor styles, and the seconds."""
         if current.line is None:
-            bar: list[ProgressColumn] = [] if total is None else [BarColumn(30), MofNCompleteColumn()]
-            columns = (TextColumn("{task.description}"), *bar, TextColumn("[dim]{task.fields[figures]}"))
-            out = console(stderr=True)
-            current.line = LiveLine(SpinnerColumn(), *columns, TimeElapsedColumn(), console=out, transient=True)
-            current.line.add_task("", total=total, figures="")
+            out, columns = console(stderr=True), (TextColumn("{task.description}"), TimeElapsedColumn())
+            current.line = LiveLine(SpinnerColumn(), *columns, console=out, transient=True)
+            current.line.add_task("")
         (task,) = current.line.tasks
-        if total is None:
-            task.start_time = self._since if since is None else since
-        description, figures = _as_markup(text), _as_markup(figures)
-        current.line.update(task.id, completed=done, total=total, description=description, figures=figures)
+        task.start_time = since
+        current.line.update(task.id, description=escape(redact(plain(text))))
         current.line.start()  # not again where it is drawn already
 
 
-def _as_markup(text: str) -> str:
-    """Return text from outside as markup that neither controls nor styles the terminal."""
-    return escape(redact(plain(text)))
-
-
 def figures(progress: BatchProgress) -> str:
-    """Return a batch's progress as a text, without the number of done rows, which the caller shows."""
+    """Return a batch's progress as a text."""
     from prefect_crew.artifacts.escape import duration
     from prefect_crew.batches.report import WAITS_FOR_SLOT
 
     parts = (
+        f"{progress.done:,} of {progress.total:,} rows",
         WAITS_FOR_SLOT if progress.phase == "waiting" else "",
         f"{progress.failed:,} failed" if progress.failed else "",
         f"{progress.uncertain:,} uncertain" if progress.uncertain else "",

@@ -26,7 +26,6 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from prefect_crew.cli import _errors, _output, doctor, serve
 from prefect_crew.cli import docs as documentation
 from prefect_crew.cli import run as run_commands
-from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.exceptions import CrewError
 
@@ -48,11 +47,11 @@ app = App(
     default_parameter=Parameter(negative=(), show_default=_shown),
 )
 LAZY = {
-    "runs": ("runs:app", "Runs: list, stop, resolve and prune them."),
+    "runs": ("runs:app", "Runs: list, stop and resolve them."),
     "reviews": ("reviews:app", "Runs that wait for a person: list them, and answer."),
     "costs": ("runs:costs", "Show what runs have used and cost, by crew, day, flow or batch."),
     "batch": ("batch:app", "Run a crew for every row of a data set, and follow such batches."),
-    "crews": ("crews:app", "Store crews as Prefect blocks, and list them."),
+    "crews": ("crews:app", "Store crews as Prefect blocks. To list them: prefect block ls."),
     "database": ("database:app", "Show where runs are recorded, or choose this place."),
     "deploy": ("deploy:deploy", "Deploy a crew or a pipeline, with a form that asks for its inputs."),
     "automations": (
@@ -75,14 +74,11 @@ for number, (title, commands) in enumerate(GROUPS.items()):
         if isinstance(each, str):
             app.command(f"{__package__}.{LAZY[each][0]}", name=each, help=LAZY[each][1], **place)
         else:
-            app.command(each, help_epilogue=serve.faults_help() if each is serve.serve else None, **place)
-app.register_install_completion_command(  # pyright: ignore[reportUnknownMemberType]
-    help="Install the completion of commands and options for this shell."
-)
+            app.command(each, **place)
 
 
 class TerminatedError(SystemExit):
-    """SIGTERM or SIGHUP arrived. It leaves as an exit does, so that everything that the command started ends."""
+    """SIGTERM arrived. It leaves as an exit does, so that everything that the command started ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a crew may write what this terminal's encoding does not have
             stream.reconfigure(errors="backslashreplace")
-    with _signals(_ENDING), warnings.catch_warnings():
+    with _terminable(), warnings.catch_warnings():
         if not invocation.debug and not sys.warnoptions:
             warnings.simplefilter("ignore")
         try:
@@ -111,11 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _errors.CLOSED_PIPE
             if not isinstance(error, Exception) and not _errors.is_signal(error):
                 raise
-            with _signals(_IGNORED):
-                return _report(error, as_json=bool(re.search(r"(^| )(-o|--output)[ =]?json( |$)", " ".join(own))))
-        finally:
-            with _signals(_IGNORED):  # what is closed now takes a few seconds at most
-                invocation.at_end.close()
+            return _report(error, as_json=bool(re.search(r"(^| )(-o|--output)[ =]?json( |$)", " ".join(own))))
 
 
 def run(arguments: list[str]) -> int:
@@ -127,10 +119,7 @@ def run(arguments: list[str]) -> int:
         CycloptsError: The line has a wrong command or option.
         Exception: Any error of the command.
     """
-    with Progress(quiet=True) as progress:
-        if arguments and arguments[0] in LAZY:
-            progress.phase("Loading Prefect")
-        command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    command, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     answer: Any = command(*bound.args, **bound.kwargs)
     if iscoroutine(answer):
         with closing(answer):
@@ -142,7 +131,8 @@ def run(arguments: list[str]) -> int:
 
 def _report(error: BaseException, *, as_json: bool) -> int:
     """Write an error for people, and with `-o json` for programs; return its exit code."""
-    watched, error = _output.current.seen, _errors.own_error(error)
+    watched = _output.current.seen
+    error = _errors.own_error(error, watched)
     code, text = _errors.exit_code(error), _errors.message(error, watched and watched.started)
     if _output.current.debug:
         sys.stderr.write(_output.redact("".join(traceback.format_exception(error))))
@@ -170,20 +160,14 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise TerminatedError(_errors.TERMINATED)
 
 
-_ENDING = {getattr(signal, name): _terminate for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)}
-_IGNORED = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_IGN}
-
-
 @contextmanager
-def _signals(handlers: dict[signal.Signals, Any]) -> Generator[None]:
-    """Handle signals by these handlers in the main thread. Python allows no handlers in others."""
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            if handler is signal.SIG_IGN or signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, handler)
+def _terminable() -> Generator[None]:
+    """Let SIGTERM raise in the main thread; Python allows no handlers in others."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

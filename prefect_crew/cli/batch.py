@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from cyclopts import App, Parameter
@@ -21,29 +20,29 @@ from prefect.states import Cancelling
 
 from prefect_crew._text import listed_rows
 from prefect_crew.artifacts.escape import duration
-from prefect_crew.batches.batch import BatchStatus, StoredBatch, find_batch, list_batches, state_of, stop_runs
+from prefect_crew.batches.batch import BatchStatus, find_batch, list_batches, state_of, stop_runs
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import aplan_batch, arun_batch
 from prefect_crew.batches.runner import row_key
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import OTHER, ROWS
 from prefect_crew.cli._options import (
-    CrewAccess,
     CrewName,
     CrewOfRun,
     Output,
-    Timeout,
     is_url,
+    load,
+    need_crew,
     read_pairs,
-    wait_policy,
 )
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.runs.database import in_store
-from prefect_crew.store.batches import Row, cancel_batch
+from prefect_crew.store.batches import cancel_batch
 
+COUNTS = ("failed", "stopped", "conflicts", "uncertain", "in_flight", "left", "kickoffs")
 SHOWN = 100
 """Failed rows in the table of `failures`."""
 DataSet = Annotated[
@@ -62,11 +61,10 @@ app = App(name="batch")
 @Parameter(name="*")
 @dataclass(frozen=True)
 class BatchChoices:
-    """How rows become runs.
+    """How rows become runs. All other options are those of `run_batch` in Python.
 
     Args:
         key_column: The column that holds the key of each row; if left out, a digest of the row's inputs.
-        session_column: The column that names the session of a CrewAI Flow; rows of a session run one after the other.
         map: An input and its column, as NAME=COLUMN, or NAME='text with {{ COLUMN }}'; can be repeated.
         max_in_flight: Runs in flight at a time; 100 if left out.
         on_bad_row: If rows cannot be run, refuse the data set, or skip these rows.
@@ -74,73 +72,45 @@ class BatchChoices:
     """
 
     key_column: str | None = None
-    session_column: str | None = None
     map: Annotated[list[str] | None, Parameter(negative=())] = None
     max_in_flight: int | None = None
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     rows: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """Return the choices as arguments of `arun_batch` and `aplan_batch`."""
-        options = {
-            **vars(self),
-            "key": self.key_column,
-            "session": self.session_column,
-            "inputs": read_pairs("--map", self.map or (), "COLUMN") or None,
-        }
-        del options["key_column"], options["session_column"], options["map"]
-        return options
-
-
-@Parameter(name="*")
-@dataclass(frozen=True)
-class RunChoices(BatchChoices):
-    """How a batch goes on when rows fail, and when it is called again.
-
-    Args:
-        on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
-        retries: How many more times to kick off a failed row in this call.
-        max_kickoffs: A limit on kickoffs, of all calls together.
-    """
-
-    on_failure: float | Literal["continue", "stop"] = "continue"
-    retries: int = 0
-    max_kickoffs: int | None = None
+        """Return the choices as arguments of `arun_batch` and `aplan_batch`. A plan has bad rows in it."""
+        inputs = read_pairs("--map", self.map or (), "COLUMN") or None
+        return {"key": self.key_column, "inputs": inputs, "max_in_flight": self.max_in_flight, "rows": self.rows}
 
 
 @app.command
-def run(
+async def run(
     crew: CrewName,
     dataset: DataSet,
     /,
     *,
     name: str,
     export: str,
-    timeout: Timeout = None,
-    choices: RunChoices = RunChoices(),
+    choices: BatchChoices = BatchChoices(),
+    on_failure: float | Literal["continue", "stop"] = "continue",
     output: Output = None,
-    access: CrewAccess = CrewAccess(),
-) -> Coroutine[Any, Any, int]:
+) -> int:
     """Run a crew once for every row of a data set. Call it again to go on where it stopped.
 
     Args:
         name: The batch's name. The same call with it goes on where it stopped.
         export: The file or address for the results, .jsonl, .csv or .parquet, or sql://BLOCK/TABLE; written when the
             batch ends or stops.
+        on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
     """
-    options = choices.options()
+    options: dict[str, Any] = {"on_failure": on_failure, "on_bad_row": choices.on_bad_row, **choices.options()}
 
     async def call(progress: Progress) -> BatchReport:
-        loaded_crew = await access.load(crew)
-        arguments: dict[str, Any] = {
-            "name": name,
-            "export": export,
-            "wait": wait_policy(loaded_crew, timeout),
-            **options,
-        }
-        return await arun_batch(cast("Any", loaded_crew), dataset, on_progress=progress.watch_batch, **arguments)
+        loaded_crew: Any = await load(crew)
+        watch = progress.watch_batch
+        return await arun_batch(loaded_crew, dataset, name=name, export=export, on_progress=watch, **options)
 
-    return _run(name, call, output, by_name=not is_url(crew))
+    return await _run(name, call, output, by_name=not is_url(crew))
 
 
 def _look_here() -> None:
@@ -166,28 +136,28 @@ async def _run(
         with progress:
             report = await call(progress)
     except (asyncio.CancelledError, KeyboardInterrupt):
-        shell_name = shlex.quote(progress.batch or name)
-        again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call again"
-        stop = f"prefect-crew batch cancel {shell_name}"
-        _output.note(f"To go on where it stopped: {again}. To stop the runs in flight: {stop}")
+        name = progress.batch or name
+        stop = f"prefect-crew batch cancel {shlex.quote(name)}"
+        _output.note(f"To go on where it stopped: {_again(name, by_name)}. To stop the runs in flight: {stop}")
         raise
-    shell_name = shlex.quote(progress.batch or name)
+    name = progress.batch or name
     page = page_url(progress.flow_run_id)
     as_json = output and {**report.as_dict(), "flow_run_id": progress.flow_run_id, "flow_run_url": page}
     _output.put(str(report), json=as_json)
     if page:
         _output.note(page, "dim")
-    failures = f"prefect-crew batch failures {shell_name}"
+    failures = f"prefect-crew batch failures {shlex.quote(name)}"
     if report.uncertain:
         _output.note(f"A person has to resolve {report.uncertain:,} uncertain rows: {failures}")
-    elif report.failed > report.conflicts + report.unfinished:
-        again = f"prefect-crew batch resume {shell_name}" if by_name else "make the same call"
-        _output.note(f"Failed rows: {failures}. To start them again, up to max_attempts of the crew: {again}")
-    elif report.failed:
-        _output.note(f"Failed rows: {failures}")
-    if report.bad_count:
-        _output.note(f"Bad rows: {failures}")
+    elif report.failed or report.bad_count:
+        _output.note(f"Failed and bad rows: {failures}")
+    if report.failed > report.conflicts + report.unfinished:
+        _output.note(f"To start failed rows again, up to max_attempts of the crew: {_again(name, by_name)}")
     return 0 if report.ok else ROWS
+
+
+def _again(name: str, by_name: bool) -> str:
+    return f"prefect-crew batch resume {shlex.quote(name)}" if by_name else "make the same call again"
 
 
 @app.command
@@ -197,110 +167,59 @@ async def plan(
     /,
     *,
     name: str = "plan",
-    export: str = "batch.jsonl",
     seconds_per_run: float | None = None,
     output: Output = None,
     choices: BatchChoices = BatchChoices(),
-    access: CrewAccess = CrewAccess(),
 ) -> int:
     """Check every row, and print the number of runs, the time and the cost. Nothing is started.
 
     Args:
         name: The batch's name, to count only the rows that are left.
-        export: The batch's file of results.
         seconds_per_run: How long one run takes; if left out, the mean of the batch's completed runs.
     """
-    loaded_crew = await access.load(crew)
-    arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
-    batch_plan = await aplan_batch(cast("Any", loaded_crew), dataset, name=name, export=export, **arguments)
+    loaded_crew: Any = await load(crew)
+    batch_plan = await aplan_batch(
+        loaded_crew, dataset, name=name, seconds_per_run=seconds_per_run, **choices.options()
+    )
     _output.put(str(batch_plan), json=output and batch_plan.as_dict())
     return ROWS if batch_plan.bad_count and choices.on_bad_row == "refuse" else 0
 
 
 @app.command
-async def ls(
-    pattern: Annotated[str, Parameter(name="NAME", help="Only these; * stands for any text, as in 'leads/*'.")] = "*",
-    /,
-    *,
-    output: Output = None,
-) -> None:
+async def ls(*, output: Output = None) -> None:
     """List the batches, the one that ran last first. `batch inspect` shows a status."""
-    batches = await _list(pattern)
-    as_json = output and [
-        {"name": batch.name, "crew_url": batch.entry.crew_url, "rows": batch.entry.total} for batch in batches
-    ]
-    rows = [(batch.name, f"{batch.entry.total:,}", batch.entry.crew_url) for batch in batches]
-    _output.put_rows(("Batch", "Rows", "Crew"), rows, empty=NONE, json=as_json)
-
-
-async def _list(pattern: str) -> list[StoredBatch]:
     batches = await list_batches()
-    return [StoredBatch(batch) for batch in batches if pattern == batch.name or fnmatchcase(batch.name, pattern)]
+    as_json = output and [{"name": batch.name, "crew_url": batch.crew_url, "rows": batch.total} for batch in batches]
+    rows = [(batch.name, f"{batch.total:,}", batch.crew_url) for batch in batches]
+    _output.put_rows(("Batch", "Rows", "Crew"), rows, empty="The crew database has no batch.", json=as_json)
 
 
 @app.command
-async def inspect(
-    name: Annotated[str, Parameter(name="NAME", help="The batch's name. 'leads/*' adds up all batches that match.")],
-    /,
-    *,
-    output: Output = None,
-) -> int:
+async def inspect(name: Name, /, *, output: Output = None) -> None:
     """Show the status of a batch, also while another process runs it."""
-    fitting = await _list(name) if any(sign in name for sign in "*?[") else []
-    if not fitting or name in [batch.name for batch in fitting]:  # a name may have such signs in it
-        status = await (await find_batch(name)).status()
-        _output.put("\n".join(_about(status)), json=output and asdict(status))
-        return 0
-    _put_sum([await batch.status() for batch in sorted(fitting, key=lambda batch: batch.name)], output)
-    return 0
-
-
-NONE = "The crew database has no such batch."
-SUMMED = ("total", "completed", "failed", "stopped", "uncertain", "in_flight", "left", "bad_count", "kickoffs")
-
-
-def _put_sum(statuses: list[BatchStatus], output: str | None) -> None:
-    """Print the status of several batches, and their sums."""
-    whole = {count: sum(getattr(status, count) for status in statuses) for count in SUMMED}
-    rows = [(status.name, *(f"{getattr(status, count):,}" for count in SUMMED)) for status in statuses]
-    rows.append(("together", *(f"{count:,}" for count in whole.values())))
-    header = ("Batch", *(_word(count).capitalize() for count in SUMMED))
-    as_json = output and {**whole, "batches": [asdict(status) for status in statuses]}
-    _output.put_rows(header, rows, empty=NONE, json=as_json)
-
-
-def _word(count: str) -> str:
-    return "bad" if count == "bad_count" else count.replace("_", " ")
+    status = await (await find_batch(name)).status()
+    if output:
+        _output.put_json(asdict(status))
+        return
+    _output.put(f"Batch {status.name}: {status.completed:,} of {status.total:,} rows completed")
+    if status.running:
+        _output.put("  A process runs it now")
+    elif again := _how_to_go_on(status):
+        _output.put(f"  No process runs it. {again}")
+    counts = {name: getattr(status, name) for name in COUNTS}
+    bad = status.bad_count and f"{listed_rows(status.bad, status.bad_count)}. All are in {status.bad_export}"
+    seconds = status.seconds and f"{duration(status.seconds)} (mean)"
+    reason = None if status.running else status.stopped_because
+    others = {"bad rows": bad, "time of a row": seconds, "it stopped": reason, "export": status.export}
+    _output.put_facts({**counts, **others})
 
 
 def _how_to_go_on(status: BatchStatus) -> str:
     """Return how to continue a batch; empty if it has run every row."""
     if not (status.left or status.in_flight or status.stopped):
         return ""
-    again = f"prefect-crew batch resume {shlex.quote(status.name)}"
-    return f"To go on where it stopped: {f'make the same call again ({status.why_not})' if status.why_not else again}"
-
-
-def _about(status: BatchStatus) -> Iterator[str]:
-    yield f"Batch {status.name}: {status.completed:,} of {status.total:,} rows completed"
-    words = {count: _word(count) for count in SUMMED[2:-1]}
-    words |= {"stopped": "of them stopped", "left": "not started yet"}
-    counts = (f"{count:,} {summary}" for word, summary in words.items() if (count := getattr(status, word)))
-    if summary := " · ".join(counts):
-        yield f"  {summary}"
-    if status.running:
-        yield "  A process runs it now"
-    elif again := _how_to_go_on(status):
-        yield f"  No process runs it. {again}"
-    if status.stopped_because and not status.running:
-        yield f"  It stopped: {status.stopped_because}"
-    if status.bad_count:
-        listed = listed_rows(status.bad, status.bad_count)
-        yield f"  Bad rows: {listed}. All are in {status.bad_export}"
-    seconds = "" if status.seconds is None else f" · a row takes {duration(status.seconds)} (mean)"
-    yield f"  {status.kickoffs:,} kickoffs{seconds}"
-    if status.export:
-        yield f"  Export: {status.export}"
+    why_not = f" ({status.why_not})" if status.why_not else ""
+    return f"To go on where it stopped: {_again(status.name, not why_not)}{why_not}"
 
 
 @app.command
@@ -308,14 +227,25 @@ async def failures(name: Name, /, *, output: Output = None) -> None:
     """List the rows that failed, are uncertain or cannot be run, with their runs and the reason."""
     batch = await find_batch(name)
     found, status = await batch.failures(None if output else SHOWN), await batch.status()
-    if output:
-        lines = [{"key": None, "line": row.line, "state": "bad", "error": row.reason} for row in status.bad]
-        _output.put_json([*(_as_json(batch.name, row) for row in found), *lines])
-        return
-    rows = [(row.row_key, row.kickoff_id or "", state_of(row), row.error or "") for row in found]
-    rows += [(f"line {row.line}", "", "bad", row.reason) for row in status.bad[:SHOWN]]
-    _output.put_rows(("Row", "Run", "State", "Error"), rows, empty=f"No row of batch {name} failed.")
-    if len(found) == SHOWN:
+    rows: list[dict[str, Any]] = [
+        {
+            "key": row.row_key,
+            "state": state_of(row),
+            "error": row.error,
+            "kickoff_id": row.kickoff_id,
+            "attempt": row.number,
+            "idempotency_key": row_key(name, row.row_key),
+        }
+        for row in found
+    ]
+    rows += [{"line": row.line, "state": "bad", "error": row.reason} for row in status.bad]
+    cells = [
+        (row.get("key") or f"line {row['line']}", row.get("kickoff_id") or "", row["state"], row["error"] or "")
+        for row in rows
+    ]
+    header = ("Row", "Run", "State", "Error")
+    _output.put_rows(header, cells, empty=f"No row of batch {name} failed.", json=output and rows)
+    if len(found) == SHOWN and not output:
         _output.note(f"The first {SHOWN}; -o json shows all.")
     if status.bad_count:
         _output.note(f"Bad rows cannot be run. All {status.bad_count:,} are in {status.bad_export}.")
@@ -324,19 +254,6 @@ async def failures(name: Name, /, *, output: Output = None) -> None:
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
             f"{shlex.quote(row_key(name, first.row_key))} --kickoff-id ID, or --never-started."
         )
-
-
-def _as_json(batch: str, row: Row) -> dict[str, Any]:
-    return {
-        "key": row.row_key,
-        "state": state_of(row),
-        "error": row.error,
-        "idempotency_key": row_key(batch, row.row_key),
-        "kickoff_id": row.kickoff_id,
-        "attempt": row.number,
-        "started_at": row.started_at,
-        "ended_at": row.ended_at,
-    }
 
 
 @app.command
@@ -352,14 +269,14 @@ async def resume(name: Name, /, *, output: Output = None) -> int:
 
 
 @app.command
-async def cancel(name: Name, /, *, crew: CrewOfRun = CrewOfRun()) -> int:
+async def cancel(name: Name, /, *, crew: CrewOfRun = None) -> int:
     """Cancel the flow run that runs a batch. If no process runs the batch, stop the batch's runs in flight."""
     batch, code = await find_batch(name), 0
     if await batch.is_running():
         done = await _cancel_flow_run(batch.entry.flow_run_id)
         await in_store(cancel_batch, name)
     elif in_flight := await batch.in_flight():
-        session = CrewSession(await crew.need(in_flight[0]))
+        session = CrewSession(await need_crew(in_flight[0], crew))
         stopped, problems = await stop_runs(session, in_flight)
         for problem in problems:
             _output.note(problem)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cyclopts import App
 
 from prefect_crew.cli import _output
-from prefect_crew.cli._options import Output, Yes
+from prefect_crew.cli._options import Yes
 from prefect_crew.runs.database import find_store, read_registration, use_this_store
 from prefect_crew.store import prune
 from prefect_crew.store.database import Registration
@@ -21,23 +19,16 @@ def place(registration: Registration) -> str:
 
 
 @app.default
-async def show(*, output: Output = None) -> None:
+async def show() -> None:
     """Show where runs are recorded, how large that is, and which store the Prefect server knows."""
     store = find_store()
     own, other = await store.registration(), await read_registration()
     counts, size = await store.run(prune.counts), await store.run(prune.size)
     known = "none yet" if other is None else "this one" if own.is_same(other) else f"another one, {place(other)}"
-    facts: dict[str, Any] = {"where": own.where, "host": own.host, "id": own.id, "bytes": size, "rows": counts}
-    if output:
-        registered = other and {"where": other.where, "host": other.host, "id": other.id}
-        _output.put_json(facts | {"prefect_server": registered})
-        return
     _output.put(f"Runs are recorded in {place(own)}.")
-    _output.put(f"  Id: {own.id}")
-    _output.put(f"  The Prefect server knows: {known}")
-    _output.put(f"  Size: {size / 1_000_000:,.1f} MB")
-    for name, number in counts.items():
-        _output.put(f"  {name.replace('_', ' ').capitalize()}: {number:,}")
+    _output.put_facts(
+        {"id": own.id, "the Prefect server knows": known, "size": f"{size / 1_000_000:,.1f} MB", **counts}
+    )
     if other is not None and not own.is_same(other):
         _output.note(
             "Set PREFECT_INTEGRATIONS_CREW_DATABASE_URL to a database that all machines share. If the other one is "

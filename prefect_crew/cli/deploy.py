@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Coroutine
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +11,8 @@ from uuid import UUID
 
 from cyclopts import App, Group, Parameter, validators
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
-from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
@@ -29,52 +26,43 @@ from prefect_crew.automations import (
     recovery_automations,
     slowest_heartbeat,
 )
-from prefect_crew.blocks import load_crew
 from prefect_crew.cli import _output
-from prefect_crew.cli._errors import reason
 from prefect_crew.cli._options import (
     InputFile,
     Inputs,
     Key,
-    Output,
     Pool,
     gather_inputs,
     is_url,
 )
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.crew import CrewSession
 from prefect_crew.deployments import crew_flow, describe_schedule, note_on_database, pipeline_flow, read_deployment
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
 WHAT = Group("Deploy one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
-_OPTIONS = ("crew", "pipeline", "inputs", "idempotency_key", "session")
-"""The parameters of a deployment that the command writes itself."""
-WHEN = Group("When it runs, one of", validator=validators.MutuallyExclusive(), sort_key=1)
+REPLACED = {"schedule": "schedules", "concurrency limit": "global_concurrency_limit", "job variables": "job_variables"}
+"""What Prefect removes if a deployment is deployed again without it."""
 
 
-def deploy(
+async def deploy(
     crew: Annotated[str | None, Parameter(name="CREW", group=WHAT)] = None,
     /,
     *,
     pipeline: Annotated[Path | None, Parameter(group=WHAT)] = None,
     pool: Pool = None,
-    cron: Annotated[str | None, Parameter(group=WHEN)] = None,
-    interval: Annotated[float | None, Parameter(group=WHEN)] = None,
+    cron: str | None = None,
     timezone: str | None = None,
     name: str | None = None,
     inputs: Inputs = None,
     input_file: InputFile = None,
     key: Key = None,
     session: str | None = None,
-    concurrency_limit: int | None = None,
     tag: Annotated[list[str] | None, Parameter(name=["--tag", "-t"])] = None,
-) -> Coroutine[Any, Any, None]:
-    """Deploy a crew or a pipeline.
+) -> None:
+    """Deploy a crew or a pipeline. A deployment of the same name is replaced: give all its options again.
 
-    Your own flows, and all options of Prefect: prefect deploy, or crew_flow and pipeline_flow in Python. A deployment
-    that is deployed again keeps each option that you leave out, but not -i and -f. --key '' and --session '' remove
-    one.
+    Your own flows, and all options of Prefect: prefect deploy, or crew_flow and pipeline_flow in Python.
 
     Args:
         crew: The name of a stored crew.
@@ -82,11 +70,9 @@ def deploy(
         pool: The work pool whose workers run it, with this package installed; if left out, the pool that the deployment
             has, or Prefect's default pool.
         cron: A cron schedule. Its runs have the inputs that are given here.
-        interval: A schedule: the seconds between two runs.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
         session: A session of a CrewAI Flow: each run starts from the state of the session's last completed run.
-        concurrency_limit: How many flow runs of the deployment may go on at once; 0: any number.
         tag: A tag; can be repeated.
     """
     if crew is not None and is_url(crew):
@@ -94,113 +80,48 @@ def deploy(
             "A deployment needs a stored crew, whose token its runs can load: prefect-crew crews save NAME --url "
             f"{shlex.quote(crew)}, then prefect-crew deploy NAME."
         )
-    if timezone and cron is None and interval is None:
-        raise ConfigurationError("--timezone belongs to a schedule. Give --cron or --interval too.")
+    if timezone and cron is None:
+        raise ConfigurationError("--timezone belongs to a schedule. Give --cron too.")
     flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
-    own_name, schedule = name or flow.label, _schedule(cron, interval, timezone)
-    defaults = gather_inputs(inputs, input_file)
-    choices: dict[str, Any] = {"idempotency key": key, "session": session, "tag": tag}
-    choices |= {"concurrency limit": concurrency_limit, "schedule": [schedule] if schedule else None}
-
-    async def make() -> None:
-        earlier = await read_deployment(f"{flow.name}/{own_name}")
-        kept = _kept(earlier, choices)
-        options, parameters = choices | kept, dict(kept.get("parameter", {}))
-        parameters |= {"inputs": defaults, "idempotency_key": options["idempotency key"], "session": options["session"]}
-        deployment = await flow.ato_deployment(
-            own_name,
-            parameters={name: value for name, value in parameters.items() if value not in (None, "")},
-            schedules=options["schedule"],
-            tags=options["tag"],
-            concurrency_limit=options["concurrency limit"] or None,
-            **_place(earlier, pool),
-        )
-        deployment_id = await _apply(deployment)
-        async with get_client() as client:
-            stored = await client.read_deployment(UUID(deployment_id))
-        form = (stored.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
-        fields: dict[str, Any] = form.get("properties", {})
-        _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
-        await _put_version(crew)
-        if page := page_url(deployment_id, "deployment"):
-            _output.put(page)
-        if earlier is not None and earlier.job_variables and not deployment.job_variables:
-            _output.note(f"Its job variables are gone: they belonged to work pool {earlier.work_pool_name}.")
-        for title in [title for title in kept if title != "schedule"]:
-            _output.put(f"Its earlier {title} stays: {_described(kept[title])}")
-        whose = "Its schedule" if schedule else "Its earlier schedule stays"
-        for timetable in stored.schedules:
-            if timetable.active:
-                _output.put(f"{whose}: {await describe_schedule(timetable.schedule)}")
-        needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
-        example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
-        argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
-        _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{argument}")
-        if stored.work_pool_name:  # left out, it keeps the pool that it has
-            _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
-        else:
-            _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
-
-    return make()
+    schedules = None if cron is None else [CronSchedule(cron=cron, timezone=timezone)]
+    parameters = {"inputs": gather_inputs(inputs, input_file), "idempotency_key": key, "session": session}
+    earlier = await read_deployment(f"{flow.name}/{name or flow.label}")
+    own_pool = pool or (earlier and earlier.work_pool_name)
+    deployment = await flow.ato_deployment(
+        name,
+        parameters={name: value for name, value in parameters.items() if value},
+        schedules=schedules,
+        tags=tag,
+        work_pool_name=own_pool or get_current_settings().deployments.default_work_pool_name,
+    )
+    deployment_id = await _apply(deployment)
+    async with get_client() as client:
+        stored = await client.read_deployment(UUID(deployment_id))
+    form = (stored.parameter_openapi_schema or {}).get("properties", {}).get("inputs", {})
+    fields: dict[str, Any] = form.get("properties", {})
+    _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
+    if page := page_url(deployment_id, "deployment"):
+        _output.put(page)
+    if earlier is not None and (gone := _gone(earlier, stored)):
+        _output.note(f"It had this, which you did not give again: {', '.join(gone)}.", "yellow")
+    for timetable in stored.schedules:
+        _output.put(f"Its schedule: {await describe_schedule(timetable.schedule)}")
+    needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
+    example = json.dumps(dict.fromkeys(needed, "…"), ensure_ascii=False)
+    argument = f" -p {shlex.quote(f'inputs={example}')}" if needed else ""
+    _output.put(f"Run it: prefect deployment run {shlex.quote(deployment.full_name)}{argument}")
+    if stored.work_pool_name:  # left out, it keeps the pool that it has
+        _output.put(f"Its runs need a worker: prefect worker start --pool {shlex.quote(stored.work_pool_name)}")
+    else:
+        _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
 
 
-async def _put_version(crew: str | None) -> None:
-    """Write the version of the crew that is deployed on its server, if that reports one."""
-    if crew is not None:
-        async with CrewSession(await load_crew(crew)) as session:
-            if version := await session.version():
-                _output.put(f"The version of the crew: {version}.")
-
-
-def _kept(earlier: DeploymentResponse | None, choices: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an earlier deployment that this command does not set. Prefect would remove them."""
-    if earlier is None:
-        return {}
-    limit, how = earlier.global_concurrency_limit, earlier.concurrency_options
-    others = {name: value for name, value in earlier.parameters.items() if name not in _OPTIONS}
-    if choices["session"]:
-        others.pop("restore_from", None)  # a session restores the states itself
-    options: dict[str, Any] = {
-        "idempotency key": earlier.parameters.get("idempotency_key"),
-        "session": earlier.parameters.get("session"),
-        "tag": [tag for tag in earlier.tags if tag != TAG],
-        "concurrency limit": limit and ConcurrencyLimitConfig(limit=limit.limit, **(how.model_dump() if how else {})),
-        "schedule": _schedules_of(earlier),
-        "parameter": others,
-    }
-    return {title: value for title, value in options.items() if value and choices.get(title) is None}
-
-
-def _place(earlier: DeploymentResponse | None, pool: str | None) -> dict[str, Any]:
-    """Return the options for the pool of a deployment: of `pool` if that is given, else of the earlier deployment."""
-    if earlier is None or not earlier.work_pool_name:
-        return {"work_pool_name": pool or get_current_settings().deployments.default_work_pool_name}
-    if pool not in (None, earlier.work_pool_name):
-        return {"work_pool_name": pool}
-    # Prefect would empty job variables that are left out, and takes them only together with the pool and its queue.
-    names = {"work_pool_name": earlier.work_pool_name, "work_queue_name": earlier.work_queue_name}
-    return {**names, "job_variables": dict(earlier.job_variables or {})}
-
-
-def _described(value: str | list[str] | dict[str, Any] | ConcurrencyLimitConfig) -> str:
-    if isinstance(value, ConcurrencyLimitConfig):
-        return str(value.limit)
-    return value if isinstance(value, str) else ", ".join(value)
-
-
-def _schedules_of(deployment: DeploymentResponse) -> list[DeploymentScheduleCreate]:
-    """Return the schedules of a deployment as new ones. Prefect removes schedules that a new deployment leaves out."""
-    fields = set(DeploymentScheduleCreate.model_fields)
-    return [DeploymentScheduleCreate.model_validate(entry.model_dump(include=fields)) for entry in deployment.schedules]
-
-
-def _schedule(cron: str | None, interval: float | None, timezone: str | None) -> CronSchedule | IntervalSchedule | None:
-    try:
-        if cron is not None:
-            return CronSchedule(cron=cron, timezone=timezone)
-        return None if interval is None else IntervalSchedule(interval=timedelta(seconds=interval), timezone=timezone)
-    except (ValueError, OverflowError) as error:
-        raise ConfigurationError(f"The schedule cannot be made: {reason(error)}") from None
+def _gone(earlier: DeploymentResponse, stored: DeploymentResponse) -> list[str]:
+    """Return what a deployment had before it was deployed again, and has no more."""
+    lost = [word for word, field in REPLACED.items() if getattr(earlier, field) and not getattr(stored, field)]
+    names = sorted(earlier.parameters.keys() - stored.parameters.keys())
+    tags = sorted({*earlier.tags} - {*stored.tags})
+    return [*lost, *(f"parameter {name}" for name in names), *(f"tag {tag}" for tag in tags)]
 
 
 async def _apply(deployment: RunnerDeployment) -> str:
@@ -230,7 +151,6 @@ async def apply(
     notify: str | None = None,
     max_attempts: int = 3,
     waiting: Annotated[timedelta, Parameter(show_default="4h")] = timedelta(hours=4),
-    output: Output = None,
 ) -> None:
     """Set up the recovery of crashed flow runs, and with --notify alerts. Safe to run again.
 
@@ -249,16 +169,12 @@ async def apply(
         recover_id, heartbeat = await _recover_id(client, pool), await slowest_heartbeat(client)
         wanted = (*recovery_automations(recover_id, heartbeat=heartbeat, max_attempts=max_attempts), *alerts)
         changes = [await apply_automation(client, automation) for automation in wanted]
-    lines = [
-        {"name": each.name, "enabled": each.enabled, "change": change, "description": each.description}
-        for each, change in zip(wanted, changes, strict=True)
-    ]
     rows = [
         (each.name, change if each.enabled else "disabled", each.description)
         for each, change in zip(wanted, changes, strict=True)
     ]
-    _output.put_rows(("Automation", "State", "Description"), rows, json=output and lines)
-    if not output and not alerts:
+    _output.put_rows(("Automation", "State", "Description"), rows)
+    if not alerts:
         _output.put("No alert was changed. Give --notify the TYPE/NAME of a block that prefect block ls shows.")
 
 

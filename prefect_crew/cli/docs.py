@@ -26,9 +26,9 @@ def docs(
         _output.note("prefect-crew docs PAGE prints a page, such as: prefect-crew docs tutorial")
         return
     name = page.partition("#")[0].removesuffix(".md")
-    matches = [name] if name in every else [each for each in every if each.rpartition("/")[2] == name]
+    matches = [each for each in every if f"/{each}".endswith(f"/{name}")]
     if not matches:
-        names = {part for each in every for part in (each, each.rpartition("/")[2])}
+        names = {each.rpartition("/")[2] for each in every}
         raise ConfigurationError(f"No page is named {with_guesses([name], names)}. To list them: prefect-crew docs")
     for match in matches:
         _output.put_markdown(page_text(match))

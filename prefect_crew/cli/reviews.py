@@ -5,17 +5,17 @@ from __future__ import annotations
 import getpass
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from prefect_crew._internal.clock import moment
 from prefect_crew.cli import _output
-from prefect_crew.cli._options import CrewOfRun, Output
+from prefect_crew.cli._options import CrewOfRun, Output, find_crew, need_crew
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.cli.runs import ago, short_name
 from prefect_crew.client.models import Review, ReviewRequest
-from prefect_crew.crew import Crew
 from prefect_crew.exceptions import ConfigurationError, NotWaitingError
 from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight, list_open_questions, read_question
 from prefect_crew.runs.reviews.questions import describe_answer
@@ -45,21 +45,12 @@ class AnswerOptions:
     round: Annotated[
         int | None, Parameter(help="Answer only if the question has this number, which `reviews inspect` shows.")
     ] = None
-    output: Output = None
 
 
 @app.command
 async def ls(*, output: Output = None) -> None:
     """List the runs that wait for a person, the longest waiting first."""
-    stored: dict[tuple[str, str], Crew | None] = {}
-
-    async def crew(attempt: Attempt) -> Crew | None:
-        name = attempt.crew, attempt.crew_url
-        if name not in stored:
-            stored[name] = await CrewOfRun().find(attempt)
-        return stored[name]
-
-    waiting = await list_open_questions(crew)
+    waiting = await list_open_questions(partial(find_crew, crew=None))
     rows = [
         (
             short_name(attempt),
@@ -78,10 +69,10 @@ async def ls(*, output: Output = None) -> None:
 
 
 @app.command
-async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
+async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = None) -> None:
     """Show the question of one run, how to answer it, and the answers before."""
     attempt = await find_run_in_flight(run)
-    question = await read_question(attempt, crew.find)
+    question = await read_question(attempt, partial(find_crew, crew=crew))
     if question is None:
         raise NotWaitingError(f"Run {attempt.first_id} of crew {attempt.crew} does not wait for a person.")
     if output:
@@ -92,7 +83,7 @@ async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = C
 
 @app.command
 async def approve(
-    run: RunName, /, *, feedback: str = "", options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = CrewOfRun()
+    run: RunName, /, *, feedback: str = "", options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = None
 ) -> None:
     """Approve the output that a run shows: the crew continues, and so do the flow runs that wait for it.
 
@@ -104,7 +95,7 @@ async def approve(
 
 @app.command
 async def reject(
-    run: RunName, /, *, feedback: str, options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = CrewOfRun()
+    run: RunName, /, *, feedback: str, options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = None
 ) -> None:
     """Reject the output that a run shows: the task is done again with the feedback.
 
@@ -118,20 +109,10 @@ async def reject(
 
 async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions, crew: CrewOfRun) -> None:
     attempt = await find_run_in_flight(run)
-    live_run = LiveRun(await crew.need(attempt), str(attempt.first_id), attempt)
-    review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or _user_name())
+    live_run = LiveRun(await need_crew(attempt, crew), str(attempt.first_id), attempt)
+    review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or getpass.getuser())
     _, written = await answer_run(live_run, review, task_id=options.task, round=options.round)
-    facts = {"idempotency_key": attempt.key, "kickoff_id": attempt.first_id}
-    as_json = options.output and {**facts, **written.model_dump(mode="json")}
-    _output.put(f"Run {attempt.first_id}: {_sentence(written)}", json=as_json)
-
-
-def _user_name() -> str:
-    """Return the name of this machine's user."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        return "the command line"
+    _output.put(f"Run {attempt.first_id}: {_sentence(written)}")
 
 
 def _put(attempt: Attempt, question: ReviewRequest) -> None:

@@ -11,18 +11,17 @@ from cyclopts import Parameter
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._options import (
-    CrewAccess,
     CrewName,
     CrewOfRun,
     InputFile,
     Inputs,
     Key,
     Output,
-    Timeout,
     Yes,
     gather_inputs,
     is_url,
-    wait_policy,
+    load,
+    open_client,
 )
 from prefect_crew.cli._output import Progress, SeenRun
 from prefect_crew.cli._prefect import page_url, reach_prefect
@@ -32,13 +31,13 @@ if TYPE_CHECKING:
     from prefect_crew.client.models import CrewInput, CrewResult
 
 
-def inputs(crew: CrewName, /, *, output: Output = None, access: CrewAccess = CrewAccess()) -> None:
+def inputs(crew: CrewName, /, *, output: Output = None) -> None:
     """List the inputs that a crew takes."""
     if not is_url(crew):
         reach_prefect()
 
     async def ask() -> list[CrewInput]:
-        async with await access.client(crew) as client:
+        async with await open_client(crew) as client:
             return await client.inputs()
 
     crew_inputs = asyncio.run(ask())
@@ -66,11 +65,9 @@ def run(
     force_new: bool = False,
     restore_from: str | None = None,
     session: str | None = None,
-    allow_extra: bool = False,
-    timeout: Timeout = None,
+    timeout: float | None = None,
     yes: Yes = False,
     output: Output = None,
-    access: CrewAccess = CrewAccess(),
 ) -> Coroutine[Any, Any, None]:
     """Run a crew through Prefect, wait, and write its result. A second call with the same --key finds the first run.
 
@@ -79,30 +76,29 @@ def run(
         force_new: Start a new run even if the key has one.
         restore_from: The id of a saved state of a CrewAI Flow, from which the run starts.
         session: A session of a CrewAI Flow: the run starts from the state of the session's last completed run.
-        allow_extra: Also send inputs that the crew does not name.
+        timeout: Seconds that a run may take, pending and running together.
     """
     values = gather_inputs(inputs, input_file)
     if force_new:
         _output.confirm("--force-new starts a new run, even if one with this key is in flight. Go on?", yes=yes)
 
     async def run_it() -> None:
+        from prefect_crew.crew import WaitPolicy
         from prefect_crew.flows import run_loaded_crew
         from prefect_crew.runs.request import RunOptions
 
         with Progress() as progress:
-            loaded_crew = replace(await access.load(crew), on_status=progress.watch)
-            if allow_extra:
-                loaded_crew = replace(loaded_crew, allow_extra_inputs=True)
+            loaded_crew = replace(await load(crew), on_status=progress.watch)
             turn = "" if session is None else f", and waiting for its turn in session {session!r}"
-            looking = f"Crew {loaded_crew.label}: checking the inputs, looking for a run of this key{turn}"
-            progress.phase(looking)
+            progress.phase(f"Crew {loaded_crew.label}: checking the inputs, looking for a run of this key{turn}")
+            wait = None if timeout is None else {**dict(loaded_crew.wait), "timeout": timeout}
             options = RunOptions.of(
                 name=name,
                 idempotency_key=key,
                 force_new=force_new,
                 restore_from=restore_from,
                 session=session,
-                wait=wait_policy(loaded_crew, timeout),
+                wait=wait and WaitPolicy.model_validate(wait),
             )
             answer = await run_loaded_crew(loaded_crew, values, options)
         put_result(answer, progress.seen, as_json=output is not None)
@@ -139,12 +135,12 @@ async def result(
     /,
     *,
     output: Output = None,
-    crew: CrewOfRun = CrewOfRun(),
+    crew: CrewOfRun = None,
 ) -> None:
     """Write the whole result of a run that has completed, from the crew database or from the crew's server."""
     from prefect_crew.flows import aget_result
 
-    loaded_crew: Any = None if crew.crew is None else await crew.load(crew.crew)
+    loaded_crew: Any = None if crew is None else await load(crew)
     answer = await aget_result(key, crew=loaded_crew)
     if output:
         _output.put_json(_plain(answer))

@@ -1,15 +1,14 @@
-"""The commands `runs` and `costs`: list, inspect, stop, resolve and prune runs, and add up their costs."""
+"""The commands `runs` and `costs`: list, inspect, stop and resolve runs, and add up their costs."""
 
 from __future__ import annotations
 
 import getpass
 import shlex
 import time
-from collections.abc import AsyncGenerator, Collection, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict
-from datetime import date, timedelta
+from collections.abc import Collection, Sequence
+from datetime import date
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -18,21 +17,20 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from prefect_crew._internal.clock import moment
+from prefect_crew.artifacts.escape import progress
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import OTHER
-from prefect_crew.cli._options import CrewOfRun, Output, Yes
+from prefect_crew.cli._options import CrewOfRun, Output, Yes, find_crew, missing_crew, need_crew
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.client.models import CrewStatus, StopOutcome
 from prefect_crew.costs import By, read_costs
-from prefect_crew.crew import CrewSession
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.prices import Spending, money
-from prefect_crew.runs import prune as pruning
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import normalize_key
 from prefect_crew.runs.owners import process_is_gone
 from prefect_crew.runs.resolve import (
-    Look,
     find_attempts,
     latest,
     resolve_lost,
@@ -212,14 +210,14 @@ async def ls(
 
 
 @app.command
-async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> None:
+async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = None) -> None:
     """Show every attempt at one idempotency key, and ask the crew about a run in flight."""
     found = await find_attempts(run)
     found = await in_store(attempts.of_key, found[0].key)
     ended, now, last, status = await ended_flow_runs(found), await in_store(attempts.time_now), latest(found), None
-    loaded_crew = await crew.find(last)
+    loaded_crew = await find_crew(last, crew)
     if last.state is S.STARTED and loaded_crew is None:
-        _output.note(f"The crew's server was not asked. {crew.missing(last)}")
+        _output.note(f"The crew's server was not asked. {missing_crew(last)}")
     elif last.state is S.STARTED and loaded_crew is not None:
         live = LiveRun(loaded_crew, str(last.first_id), last)
         try:
@@ -233,71 +231,40 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = C
         left = loaded_crew.max_attempts - sum(attempt.may_count(now) for attempt in found)
     documents: list[dict[str, Any]] = []
     for attempt in found:
-        is_last = attempt.id == last.id
-        attempt = last if is_last else attempt
+        its_status = status if attempt.id == last.id else None
+        attempt = last if attempt.id == last.id else attempt
         word = word_of(attempt, ended, now)
         asked = await in_store(questions.questions_of, attempt.id)
-        next_step = todo(attempt, word, now, status if is_last else None, left=left)
-        if output:
-            document = _as_json(attempt, word, now) | {"todo": next_step, "questions": [*map(_question, asked)]}
-            if is_last and status is not None:
-                document["status"] = status.model_dump(mode="json", exclude={"raw": True, "tasks": True})
-            documents.append(document)
-            continue
-        _output.put(f"{word.upper()}  {attempt.key}")
-        _put_facts(_facts(attempt, asked, now) | {"To do": next_step})
+        facts: dict[str, Any] = {
+            "questions": [*map(_question, asked)],
+            "todo": todo(attempt, word, now, its_status, left=left),
+        }
+        if its_status is not None:
+            facts["status"] = its_status.model_dump(mode="json", exclude={"raw": True, "tasks": True})
+        documents.append(_as_json(attempt, word, now) | facts)
     if output:
         _output.put_json(documents)
         return
+    for document in documents:
+        _output.put(f"{document.pop('state').upper()}  {document.pop('idempotency_key')}")
+        _output.put_facts(document)
     if status is not None:
         _put_status(status)
     if last.state is S.COMPLETED:
         _output.put(f"Its result: prefect-crew result {shlex.quote(last.key)}")
 
 
-def _facts(attempt: Attempt, asked: Sequence[Question], now: float) -> dict[str, object]:
-    since = _since(attempt)
-    facts: dict[str, object] = {
-        "Attempt": attempt.number,
-        "Crew": f"{attempt.crew} at {attempt.crew_url}",
-        "Version": attempt.crew_version,
-        "Kickoff id": attempt.first_id,
-        "Goes on as": attempt.kickoff_id if attempt.kickoff_id != attempt.first_id else None,
-        "Since": f"{moment(since):%Y-%m-%d %H:%M:%S} UTC ({ago(since, now)} ago)",
-        "Flow run": page_url(attempt.flow_run_id) or attempt.flow_run_id,
-        "Batch": attempt.batch and f"{attempt.batch}, row {attempt.row_key}",
-        "Session": attempt.session and f"{attempt.session}, turn {attempt.turn}",
-        "Inputs": f"digest {attempt.inputs_digest}",
-        "Cost": None if attempt.cost is None else money(attempt.cost),
-        "Resolved by": attempt.resolved_by,
-        "Asked to stop by": attempt.stop_asked_by,
-    }
-    for question in asked:
-        answer = "no answer yet" if question.answer is None else f"answered by {question.answered_by}"
-        sent = ", not sent yet" if question.answer is not None and question.sent_at is None else ""
-        facts[f"Question {question.number}"] = f"task {question.task or '–'}, {answer}{sent}"
-    return facts | {"Reason" if attempt.state is S.UNCERTAIN else "Error": attempt.error}
+def _question(question: Question) -> str:
+    answer = "no answer yet" if question.answer is None else f"answered by {question.answered_by}"
+    sent = ", not sent yet" if question.answer is not None and question.sent_at is None else ""
+    return f"{question.number}, task {question.task or '–'}: {answer}{sent}"
 
 
 def _put_status(status: CrewStatus) -> None:
     word = "waits for a person" if status.state is CrewState.WAITING else str(status.state)
     odd = "" if status.known_state else f" (it says {status.raw_state}, which counts as running)"
-    _put_facts(
-        {
-            "The crew's server": f"{word}{odd}",
-            "Task": status.current_task,
-            "Tasks done": f"{status.completed_tasks or 0} of {status.total_tasks}" if status.total_tasks else None,
-            "Steps done": None if status.total_tasks else status.completed_tasks,
-            "Progress": None if status.progress is None or status.total_tasks else f"{status.progress:.0%}",
-            "Error": status.error,
-        }
-    )
-
-
-def _put_facts(facts: Mapping[str, object]) -> None:
-    for name, fact in facts.items():
-        if fact not in (None, ""):
-            _output.put(f"  {name}: {' '.join(str(fact).split())}")
+    server = f"{word}{odd}{progress(status)}"
+    _output.put_facts({"the crew's server": server, "task": status.current_task, "error": status.error})
 
 
 def _since(attempt: Attempt) -> float:
@@ -327,7 +294,7 @@ def _as_json(attempt: Attempt, word: Word, now: float) -> dict[str, Any]:
         "attempt": attempt.number,
         "state": str(word),
         "kickoff_id": attempt.first_id,
-        "goes_on_as": attempt.kickoff_id,
+        "goes_on_as": None if attempt.kickoff_id == attempt.first_id else attempt.kickoff_id,
         "todo": todo(attempt, word, now),
         "since": moment(_since(attempt)).isoformat(),
         **{name: None if at is None else moment(at).isoformat() for name, at in times.items()},
@@ -336,20 +303,13 @@ def _as_json(attempt: Attempt, word: Word, now: float) -> dict[str, Any]:
     }
 
 
-def _question(question: Question) -> dict[str, Any]:
-    names = ("asked_at", "answered_at", "sent_at")
-    times = {name: getattr(question, name) for name in names}
-    plain = {name: None if at is None else moment(at).isoformat() for name, at in times.items()}
-    return {"number": question.number, "task": question.task, "answered_by": question.answered_by, **plain}
-
-
 @app.command
-async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = CrewOfRun()) -> int:
+async def cancel(run: KeyOrId, /, *, crew: CrewOfRun = None) -> int:
     """Ask the crew's server to stop a run. Flow runs that wait for it then fail, and their retries start no other."""
     attempt = latest(await find_attempts(run))
     if attempt.first_id is None:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {attempt.state}.")
-    answer = await stop_run(LiveRun(await crew.need(attempt), attempt.first_id, attempt))
+    answer = await stop_run(LiveRun(await need_crew(attempt, crew), attempt.first_id, attempt))
     if answer.accepted:
         sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
     elif answer.state is not None and answer.state.ended:
@@ -360,12 +320,12 @@ async def cancel(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = Cr
             StopOutcome.UNKNOWN_RUN: "the server does not know this run",
         }.get(answer.outcome, "the server gave no reason")
         raise CrewError(f"Run {run} was not stopped: {why}.")
-    _output.put(sentence, json=output and answer.model_dump(mode="json", exclude={"raw"}))
+    _output.put(sentence)
     return 0 if answer.accepted else OTHER
 
 
 @app.command
-def resolve(
+async def resolve(
     key: Annotated[str, Parameter(name="KEY", help="The idempotency key; of a row of a batch: batch/NAME/ROW.")],
     /,
     *,
@@ -373,8 +333,8 @@ def resolve(
     never_started: Annotated[bool, Parameter(group=OUTCOME)] = False,
     lost: Annotated[bool, Parameter(group=OUTCOME)] = False,
     yes: Yes = False,
-    crew: CrewOfRun = CrewOfRun(),
-) -> Coroutine[Any, Any, None]:
+    crew: CrewOfRun = None,
+) -> None:
     """Record the outcome of an uncertain kickoff, or of a lost run. First look for the run on the crew's page.
 
     Args:
@@ -387,73 +347,33 @@ def resolve(
             f"Run {key!r}: the next call with its key will start a new run, even if this one goes on. Go on?", yes=yes
         )
 
-    async def write() -> None:
-        before, by = latest(await find_attempts(key)), getpass.getuser()
-        batch = before.batch
-        again = "A call with this key" if batch is None else f"prefect-crew batch resume {shlex.quote(batch)}"
-        if never_started:
-            await resolve_never_started(key, by)
-            sentence = f"{key} never started. {again} starts it."
-        elif kickoff_id is not None:
-            async with _status_call(before, crew, plainly=True) as look:
-                attempt, state = await resolve_started(key, kickoff_id, by, look=look)
-            now = f", {state} now" if state else ""
-            is_now = "is" if attempt.first_id == kickoff_id else f"was {attempt.first_id} and goes on as"
-            sentence = f"{key} {is_now} run {kickoff_id}{now}. {again} waits for it and gets its result."
-        else:
-            async with _status_call(before, crew) as look:
-                attempt = await resolve_lost(key, by, look=look)
-            sentence = f"run {attempt.first_id} of {attempt.key} is lost. {again} starts another."
-        _output.put(f"Resolved: {sentence}")
-
-    return write()
+    before, by = latest(await find_attempts(key)), getpass.getuser()
+    again = "A call with this key" if before.batch is None else f"prefect-crew batch resume {shlex.quote(before.batch)}"
+    loaded_crew = None if never_started else await find_crew(before, crew)
+    look = None if loaded_crew is None else partial(_look, loaded_crew, before, kickoff_id is not None)
+    if look is None and not never_started:
+        _output.note(f"The crew's server was not asked. {missing_crew(before)}")
+    if never_started:
+        await resolve_never_started(key, by)
+        sentence = f"{key} never started. {again} starts it."
+    elif kickoff_id is not None:
+        attempt, state = await resolve_started(key, kickoff_id, by, look=look)
+        now = f", {state} now" if state else ""
+        is_now = "is" if attempt.first_id == kickoff_id else f"was {attempt.first_id} and goes on as"
+        sentence = f"{key} {is_now} run {kickoff_id}{now}. {again} waits for it and gets its result."
+    else:
+        attempt = await resolve_lost(key, by, look=look)
+        sentence = f"run {attempt.first_id} of {attempt.key} is lost. {again} starts another."
+    _output.put(f"Resolved: {sentence}")
 
 
-@asynccontextmanager
-async def _status_call(attempt: Attempt, crew: CrewOfRun, *, plainly: bool = False) -> AsyncGenerator[Look | None]:
-    """Yield the status call of a run's crew. If the crew is not known, write a note and yield None.
-
-    For the run's own id, a run with an open question waits for a person, though a hosted crew's server does not know
-    it. `plainly`: only what the server says counts.
-    """
-    loaded_crew = await crew.find(attempt)
-    if loaded_crew is None:
-        _output.note(f"The crew's server was not asked. {crew.missing(attempt)}")
-        yield None
-        return
-    async with CrewSession(loaded_crew) as session:
-        run = LiveRun(session, attempt.first_id or "", attempt)
-
-        async def look(kickoff_id: str) -> CrewStatus:
-            if kickoff_id == attempt.kickoff_id and not plainly:
-                return await read_status(run)
+async def _look(crew: Crew, attempt: Attempt, plainly: bool, kickoff_id: str) -> CrewStatus:
+    """Ask a run's crew for its status. `plainly`: only what the server says counts. Else a run with an open question
+    waits for a person, though a hosted crew's server does not know it."""
+    async with CrewSession(crew) as session:
+        if plainly:
             return await session.call(lambda client: client.status(kickoff_id))
-
-        yield look
-
-
-@app.command
-async def prune(
-    *, older_than: timedelta | None = None, dry_run: bool = False, yes: Yes = False, output: Output = None
-) -> None:
-    """Delete runs and batches that ended long ago. A later call with such a key then starts a new run.
-
-    Args:
-        older_than: How long ago they ended: 90d, 12h, at least 1h; left out, 30d or the setting.
-        dry_run: Only count.
-    """
-    done = await pruning.prune(older_than=older_than, dry_run=True)
-    if not dry_run:
-        if done.runs or done.batches:
-            question = f"Delete {_number(done)}? A later call with one of their keys starts a new run."
-            _output.confirm(question, yes=yes)
-        done = await pruning.prune(older_than=older_than)
-    sentence = f"{_number(done)} {'would be' if dry_run else 'were'} deleted."
-    _output.put(sentence, json=output and {**asdict(done), "dry_run": dry_run})
-
-
-def _number(pruned: pruning.Pruned) -> str:
-    return f"{pruned.runs:,} runs and {pruned.batches:,} batches"
+        return await read_status(LiveRun(session, attempt.first_id or "", attempt))
 
 
 async def costs(

@@ -16,29 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, Parameter, validators
+from cyclopts import App, Parameter
 from cyclopts.types import Port
 
 from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
-from prefect_crew.devserver._faults import FAULTS, HTTP_PLACES, WEBHOOK_PLACES
 from prefect_crew.exceptions import ConfigurationError
 
 Host = Annotated[str, Parameter(name="--host", help="The address to listen on.")]
 ListenPort = Annotated[Port, Parameter(name="--port", help="The port; 0 takes a free one.")]
-
-
-def faults_help() -> str:
-    """Return the help of `serve --fault`."""
-    phases = "[-before-accept|-after-accept]"
-    names = {name + (phases if kind.has_phases else ""): kind for name, kind in FAULTS.items()}
-    kinds = "\n".join(f"  {name:<{len(phases) + 10}}{kind.text}" for name, kind in names.items())
-    return (
-        f"Faults: PLACE:NAME[=VALUE][@WHEN], such as kickoff:500@1 or status:latency=2@3-5.\n"
-        f"Places of requests: {', '.join(HTTP_PLACES)}.\nPlaces of deliveries: {', '.join(WEBHOOK_PLACES)}.\n{kinds}\n"
-        "Fields of a script: prefect-crew docs reference/dev-server"
-    )
 
 
 def serve(
@@ -51,8 +38,6 @@ def serve(
     response_format: Literal["documented", "live"] = "documented",
     fault: list[str] | None = None,
     speed: float = 1.0,
-    no_stop: bool = False,
-    max_runs: int | None = None,
     save: Annotated[str | None, Parameter(name="--save")] = None,
 ) -> int:
     """Serve a crew on this machine like a deployed crew, until Ctrl-C.
@@ -61,10 +46,9 @@ def serve(
         spec: A bundled crew (travel, echo), a YAML script, or CrewAI code as module:factory.
         token: The token that the server accepts; a random one if left out. Other users see it on the command line.
         response_format: How the server words its answers.
-        fault: A fault to inject, such as kickoff:500; can be repeated.
+        fault: A fault to inject, such as kickoff:500@1 or status:latency=2@3-5; can be repeated. To list them:
+            prefect-crew docs reference/dev-server
         speed: How many times faster a script runs than its seconds say.
-        no_stop: Serve without /stop, as some servers do.
-        max_runs: How many runs go on at once; others are pending.
         save: Store the crew as a Prefect block under this name, so that flows and commands need only the name.
     """
     from prefect_crew.devserver import CrewServer
@@ -78,8 +62,6 @@ def serve(
             response_format=response_format,
             faults=fault or (),
             speed=speed,
-            stop=not no_stop,
-            max_runs=max_runs,
         )
         with _listening(host, port):
             return serve_crew(
@@ -100,7 +82,6 @@ def _store(name: str, url: str, token: str, is_flow: bool) -> None:
     _output.current.hide(token)
     asyncio.run(save_served(name, url, token, is_flow=is_flow))
     _output.note(f"Stored crew {name} ({url}) as the block deployed-crew/{name}.")
-    _output.current.at_end.close()  # an embedded server has done its part
 
 
 @contextmanager
@@ -119,18 +100,10 @@ receiver = App(name="receiver")
 
 
 @receiver.command
-def start(
-    *,
-    host: Host = "127.0.0.1",
-    port: ListenPort = 8001,
-    max_body: Annotated[float, Parameter(validator=validators.Number(gte=0.001, lte=1024))] = 1.0,
-) -> int:
+def start(*, host: Host = "127.0.0.1", port: ListenPort = 8001) -> int:
     """Receive the webhooks of crews, which wake waits and become Prefect events, until Ctrl-C.
 
     PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs the webhooks. Set the same secret here and where crews start.
-
-    Args:
-        max_body: The largest webhook that the receiver accepts, in MiB; a webhook holds the crew's whole result.
     """
     from prefect_crew.receiver.app import create_receiver
     from prefect_crew.receiver.serve import serve_receiver
@@ -141,9 +114,8 @@ def start(
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if _output.current.debug else logging.INFO)
     logger.propagate = False
-    app = create_receiver(max_body=int(max_body * 1024 * 1024))
     with _listening(host, port):
-        return serve_receiver(app, host=host, port=port)
+        return serve_receiver(create_receiver(), host=host, port=port)
 
 
 INPUTS = {

@@ -77,7 +77,7 @@ def checked_url(url: str, *, allow_http: bool, what: str = "The crew's URL") -> 
     if parts.scheme == "http" and not (allow_http or is_loopback(host)):
         raise ConfigurationError(
             f"{what} http://{host} would send the token in plain text. "
-            "Use https, or set allow_http=True (--allow-http) if you trust the network."
+            "Use https, or store the crew with allow_http=True (crews save --allow-http) if you trust the network."
         )
     return url.rstrip("/")
 

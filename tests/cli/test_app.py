@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from prefect_crew.cli import app as module
 from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, message, own_error, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
+from prefect_crew.exceptions import PrefectAwayError
 from support.commands import Command, environment
 from support.environment import program
 from support.prefect_server import free_port
@@ -124,22 +126,31 @@ def test_only_warnings_of_this_package_are_shown(capsys: pytest.CaptureFixture[s
     assert _prefect._show_own_logs(record)
 
 
+def test_an_embedded_server_that_does_not_start_ends_the_command(monkeypatch: pytest.MonkeyPatch):
+    """Prefect starts one whose database is broken again and again."""
+    _output.begin(debug=True)
+    monkeypatch.setattr(_prefect, "START_WITHIN", -9.9)
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: time.sleep(2))
+    with pytest.raises(PrefectAwayError, match="did not start: it gave no answer"):
+        _prefect._start_embedded()
+
+
 def test_the_documentation_lists_all_codes():
     page = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| (\d+) \| .+ \|$", page, re.MULTILINE)
     assert [*map(int, listed)] == sorted({0, OTHER, *CODES, TERMINATED})
 
 
-def _answer(status: int, body: dict[str, str] | None = None) -> PrefectHTTPStatusError:
+def _answer(status: int) -> PrefectHTTPStatusError:
     request = httpx.Request("POST", "http://prefect.test/api/variables/")
-    response = httpx.Response(status, request=request, json=body or {})
+    response = httpx.Response(status, request=request, json={})
     return PrefectHTTPStatusError(f"Client error {status}", request=request, response=response)
 
 
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (_answer(409, {"detail": "taken\nalready"}), "answered with 409, taken already."),
+        (_answer(409), "refuses a request (HTTP 409)"),
         (_answer(503), "does not answer (HTTP 503)"),
         (_answer(403), "Check PREFECT_API_KEY"),
         (httpx.ConnectError("refused"), "prefect server start"),
@@ -175,7 +186,6 @@ ARGUMENTS = {
     "runs inspect": "daily",
     "runs cancel": "daily",
     "runs resolve": "daily --never-started --yes",
-    "runs prune": "--older-than 30d --yes",
     "reviews inspect": "daily",
     "reviews approve": "daily",
     "reviews reject": "daily --feedback no",
@@ -197,5 +207,5 @@ def test_a_command_says_that_prefect_does_not_answer(
     url = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: url}):
         done = here(*command.split(), *ARGUMENTS.get(command, "").split())
-    assert f"The Prefect API at {url} does not answer" in done.error(OTHER)
+    assert f"The Prefect API {url} does not answer" in done.error(OTHER)
     assert done.out == ""

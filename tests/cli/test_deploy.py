@@ -16,7 +16,6 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.blocks.system import Secret
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow_async
-from prefect.settings import PREFECT_DEFAULT_WORK_POOL_NAME, temporary_settings
 
 from prefect_crew.deployments import crew_flow
 from prefect_crew.devserver import CrewServer
@@ -44,7 +43,7 @@ async def run_of(deployment: Any, parameters: dict[str, Any]) -> None:
 
 
 def test_a_deployment_asks_for_the_inputs_of_its_crew(here: Command, greeter: str):
-    made = here("deploy", greeter, "--name", "daily trip; date", "--tag", "mine", "--concurrency-limit", "2").ok
+    made = here("deploy", greeter, "--name", "daily trip; date", "--tag", "mine").ok
     assert "Deployed deployed-crew/daily trip; date, which asks for who." in made
     # Quoted for a shell.
     assert """prefect deployment run 'deployed-crew/daily trip; date' -p 'inputs={"who": "…"}'""" in made
@@ -61,64 +60,31 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here: Command, greeter: st
     assert schema["properties"]["inputs"]["required"] == ["who"]
 
 
-def test_a_schedule_stays_until_another_is_given(here: Command, greeter: str):
-    full_name, key = f"deployed-crew/daily {greeter}", "daily-{scheduled_start:%Y-%m-%d}"
-
-    def deploy(*options: str) -> str:
-        return here("deploy", greeter, "--name", f"daily {greeter}", *options).ok
-
-    def schedules() -> list[Any]:
-        return [entry.schedule for entry in deployment(full_name).schedules]
-
+def test_a_schedule_is_told_with_its_next_time(here: Command, greeter: str):
+    key = "daily-{scheduled_start:%Y-%m-%d}"
+    made = here("deploy", greeter, *ADA, "--cron", "0 6 * * *", "--timezone", "Europe/Lisbon", "--key", key).ok
     when = r"Its schedule: 0 6 \* \* \* \(Europe/Lisbon\)\. The next run: \d{4}-\d\d-\d\d 06:00 WES?T\.\n"
-    assert re.search(when, deploy(*ADA, "--cron", "0 6 * * *", "--timezone", "Europe/Lisbon", "--key", key))
-    again = deploy("-i", "who=Grace")
-    assert "Its earlier schedule stays: 0 6 * * * (Europe/Lisbon)" in again
-    assert f"Its earlier idempotency key stays: {key}\n" in again
-    assert [(schedule.cron, schedule.timezone) for schedule in schedules()] == [("0 6 * * *", "Europe/Lisbon")]
-    stored = {"crew": greeter, "inputs": {"who": "Grace"}, "idempotency_key": key}
-    assert deployment(full_name).parameters == stored
-
-    assert "Its schedule: every 1:00:00 (UTC). The next run: " in deploy(*ADA, "--interval", "3600")
-    assert [schedule.interval.total_seconds() for schedule in schedules()] == [3600]
-
-
-def test_a_second_deploy_keeps_what_it_is_not_given(here: Command, greeter: str, work_pool: WorkPool):
-    pools = [work_pool("process") for _ in range(2)]
-
-    def deploy(*options: str) -> str:
-        with temporary_settings({PREFECT_DEFAULT_WORK_POOL_NAME: pools[1]}):
-            return here("deploy", greeter, *options).ok
-
-    def facts() -> Any:
-        stored = deployment(f"deployed-crew/{greeter}")
-        limit = stored.global_concurrency_limit
-        parameters = [stored.parameters.get(name) for name in ("idempotency_key", "session")]
-        return *parameters, limit and limit.limit, stored.tags[1:], stored.work_pool_name
-
-    key, tags = "trip-{scheduled_start:%Y-%m-%d}", ["recover-crashed"]
-    deploy("--key", key, "--session", "ada", "--concurrency-limit", "2", "--tag", *tags, "--pool", pools[0])
-    for schedule in ((), ("--cron", "0 6 * * *", *ADA), ("--cron", "0 7 * * *", *ADA)):
-        out = deploy(*schedule)
-        assert facts() == (key, "ada", 2, tags, pools[0])
-        for kept in (f"idempotency key stays: {key}", "session stays: ada", "limit stays: 2", "tag stays: recover"):
-            assert f"Its earlier {kept}" in out.replace("concurrency ", "")
-    deploy("--key", "", "--session", "", "--concurrency-limit", "0", *ADA)
-    assert facts() == (None, None, None, tags, pools[0])
-
-
-def test_a_second_deploy_keeps_parameters_and_job_variables(here: Command, greeter: str, work_pool: WorkPool):
-    pool = work_pool("process")
-    by_hand = {"review": "form", "wait": {"human_timeout": 604800}}
-    of_pool = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}}
-    crew_flow(greeter).deploy(greeter, parameters=by_hand, print_next_steps=False, **of_pool)
-    assert "Its earlier parameter stays: review, wait" in here("deploy", greeter, *ADA).ok
+    assert re.search(when, made)
     stored = deployment(f"deployed-crew/{greeter}")
-    assert stored.parameters == {**by_hand, "crew": greeter, "inputs": {"who": "Ada"}}
-    assert stored.work_pool_name == pool
-    assert stored.job_variables == of_pool["job_variables"]
-    moved = here("deploy", greeter, "--pool", work_pool("process"))
-    assert f"Its job variables are gone: they belonged to work pool {pool}." in moved.err
+    assert [(entry.schedule.cron, entry.schedule.timezone) for entry in stored.schedules] == [
+        ("0 6 * * *", "Europe/Lisbon")
+    ]
+    assert stored.parameters == {"crew": greeter, "inputs": {"who": "Ada"}, "idempotency_key": key}
+
+
+def test_a_second_deploy_replaces_the_first_and_says_what_is_gone(here: Command, greeter: str, work_pool: WorkPool):
+    pool = work_pool("process")
+    first: Any = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}, "cron": "0 6 * * *", "tags": ["mine"]}
+    parameters = {"review": "form", "inputs": {"who": "Ada"}, "session": "ada"}
+    crew_flow(greeter).deploy(greeter, parameters=parameters, concurrency_limit=2, print_next_steps=False, **first)
+    again = here("deploy", greeter, "-i", "who=Grace", "--session", "ada")
+    gone = "schedule, concurrency limit, job variables, parameter review, tag mine"
+    assert f"It had this, which you did not give again: {gone}.\n" in again.err
+    stored = deployment(f"deployed-crew/{greeter}")
+    assert stored.parameters == {"crew": greeter, "inputs": {"who": "Grace"}, "session": "ada"}
+    assert stored.schedules == []
+    assert stored.work_pool_name == pool, "left out, it stays"
+    assert here("deploy", greeter, "-i", "who=Grace", "--session", "ada").err == ""
 
 
 def test_it_needs_a_server_that_stays(alone: Command):
@@ -217,13 +183,14 @@ def test_automations_are_set_up(here: Command, pool: str):
     block: Any = CustomWebhookNotificationBlock.model_validate({"name": "alerts", "url": "http://127.0.0.1:1"})
     block.save("alerts-of-a-test", overwrite=True, _sync=True)
     notify = ("--notify", "custom-webhook/alerts-of-a-test")
-    changes = here("automations", "apply", *notify, "--waiting", "90m", "-o", "json").json
-    assert {line["name"]: line["change"] for line in changes} == {
+    lines = here("automations", "apply", *notify, "--waiting", "90m").ok.splitlines()[1:]
+    changes = [line.split("\t") for line in lines]
+    assert {name: change for name, change, _ in changes} == {
         **dict.fromkeys(RECOVERY, "updated"),
         **dict.fromkeys(ALERTS, "created"),
     }
-    assert next(line for line in changes if line["name"] == ALERTS[-1])["description"].endswith("for 1:30:00.")
-    again = here("automations", "apply", "-o", "json").json
-    assert [line["name"] for line in again] == RECOVERY
+    assert next(description for name, _, description in changes if name == ALERTS[-1]).endswith("for 1:30:00.")
+    again = here("automations", "apply").ok.splitlines()[1:-1]
+    assert [line.split("\t")[0] for line in again] == RECOVERY
     assert sorted(automation["name"] for automation in automations()) == sorted([*RECOVERY, *ALERTS])
     assert all(automation["enabled"] and automation["description"].endswith(".") for automation in automations())

@@ -80,11 +80,11 @@ def test_what_waits_is_answered_once_a_round(
         assert "question 1 rejected by Grace" in here("reviews", "inspect", key).out
         for other in others:
             assert here("reviews", "approve", other["kickoff_id"]).code == 0
-        approve = ("reviews", "approve", key, "--round", "2", "-o", "json")
+        approve = ("reviews", "approve", key, "--round", "2")
         approved: Any = wait_until(
             lambda: (done := here(*approve)).code == 0 and done, "it counts as the next question"
         )
-        assert approved.json.items() >= {"round": 2, "approve": True, "outcome": "sent"}.items()
+        assert "question 2 approved by" in approved.out
         outcome: Any = running.result(90)
     again = here("reviews", "approve", key)
     assert "does not wait for a person: it has ended (completed)" in again.error(1)

@@ -74,12 +74,12 @@ def test_a_key_finds_its_run_and_its_result_again(here: Command, greet: str, cre
     assert "prefect-crew runs inspect 'key of eve'" in other.error(1)
 
 
-def test_extra_inputs_and_a_state_to_restore(here: Command, greet: str, crews: CrewServer):
+def test_a_state_to_restore(here: Command, greet: str, crews: CrewServer):
     state = "3f2b8c1e-9d47-4a6b-8f0e-5c1d2a7b9e64"
-    line = ("-i", "who=Ada", "-i", "colour=red", "--allow-extra", "--restore-from", state)
+    line = ("-i", "who=Ada", "--restore-from", state)
     assert here("run", greet, *line).code == 0
     last = crews.run([*crews.accepted][-1])
-    assert last.inputs == {"who": "Ada", "colour": "red"}
+    assert last.inputs == {"who": "Ada"}
     assert last.restore_from == state
 
 

@@ -87,16 +87,6 @@ def test_a_crew_of_another_machine_is_not_replaced_by_a_served_one(here: Command
     assert DeployedCrew.load(name).token.get_secret_value() == "hosted"
 
 
-def test_the_help_lists_the_faults(here: Command):
-    from prefect_crew.devserver._faults import FAULTS, PLACES
-
-    shown = here("serve", "--help").out.partition("Faults: ")[2]
-    named = {*PLACES, *FAULTS} - {"crash"}  # that one is only for tests
-    assert [name for name in named if not re.search(rf"(?<![\w-]){name}(?![\w-])", shown)] == []
-    assert "drop[-before-accept|-after-accept]" in shown
-    assert max(map(len, shown.splitlines())) <= 120
-
-
 # init
 
 ROOT = Path(__file__).parents[2]

@@ -103,8 +103,7 @@ async def test_refused_inputs_may_be_corrected(
     assert error.before_kickoff
     assert str(error) == (
         f"{problem} The crew takes: city, tone. Nothing was started. To list the crew's inputs, run: prefect-crew "
-        "inputs CREW. To send the unknown inputs anyway, set allow_extra_inputs=True on the block, or give "
-        "--allow-extra. "
+        "inputs CREW. To send the unknown inputs anyway, set allow_extra_inputs=True on the block. "
         f"Crew {server.crew().label}, idempotency key {key!r}."
     )
     assert server.requests["kickoff"] == 0
