@@ -57,7 +57,6 @@ class BatchStatus:
     stopped_because: str | None
     bad_count: int
     bad: Sequence[BadRow]
-    bad_export: str | None
 
 
 async def find_batch(name: str) -> StoredBatch:
@@ -77,7 +76,7 @@ def bad_rows_of(batch: Batch) -> BadRows:
     """Return the rows of a batch that cannot be run."""
     known: Mapping[str, Any] = batch.bad_rows or {}
     rows = [BadRow(**row) for row in known.get("rows", ())]
-    return BadRows(known.get("count", 0), rows, known.get("export"))
+    return BadRows(known.get("count", 0), rows)
 
 
 def since_pass(batch: Batch) -> int:
@@ -167,7 +166,6 @@ class StoredBatch:
             stopped_because=entry.stopped_because,
             bad_count=bad.count,
             bad=bad.rows,
-            bad_export=bad.export,
         )
 
     async def failures(self, limit: int | None = None) -> list[Row]:

@@ -77,8 +77,7 @@ class BatchReport:
         export: The address of the lines.
         stopped: The reason why the batch stopped, None if it did not stop.
         kickoffs: Runs that this call started.
-        bad_count: Bad rows, which cannot be run. `bad`: the first 100 of them; `bad_export`: the file with all of them,
-            None if there are none.
+        bad_count: Bad rows, which cannot be run. `bad`: the first 100 of them.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         spending: Usage and cost of the runs of all calls, and the number of runs that reported usage and cost.
@@ -96,7 +95,6 @@ class BatchReport:
     kickoffs: int = 0
     bad_count: int = 0
     bad: Sequence[BadRow] = ()
-    bad_export: str | None = None
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
     conflicts: int = 0
@@ -137,8 +135,6 @@ class BatchReport:
         )
         parts += [f"{count:,} {word}" for word, count in rest if count]
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Export: {self.export}"
-        if self.bad_export:
-            text += f". Bad rows: {self.bad_export}"
         if self.usage is not None or self.cost is not None:
             text += f". Used: {self.spending}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
@@ -351,8 +347,8 @@ class BatchArtifact:
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (bad := progress.bad).count:
             lines = [(f"{row.line:,}", cell(row.reason)) for row in bad.rows[:FAILURES]]
-            text, where = f"{len(lines):,} of {bad.count:,} rows that cannot be run", code(bad.export or "")
-            parts += ["### Bad rows", f"The first {text}. All are in {where}.", table(("Line", "Why"), lines)]
+            text = f"The first {len(lines):,} of {bad.count:,} rows that cannot be run."
+            parts += ["### Bad rows", text, table(("Line", "Why"), lines)]
         return parts
 
     def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import wraps
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
@@ -20,7 +19,7 @@ from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.batch import pages_of, since_pass
-from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address
+from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.hold import Hold
 from prefect_crew.batches.options import (
     BatchOptions,
@@ -31,7 +30,7 @@ from prefect_crew.batches.options import (
 )
 from prefect_crew.batches.output import KEPT, open_output
 from prefect_crew.batches.report import FAILURES, BatchArtifact, BatchPlan, BatchProgress, BatchReport, OnProgress
-from prefect_crew.batches.rows import BadRows, Checked, RowPlan, expected_inputs, rejected_name
+from prefect_crew.batches.rows import Checked, RowPlan, expected_inputs
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
@@ -106,13 +105,12 @@ async def arun_batch(
     Args:
         crew: A crew, or the name of a stored block.
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; `sql://BLOCK?query=…`, the rows
-            of a query in the database of a SQLAlchemy block; an iterable of mappings or rows; a pandas or polars data
-            frame; anything with an Arrow stream; a cursor of the DB-API, or a result of SQLAlchemy. A cursor of sqlite3
-            stops the event loop while it is read, unless its connection has `check_same_thread=False`.
+            of a query in the database of a SQLAlchemy block; an iterable of mappings or named rows; a pandas or polars
+            data frame, or an Arrow table.
         name: The batch's name. The name, `export` and an address as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
         export: The path or address of its lines, in the order of the rows: JSON Lines or CSV, compressed by its
-            ending, or Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end,
+            ending. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end,
             and when the batch stops; `prefect-crew batch export` writes it at any time. A line has key, inputs, state,
             output, data, tasks, kickoff_id, seconds, usage, error and crew_version.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
@@ -251,8 +249,8 @@ async def aplan_batch(
         name=job.name,
         rows=checked.total,
         done=done,
-        bad=checked.bad,
-        bad_count=checked.bad_count,
+        bad=checked.bad.rows,
+        bad_count=checked.bad.count,
         max_in_flight=most,
         seconds=seconds,
         price=None if each is None else each * rest,
@@ -298,7 +296,7 @@ async def _batch_job(
             raise ConfigurationError(f"{', '.join(file)} are options of files, not of a query. Nothing was started.")
         rows = await open_query(dataset, render)
     else:
-        rows = await aopen_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
+        rows = open_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     allowances(loaded_crew, full)  # raises for a budget without an estimate
     return BatchJob(loaded_crew, rows, options, full, where)
@@ -336,14 +334,12 @@ class _Batch:
             await self._take(stack, before)
         version = await self.session.version()
         names_inputs = self._names_inputs(before, expected)
-        rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
-        self.checked = await self._check_rows(before, rejected)
+        self.checked = await self._check_rows(before)
         if version != await self.session.version():
             version = None  # each answer differs, such as by a time, so another one means no other deployment
-        self.progress.total = self.checked.total
-        facts: dict[str, Any] = {"fingerprint": self.checked.fingerprint, "total": self.checked.total}
+        self.progress.total, self.progress.bad = self.checked.total, self.checked.bad
         if before is None:
-            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, call=None, **facts)
+            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, total=self.checked.total)
             await self._take(stack, before)
         before = self.hold.batch
         self._say_changes(before, version)
@@ -361,33 +357,26 @@ class _Batch:
             "names_inputs": names_inputs,
             "crew_version": version or call.get("crew_version"),
         }
-        await self._note_bad_rows(before, rejected, facts)
+        bad = self.checked.bad
+        await self._change(total=self.checked.total, call=self.call, bad_rows=asdict(bad) if bad.count else None)
 
     async def _take(self, stack: AsyncExitStack, before: Batch) -> None:
         if before.crew_url != self.job.crew.url:
             raise BatchChangedError(name=self.job.name, difference=f"{before.crew_url}, not {self.job.crew.url}")
         await stack.enter_async_context(self.hold)
 
-    async def _check_rows(self, before: Batch | None, rejected: IO[bytes]) -> Checked:
+    async def _check_rows(self, before: Batch | None) -> Checked:
         """Check the output, and every row. Raises CrewError."""
         job = self.job
         await self.output.open()
         known = () if before is None else before.exported or ()
         await asyncio.to_thread(self.output.check, is_new=whole_address(job.export) not in known)
-        checked = await asyncio.to_thread(self.plan.check, rejected)
-        if checked.bad and (job.options.on_bad_row == "refuse" or not checked.total):
-            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=not checked.total)
+        checked = await asyncio.to_thread(self.plan.check)
+        bad = checked.bad
+        if bad.count and (job.options.on_bad_row == "refuse" or not checked.total):
+            raise BadRowsError(bad.rows, bad.count, source=job.dataset.name, alone=not checked.total)
         self.hold.check()
         return checked
-
-    async def _note_bad_rows(self, before: Batch, rejected: IO[bytes], facts: Mapping[str, Any]) -> None:
-        """Write the call to the crew database, and the rows that cannot run next to the export. Raises CrewError."""
-        checked = self.checked
-        bad = BadRows(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
-        self.progress.bad = bad
-        if bad.count or before.bad_rows:
-            await asyncio.to_thread(self.output.write_rejected, rejected if bad.count else None)
-        await self._change(**facts, call=self.call, bad_rows=asdict(bad) if bad.count else None)
 
     async def _change(self, **values: Any) -> None:
         if not await in_store(batches.change_batch, self.job.name, self.hold.owner, **values):
@@ -416,9 +405,6 @@ class _Batch:
         if version and earlier and version != earlier:
             text = "Batch %s: its crew was deployed anew (version %s, before %s). Rows that have completed stay."
             run_logger().info(text, self.job.name, version, earlier)
-        if before.fingerprint and call and before.fingerprint != self.checked.fingerprint:
-            text = "Batch %s: its rows are others than in the last call (%d, before %d)."
-            run_logger().info(text, self.job.name, self.checked.total, before.total)
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""
@@ -542,7 +528,6 @@ class _Batch:
             kickoffs=kickoffs,
             bad_count=bad.count,
             bad=tuple(bad.rows[:FAILURES]),
-            bad_export=bad.export,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
             conflicts=progress.conflicts,

@@ -125,7 +125,7 @@ def run(
 
     Args:
         name: The batch's name. The same call with it goes on where it stopped.
-        export: The file or address for the results, .jsonl, .csv or .parquet, or sql://BLOCK/TABLE; written when the
+        export: The file or address for the results, .jsonl or .csv, or sql://BLOCK/TABLE; written when the
             batch ends or stops.
     """
     options = choices.options()
@@ -295,8 +295,7 @@ def _about(status: BatchStatus) -> Iterator[str]:
     if status.stopped_because and not status.running:
         yield f"  It stopped: {status.stopped_because}"
     if status.bad_count:
-        listed = listed_rows(status.bad, status.bad_count)
-        yield f"  Bad rows: {listed}. All are in {status.bad_export}"
+        yield f"  Bad rows: {listed_rows(status.bad, status.bad_count)}"
     seconds = "" if status.seconds is None else f" · a row takes {duration(status.seconds)} (mean)"
     yield f"  {status.kickoffs:,} kickoffs{seconds}"
     if status.export:
@@ -318,7 +317,7 @@ async def failures(name: Name, /, *, output: Output = None) -> None:
     if len(found) == SHOWN:
         _output.note(f"The first {SHOWN}; -o json shows all.")
     if status.bad_count:
-        _output.note(f"Bad rows cannot be run. All {status.bad_count:,} are in {status.bad_export}.")
+        _output.note(f"{status.bad_count:,} bad rows cannot be run.")
     if first := next((row for row in found if state_of(row) in ("uncertain", "posting")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
@@ -394,7 +393,7 @@ async def export(
         str | None,
         Parameter(
             name="FILE",
-            help="A .jsonl, .csv or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export.",
+            help="A .jsonl or .csv file, or sql://BLOCK/TABLE; if left out, the last call's export.",
         ),
     ] = None,
     /,

@@ -25,7 +25,6 @@ class Batch:
     name: str
     crew_url: str
     call: Any
-    fingerprint: str
     total: int
     bad_rows: Any
     owner: str | None
@@ -94,13 +93,10 @@ def _get(transaction: Transaction, name: str) -> Batch | None:
 
 
 @transaction("write")
-def open_batch(
-    transaction: Transaction, name: str, *, crew_url: str, call: Any, fingerprint: str, total: int, bad_rows: Any = None
-) -> Batch:
+def open_batch(transaction: Transaction, name: str, *, crew_url: str, total: int) -> Batch:
     """Write a batch if there is none of its name; return the batch that is there, which may be of another crew."""
     now = transaction.lock(f"batch:{name}")
-    values = {"name": name, "crew_url": crew_url, "call": call, "fingerprint": fingerprint, "total": total}
-    values |= {"bad_rows": bad_rows, "owner_seen": now, "passes": 0, "is_going": False}
+    values = {"name": name, "crew_url": crew_url, "total": total, "owner_seen": now, "passes": 0, "is_going": False}
     transaction.insert_once(batches, **values)
     batch = _get(transaction, name)
     assert batch is not None  # noqa: S101  it was written, or was there
@@ -109,7 +105,7 @@ def open_batch(
 
 @transaction("write")
 def change_batch(transaction: Transaction, name: str, owner: str, **values: Any) -> bool:
-    """Write `call`, `fingerprint`, `total` or `bad_rows` of a batch that the owner holds."""
+    """Write `call`, `total` or `bad_rows` of a batch that the owner holds."""
     transaction.lock(f"batch:{name}")
     return transaction.changed(sa.update(batches).where(B.name == name, B.owner == owner).values(values)) == 1
 
