@@ -22,6 +22,7 @@ from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
 from prefect_crew.prices import Spending, money
 from prefect_crew.runs.keys import escape_name
+from prefect_crew.store.batches import CONFLICT
 from prefect_crew.store.decision import AttemptState
 
 FAILURES = 100
@@ -189,7 +190,7 @@ class BatchProgress:
         phase: In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
         total: Rows that can be run; 0 while they are checked. `bad`: the bad rows.
         counts: The number of rows by the state of their last attempt, when they were last counted.
-        conflicts, misfits, unfinished: Rows that have completed but count as failed, and rows that failed only here.
+        misfits, unfinished: Rows that have completed but count as failed, and rows that failed only here.
         in_flight: Runs in flight. `people`: how many of them wait for a person.
         ended_here: Rows that ended in this call.
         failures, uncertain_keys: The first failed rows, and the keys of the first uncertain ones.
@@ -200,8 +201,7 @@ class BatchProgress:
     phase: Literal["checking", "waiting", "running", "finishing", "done"] = "checking"
     total: int = 0
     bad: BadRows = field(default_factory=BadRows)
-    counts: Mapping[AttemptState | None, int] = field(default_factory=dict[AttemptState | None, int])
-    conflicts: int = 0
+    counts: Mapping[AttemptState | Literal["conflict"] | None, int] = field(default_factory=dict[Any, int])
     misfits: int = 0
     unfinished: int = 0
     in_flight: int = 0
@@ -220,7 +220,12 @@ class BatchProgress:
     @property
     def completed(self) -> int:
         """Rows that have a result for their inputs."""
-        return max(0, self.counts.get(AttemptState.COMPLETED, 0) - self.conflicts - self.misfits)
+        return max(0, self.counts.get(AttemptState.COMPLETED, 0) - self.misfits)
+
+    @property
+    def conflicts(self) -> int:
+        """Rows that have completed with other inputs."""
+        return self.counts.get(CONFLICT, 0)
 
     @property
     def failed(self) -> int:
@@ -282,7 +287,6 @@ class BatchProgress:
         """Count a row that has ended in this call, or was found to have."""
         self.ended_here += end.is_new
         self.errors.update([end.kind] if end.kind else [])
-        self.conflicts += end.state == "conflict"
         self.misfits += end.state == "invalid-output"
         self.unfinished += end.is_unfinished
         if end.state == "uncertain":

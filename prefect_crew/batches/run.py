@@ -77,14 +77,12 @@ async def arun_batch(
     session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
-    kickoffs_per_second: float | None = None,
     kickoffs_at_once: int = 64,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "skip"] = "refuse",
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
     retries: int = 0,
-    max_kickoffs: int | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
     meta: Mapping[str, Any] | None = None,
@@ -119,7 +117,6 @@ async def arun_batch(
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
             function of the row, or a constant that is not text; left out, the columns named like the crew's inputs.
         max_in_flight: Runs in flight at once, 100 if left out.
-        kickoffs_per_second: A limit on the rate of kickoffs.
         kickoffs_at_once: Kickoffs under way at a time. At most so many rows are uncertain if the process dies.
         on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
             failed rows, or a share below 1 of the rows that have ended.
@@ -127,7 +124,6 @@ async def arun_batch(
         on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
         breaker: The batch stops after so many failed rows in a row; None: never. The same call goes on.
         retries: Further runs of a failed row in this call, never beyond the crew's `max_attempts`.
-        max_kickoffs: A limit on the kickoffs of all calls together.
         wait: The policy to wait, in place of the crew's. Left out, the first poll comes when runs usually end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
@@ -203,19 +199,6 @@ async def aplan_batch(
     session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
-    kickoffs_per_second: float | None = None,
-    kickoffs_at_once: int = 64,
-    on_failure: OnFailure = "continue",
-    on_bad_row: Literal["refuse", "skip"] = "refuse",
-    on_cancel: Literal["stop", "drain", "leave"] = "stop",
-    breaker: int | None = 20,
-    retries: int = 0,
-    max_kickoffs: int | None = None,
-    wait: WaitPolicy | None = None,
-    output_type: type[BaseModel] | None = None,
-    meta: Mapping[str, Any] | None = None,
-    webhooks: Webhooks | None = None,
-    budgets: Sequence[Budget] = (),
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
@@ -229,7 +212,7 @@ async def aplan_batch(
     Raises:
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
-    options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
+    options = BatchOptions(key=key, session=session, inputs=inputs, max_in_flight=max_in_flight, rows=rows)
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
     job = await _batch_job(crew, dataset, options, name, export, **file)
     async with CrewSession(job.crew) as crew_session:
@@ -243,8 +226,6 @@ async def aplan_batch(
     done = min(checked.total, counts.get(AttemptState.COMPLETED, 0))
     rest, most = checked.total - done, rows_at_once(job.crew, options)
     seconds = None if duration is None else -(-rest // most) * duration
-    if options.kickoffs_per_second is not None:
-        seconds = max(seconds or 0.0, rest / options.kickoffs_per_second)
     return BatchPlan(
         name=job.name,
         rows=checked.total,
@@ -312,14 +293,13 @@ class _Batch:
         self.job = job
         self.on_progress = on_progress
         self.throttle = Throttle(job.options)
-        self.session = CrewSession(job.crew, lambda crew: BatchClient(crew, self.throttle))
+        self.session = CrewSession(job.crew, lambda crew: BatchClient(crew, job.options.kickoffs_at_once))
         self.output = open_output(job.export, job.name, output_type=job.options.output_type)
         self.hold = Hold(job.name)
         self.progress = BatchProgress(job.name)
         self.artifact = BatchArtifact(job.name, job.crew)
         self.refresh_after = 0.0
         self.call: dict[str, Any] = {}
-        self.is_seen_whole = False
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Check the rows, and take the batch. Raises CrewError."""
@@ -344,7 +324,6 @@ class _Batch:
         before = self.hold.batch
         self._say_changes(before, version)
         call: Mapping[str, Any] = before.call or {}
-        kept = {name: call[name] for name in ("whole_pass", "missing", "conflicts") if name in call}
         self.call = {
             **plain_call(
                 crew=job.crew.block,
@@ -353,7 +332,7 @@ class _Batch:
                 export=job.export,
                 options=job.options,
             ),
-            **kept,
+            "whole_pass": since_pass(before),
             "names_inputs": names_inputs,
             "crew_version": version or call.get("crew_version"),
         }
@@ -410,7 +389,7 @@ class _Batch:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""
         await self._refresh()
         use = await in_store(batches.use_of_batch, self.job.name)
-        self.throttle.kickoffs = self.kickoffs_before = use.runs
+        self.kickoffs_before = use.runs
         try:
             self.hold.check()
             await self._run_rows()
@@ -433,7 +412,7 @@ class _Batch:
 
     async def _export(self) -> None:
         """Write the output, while the batch is this process's."""
-        address, loop, progress = whole_address(self.job.export), asyncio.get_running_loop(), self.progress
+        address, loop = whole_address(self.job.export), asyncio.get_running_loop()
 
         def guard() -> None:
             asyncio.run_coroutine_threadsafe(self.hold.renew(), loop).result(GUARD_WITHIN)
@@ -444,10 +423,7 @@ class _Batch:
         await asyncio.to_thread(self.output.check, is_new=is_new, consequence=KEPT)
         await in_store(batches.note_export, self.job.name, address)  # before the file exists: it is then known
         lines = await self.output.write(pages_of(entry or self.hold.batch, self.session), guard)
-        progress.conflicts, progress.misfits = lines["conflict"], max(progress.misfits, lines["invalid-output"])
-        if self.call.get("conflicts", 0) != progress.conflicts:
-            self.call["conflicts"] = progress.conflicts
-            await self._change(call=self.call)
+        self.progress.misfits = max(self.progress.misfits, lines["invalid-output"])
 
     async def _export_in_time(self) -> None:
         """Write the output of a batch that was cancelled or has failed, within `EXPORT_WITHIN` seconds: Prefect soon
@@ -466,9 +442,7 @@ class _Batch:
     async def _refresh(self) -> None:
         """Count the rows by state."""
         began = time.monotonic()
-        since = since_pass(self.hold.batch) if not self.is_seen_whole else self.call.get("whole_pass", 0)
-        if self.is_seen_whole and not self.call.get("missing"):
-            since = 0
+        since = self.call["whole_pass"]
         self.progress.counts = await in_store(batches.count_rows, self.job.name, since_pass=since)
         self.refresh_after = time.monotonic() + max(1.0, 20 * (time.monotonic() - began))
 
@@ -488,10 +462,8 @@ class _Batch:
         finally:
             self.progress.in_flight = len(runner.waiting)
         if runner.is_whole and not hold.is_lost:
-            passes = hold.batch.passes
-            missing = await in_store(batches.count_missing, self.job.name, passes) if passes > 1 else 0
-            self.call |= {"whole_pass": passes, "missing": missing}
-            self.is_seen_whole = True
+            # From now on, rows that have left the data set do not count.
+            self.call["whole_pass"] = hold.batch.passes
             await self._change(call=self.call)
 
     async def _tick(self, runner: Runner) -> None:
@@ -509,10 +481,10 @@ class _Batch:
         await self.session.version(if_due=True)
 
     async def _report(self) -> BatchReport:
-        progress, bad, use = self.progress, self.progress.bad, None
+        progress, bad, use, kickoffs = self.progress, self.progress.bad, None, 0
         with suppress(StoreError, *PREFECT_ERRORS):  # the error that ended the batch is raised
             use = await in_store(batches.use_of_batch, self.job.name)
-        kickoffs = (self.throttle.kickoffs if use is None else use.runs) - self.kickoffs_before
+            kickoffs = use.runs - self.kickoffs_before
         # Only a process that has died left them: once their deadline is over, nobody knows whether they started.
         uncertain = progress.uncertain + sum(progress.counts.get(state, 0) for state in PREPARING)
         return BatchReport(

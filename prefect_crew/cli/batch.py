@@ -100,12 +100,10 @@ class RunChoices(BatchChoices):
     Args:
         on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
         retries: How many more times to kick off a failed row in this call.
-        max_kickoffs: A limit on kickoffs, of all calls together.
     """
 
     on_failure: float | Literal["continue", "stop"] = "continue"
     retries: int = 0
-    max_kickoffs: int | None = None
 
 
 @app.command
@@ -212,6 +210,7 @@ async def plan(
     """
     loaded_crew = await access.load(crew)
     arguments: dict[str, Any] = {"seconds_per_run": seconds_per_run, **choices.options()}
+    del arguments["on_bad_row"]
     batch_plan = await aplan_batch(cast("Any", loaded_crew), dataset, name=name, export=export, **arguments)
     _output.put(str(batch_plan), json=output and batch_plan.as_dict())
     return ROWS if batch_plan.bad_count and choices.on_bad_row == "refuse" else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -14,6 +14,8 @@ from prefect_crew.store.news import tell
 from prefect_crew.store.schema import attempts, batches, is_current, kickoff_ids, results, rows
 
 B = batches.c
+CONFLICT: Literal["conflict"] = "conflict"
+"""Rows that have completed, and whose data set has other inputs since."""
 HELD_FOR = 30.0
 """Seconds after which another process may take a batch whose holder has not renewed its hold."""
 
@@ -275,28 +277,19 @@ def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
 
 
 @transaction("read")
-def count_rows(transaction: Transaction, name: str, *, since_pass: int = 0) -> dict[AttemptState | None, int]:
+def count_rows(
+    transaction: Transaction, name: str, *, since_pass: int = 0
+) -> dict[AttemptState | Literal["conflict"] | None, int]:
     """Return the number of a batch's rows by the state of their last attempt; None counts those without one.
 
-    `since_pass`: without the rows that no data set of this pass or a later one had, which takes longer to count.
+    `since_pass`: without the rows that no data set of this pass or a later one had.
     """
-    c = attempts.c
-    if since_pass:
-        source = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
-        query = sa.select(c.state, sa.func.count().label("number")).select_from(source)
-        query = query.where(rows.c.batch == name, rows.c.passes >= since_pass).group_by(c.state)
-        return {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
-    query = sa.select(c.state, sa.func.count().label("number")).where(c.batch == name, is_current).group_by(c.state)
-    counts = {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
-    total = transaction.connection.scalar(sa.select(sa.func.count()).where(rows.c.batch == name)) or 0
-    return {**counts, None: total - sum(counts.values())}
-
-
-@transaction("read")
-def count_missing(transaction: Transaction, name: str, since_pass: int) -> int:
-    """Return the number of rows that no data set of a pass or a later one had."""
-    where = (rows.c.batch == name, rows.c.passes < since_pass)
-    return transaction.connection.scalar(sa.select(sa.func.count()).where(*where)) or 0
+    c, number, is_conflict = attempts.c, sa.func.count(), _IS_CONFLICT.label("is_conflict")
+    source = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
+    query = sa.select(c.state, is_conflict, number).select_from(source).group_by(c.state, "is_conflict")
+    query = query.where(rows.c.batch == name, rows.c.passes >= since_pass)
+    found = transaction.connection.execute(query).all()
+    return {CONFLICT if is_conflict else state: number for state, is_conflict, number in found}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,6 @@ async def test_a_plan_says_how_many_how_long_and_how_much(batch: Batches, crew_s
     assert plan.price == 3.0
     assert plan.seconds is not None
     assert 6 * 0.2 <= plan.seconds < 60
-    assert (await aplan_batch(crew, rows, kickoffs_per_second=2)).seconds == 5
     plan = await aplan_batch(crew_server(PICKY).crew(), [{"topic": "tea"}, {"topic": ""}])
     assert plan.rows == 1
     assert plan.bad_count == 1
