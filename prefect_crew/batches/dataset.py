@@ -305,23 +305,8 @@ def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None])
         ) from None
 
 
-_FIELD_SIZE_LOCK = threading.Lock()
-
-
-def _next_fields(reader: Iterator[list[str]]) -> list[str]:
-    """Return the next row of a CSV file, whose fields may be long.
-
-    The limit of 131,072 characters a field holds for the whole process, which is not ours, so this restores it at once.
-    """
-    with _FIELD_SIZE_LOCK:
-        limit = csv.field_size_limit(ROW_LIMIT)
-        try:
-            return next(reader)
-        finally:
-            csv.field_size_limit(limit)
-
-
 def _csv(lines: Iterator[str], name: str, usual: str, delimiter: str | None) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # of the whole process; a document is long
     first = next(lines, "")
     if delimiter is None:  # Excel writes semicolons where a comma is the decimal point
         delimiter = next((sign for sign in (usual, *";\t|,") if sign in first), usual)
@@ -330,7 +315,7 @@ def _csv(lines: Iterator[str], name: str, usual: str, delimiter: str | None) -> 
     line = 1
     while True:
         try:
-            fields = _next_fields(reader)
+            fields = next(reader)
         except StopIteration:
             break
         except csv.Error as error:

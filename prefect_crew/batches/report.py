@@ -7,13 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id
-from prefect_crew._text import by_reason, sparkline
+from prefect_crew._text import by_reason
 from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.rows import BadRow, BadRows
@@ -30,14 +29,10 @@ FAILURES = 100
 UNCERTAIN_KEYS = 1_000
 FAILED = (AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
 """The states of rows that have ended without a result."""
-RECENT = 60.0
-"""Seconds over which the rate is taken, at least."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
 WAITS_FOR_SLOT = "waiting for a free slot of the crew's concurrency limit"
 BAR = 24
-CHART = 60
-"""Columns of the chart of the throughput, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +206,6 @@ class BatchProgress:
     failures: list[RowEnd] = field(default_factory=list[RowEnd])
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
-    _curve: list[tuple[float, int]] = field(init=False)
-    _step: float = 1.0
-
-    def __post_init__(self) -> None:
-        self._curve = [(self.started, 0)]
 
     @property
     def completed(self) -> int:
@@ -255,33 +245,14 @@ class BatchProgress:
 
     @property
     def rate(self) -> float:
-        """Rows that end per second, over the last minute or more."""
-        now = time.monotonic()
-        at, ended = next((point for point in reversed(self._curve) if now - point[0] >= RECENT), self._curve[0])
-        return (self.ended_here - ended) / max(now - at, 1e-9)
+        """Rows that end per second, in this call."""
+        return self.ended_here / max(self.seconds, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
         """The seconds for the remaining rows at this rate; None if no row remains, or no row has ended."""
         rate, remaining = self.rate, self.total - self.done
         return remaining / rate if rate > 0 and remaining > 0 else None
-
-    def tick(self) -> None:
-        """Remember how many rows have ended by now."""
-        now = time.monotonic()
-        if now - self._curve[-1][0] >= self._step:
-            self._curve.append((now, self.ended_here))
-        if len(self._curve) > CHART:
-            del self._curve[1::2]
-            self._step *= 2
-
-    def chart(self) -> str | None:
-        """Return the throughput of this call over time, as one line; None while the call is too young."""
-        points = [*self._curve, (time.monotonic(), self.ended_here)]
-        rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
-        if (line := sparkline(rates)) is None:
-            return None
-        return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
 
     def add(self, end: RowEnd) -> None:
         """Count a row that has ended in this call, or was found to have."""
@@ -367,8 +338,6 @@ class BatchArtifact:
             rows.append(("Flow run", flow_run_link(run)))
         if self._crew.page_url:
             rows.append(("Crew", link(self._crew.label, self._crew.page_url)))
-        if (chart := progress.chart()) is not None:
-            rows.append(("Throughput", chart))
         if progress.people:
             rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
         if report is None:

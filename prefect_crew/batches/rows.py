@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -164,16 +163,13 @@ class RowPlan:
 
     def _read(self) -> Iterator[RowJob | BadRow]:
         """Yield the job of each row, or the reason why it is bad."""
-        keys, number = _Keys(), 0
-        try:
-            for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
-                try:
-                    yield self._job(row, keys, number)
-                    number += 1
-                except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
-                    yield BadRow(row.line, self._masked_reason(row, error))
-        finally:
-            keys.close()
+        keys, number = dict[str, int](), 0
+        for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
+            try:
+                yield self._job(row, keys, number)
+                number += 1
+            except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
+                yield BadRow(row.line, self._masked_reason(row, error))
 
     def _masked_reason(self, row: Row, error: Exception) -> str:
         try:
@@ -184,7 +180,8 @@ class RowPlan:
             reason = f"{type(error).__name__}, and secrets cannot be looked for in its values"
         return reason.encode("utf-8", "backslashreplace").decode()
 
-    def _job(self, row: Row, keys: _Keys, number: int) -> RowJob:
+    def _job(self, row: Row, keys: dict[str, int], number: int) -> RowJob:
+        """Return the job of a row. `keys` has the lines of the keys before, or how often inputs were there."""
         if row.fault is not None:
             raise ConfigurationError(row.fault)
         session = self._session_of(row.values)
@@ -198,11 +195,12 @@ class RowPlan:
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
         if self._options.key is None:
-            key = f"{inputs.digest}-{keys.count(inputs.digest)}"
+            keys[inputs.digest] = count = keys.get(inputs.digest, 0) + 1
+            key = f"{inputs.digest}-{count}"
         else:
             key = _key_of(self._options.key, row.values)
             self._check_shown(inputs, "key", key)
-            if (earlier := keys.put(key, row.line)) is not None:
+            if (earlier := keys.setdefault(key, row.line)) != row.line:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
         return RowJob(number, key, inputs)
 
@@ -228,32 +226,6 @@ class RowPlan:
             return None
         guessed = with_guesses(unknown, self._names)
         return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
-
-
-class _Keys:
-    """The keys of the rows that were read, each with a number. It belongs to one thread at a time."""
-
-    def __init__(self) -> None:
-        # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
-        # read in a thread, one at a time, but not always the same one.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA cache_size=-4000")
-        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-        self._database.execute("BEGIN")
-
-    def put(self, key: str, line: int) -> int | None:
-        """Keep the line of a key; if an earlier row has the key, return the line of that row instead."""
-        if self._database.execute("INSERT INTO keys VALUES (?, ?) ON CONFLICT DO NOTHING", (key, line)).rowcount:
-            return None
-        return self._database.execute("SELECT number FROM keys WHERE key = ?", (key,)).fetchone()[0]
-
-    def count(self, key: str) -> int:
-        """Count a key once more, and return its count."""
-        query = "INSERT INTO keys VALUES (?, 1) ON CONFLICT DO UPDATE SET number = number + 1 RETURNING number"
-        return int(self._database.execute(query, (key,)).fetchone()[0])
-
-    def close(self) -> None:
-        self._database.close()
 
 
 def _reason(error: Exception) -> str:

@@ -472,7 +472,6 @@ class _Batch:
         progress.in_flight = len(runner.waiting)
         runs = [*runner.waiting.values()]
         progress.people = sum(run.attempt is not None and run.attempt.human_since is not None for run in runs)
-        progress.tick()
         if time.monotonic() > self.refresh_after:
             await self._refresh()
         waits = self.throttle.under_way and not runner.waiting and self.session.crew.concurrency_limit is not None
