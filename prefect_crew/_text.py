@@ -112,16 +112,6 @@ def listed_rows(rows: Sequence[Any], count: int) -> str:
     )
 
 
-_LEVELS = "▁▂▃▄▅▆▇█"
-
-
-def sparkline(figures: Sequence[float]) -> str | None:
-    """Return figures as a chart on one line, the highest as a full block; None for fewer than three figures."""
-    if len(figures) < 3 or not max(figures):
-        return None
-    return "".join(_LEVELS[round(figure / max(figures) * (len(_LEVELS) - 1))] for figure in figures)
-
-
 def version_numbers(version: str) -> list[int]:
     """Return the first three numbers of a version, without those of a local build."""
     return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3]]

@@ -56,4 +56,5 @@ def test_a_strict_checker_refuses_each_mistake(check: Callable[[Path], Found], t
 def test_options_of_a_batch_are_those_of_its_functions(function: Callable[..., object]):
     signature = inspect.signature(function).parameters
     for name, field in BatchOptions.model_fields.items():
-        assert signature[name].default == field.default, name
+        if function is arun_batch or name in signature:
+            assert signature[name].default == field.default, name

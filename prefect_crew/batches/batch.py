@@ -22,7 +22,7 @@ from prefect_crew.runs.run import LiveRun, StoredResult, read_status
 from prefect_crew.runs.stop import PERSON, stop_once
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, batches
-from prefect_crew.store.batches import HELD_FOR, Batch, Row
+from prefect_crew.store.batches import CONFLICT, HELD_FOR, Batch, Row
 from prefect_crew.store.decision import PREPARING, Attempt, AttemptState
 
 S = AttemptState
@@ -35,7 +35,7 @@ NEEDS_PERSON = (S.UNCERTAIN, *PREPARING, S.FAILED, S.STOPPED, S.LOST, S.NOT_STAR
 class BatchStatus:
     """The status of a batch: counts of rows. `total` includes the `bad_count` rows that cannot be run.
 
-    `failed` includes the `stopped` rows and the `conflicts`, as the last call has counted them. `left` rows were not
+    `failed` includes the `stopped` rows and the `conflicts`. `left` rows were not
     kicked off. `seconds` is the mean time of completed runs. `running`: a process runs the batch now. `why_not` is the
     reason why its name alone is not enough to continue it.
     """
@@ -57,7 +57,6 @@ class BatchStatus:
     stopped_because: str | None
     bad_count: int
     bad: Sequence[BadRow]
-    bad_export: str | None
 
 
 async def find_batch(name: str) -> StoredBatch:
@@ -77,13 +76,14 @@ def bad_rows_of(batch: Batch) -> BadRows:
     """Return the rows of a batch that cannot be run."""
     known: Mapping[str, Any] = batch.bad_rows or {}
     rows = [BadRow(**row) for row in known.get("rows", ())]
-    return BadRows(known.get("count", 0), rows, known.get("export"))
+    return BadRows(known.get("count", 0), rows)
 
 
 def since_pass(batch: Batch) -> int:
-    """Return the first pass whose rows count: rows that have left the data set do not; 0 if all do."""
+    """Return the first pass whose rows count: the last one that read its whole data set. Rows that have left the data
+    set since do not."""
     call: Mapping[str, Any] = batch.call or {}
-    return call.get("whole_pass", 0) if call.get("missing") else 0
+    return call.get("whole_pass", 0)
 
 
 async def pages_of(batch: Batch, session: CrewSession | None) -> AsyncIterator[Sequence[Row]]:
@@ -113,7 +113,7 @@ async def _with_result(row: Row, session: CrewSession) -> Row:
 
 def state_of(row: Row) -> str:
     """Return the word for the state of a row that has ended or was tried."""
-    return "conflict" if row.is_conflict else str(row.state).replace("_", "-")
+    return CONFLICT if row.is_conflict else str(row.state).replace("_", "-")
 
 
 @dataclass(frozen=True)
@@ -145,14 +145,14 @@ class StoredBatch:
         use = await in_store(batches.use_of_batch, self.name)
         count = {state: counts.get(state, 0) for state in S}
         posting = sum(count[state] for state in PREPARING)
-        conflicts = min(self._call.get("conflicts", 0), count[S.COMPLETED])
-        ended = count[S.COMPLETED] + count[S.FAILED] + count[S.STOPPED] + count[S.LOST]
-        known = ended + count[S.UNCERTAIN] + count[S.STARTED] + posting
+        conflicts = counts.get(CONFLICT, 0)
+        failed = count[S.FAILED] + count[S.STOPPED] + count[S.LOST] + conflicts
+        known = count[S.COMPLETED] + failed + count[S.UNCERTAIN] + count[S.STARTED] + posting
         return BatchStatus(
             name=self.name,
             total=entry.total + bad.count,
-            completed=count[S.COMPLETED] - conflicts,
-            failed=count[S.FAILED] + count[S.STOPPED] + count[S.LOST] + conflicts,
+            completed=count[S.COMPLETED],
+            failed=failed,
             stopped=count[S.STOPPED],
             conflicts=conflicts,
             # What a dead process was about to send is uncertain once its deadline is over.
@@ -167,7 +167,6 @@ class StoredBatch:
             stopped_because=entry.stopped_because,
             bad_count=bad.count,
             bad=bad.rows,
-            bad_export=bad.export,
         )
 
     async def failures(self, limit: int | None = None) -> list[Row]:

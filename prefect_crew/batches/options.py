@@ -29,7 +29,6 @@ row, or any constant that is not text."""
 KeyFrom = str | RowFunction
 """The name of a column, or a function of the row."""
 Count = Annotated[int, Field(strict=True, ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OnFailure = Literal["continue", "stop"] | int | float
 
 
@@ -47,14 +46,12 @@ class BatchOptions(BaseModel):
     inputs: Mapping[str, Any] | Callable[..., Any] | None = None
     rows: str | None = None
     max_in_flight: Count | None = None
-    kickoffs_per_second: Seconds | None = None
     kickoffs_at_once: Count = 64
     on_failure: OnFailure = "continue"
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20
     retries: Annotated[int, Field(strict=True, ge=0)] = 0
-    max_kickoffs: Count | None = None
     wait: WaitPolicy | None = None
     output_type: ImportString[type[BaseModel]] | None = None
     meta: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""The export of a batch: its rows as JSON Lines, CSV or Parquet, or in a table."""
+"""The export of a batch: its rows as JSON Lines or CSV, or in a table."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ import csv
 import io
 import os
 import re
-import shutil
 import tempfile
-import types
-import typing
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import UTC, date, datetime
 from itertools import islice
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar, cast
+from typing import IO, Any, TypeVar, cast
 from urllib.parse import unquote
 from uuid import uuid4
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
 import sqlalchemy as sa
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
-from prefect_crew.batches.dataset import COMPRESSED, error_text, is_remote, polars, shown_address, whole_address
-from prefect_crew.batches.rows import rejected_name
-from prefect_crew.batches.tables import SQL, SqlDatabase, is_there, table_of
+from prefect_crew.batches.dataset import COMPRESSED, error_text, is_remote, shown_address, whole_address
+from prefect_crew.batches.tables import SQL, SqlDatabase, table_of
 from prefect_crew.client.models import CrewResult
-from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError, ExportError, OutputTypeError
+from prefect_crew.exceptions import ConfigurationError, CrewError, ExportError, OutputTypeError
 from prefect_crew.runs.run import parse_data
 from prefect_crew.store.batches import Row
 from prefect_crew.store.decision import AttemptState
@@ -41,13 +36,13 @@ COLUMNS = (
     *("key", "inputs", "state", "output", "data", "tasks"),
     *("kickoff_id", "seconds", "usage", "error", "crew_version"),
 )
-LINES, CSV, PARQUET = (".jsonl", ".ndjson"), (".csv",), (".parquet", ".pq")
+LINES, CSV = (".jsonl", ".ndjson"), ".csv"
 """The endings of exports. After an ending of lines or of CSV may come the ending of a compression."""
 PAGE = 200
 """Rows that are read and written at once: a result has up to 5 MB."""
 KEPT = "All results are in the crew database. Make the same call again, which writes them."
 STRUCTURED = ("inputs", "data", "tasks", "usage")
-"""Columns that are JSON in CSV, in Parquet and in a table."""
+"""Columns that are JSON in CSV and in a table."""
 CONFLICT_REASON = (
     "Not started: this key has completed with other inputs. Give the row another key, or the batch another name."
 )
@@ -64,7 +59,7 @@ def open_output(address: str, batch: str, *, output_type: type[BaseModel] | None
 
 
 class Output:
-    """The file of the lines of a batch: JSON Lines or CSV, compressed by its ending, or Parquet.
+    """The file of the lines of a batch: JSON Lines or CSV, compressed by its ending.
 
     `output_type` is the type of `data`; None leaves `data` as the crew's server gave it.
 
@@ -78,24 +73,18 @@ class Output:
         self._output_type = output_type
         self._path = None if is_remote(address) else Path(whole_address(address))
         file = Path(address.partition("?")[0] if self._path is None else address)
-        self._is_flat = file.suffix.lower() in PARQUET
         ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix
         is_http = address.startswith(("http://", "https://"))
         problem = "is an http address, and nothing can be written there." if is_http else None
-        self._is_csv = ending.lower() in CSV
-        if problem is None and not (self._is_flat or self._is_csv or ending.lower() in LINES):
+        self._is_csv = ending.lower() == CSV
+        if problem is None and not (self._is_csv or ending.lower() in LINES):
             problem = (
                 f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}) or CSV, also "
-                f"compressed ({', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}), or Parquet "
-                f"({' or '.join(PARQUET)}). Give it such an ending."
+                f"compressed ({', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}). Give it such an ending."
             )
         try:
-            if self._is_flat:
-                polars(self.name)
             if self._path is None and problem is None:
                 _fsspec.core.url_to_fs(address)
-        except DatasetError as error:
-            problem = error.reason
         except (ImportError, ValueError) as error:
             problem = f"cannot be written: {error_text(error, address)}."
         if problem is not None:
@@ -133,28 +122,11 @@ class Output:
         The new file is written on this machine, and replaces the old file once it is whole. A write that is cut off
         leaves the old file. Raises ExportError, StoreError, BatchBusyError.
         """
-        with self._reporting(), self._new() as new, tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
-            lines = Path(folder) / "lines.jsonl"
-            with lines.open("wb") if self._is_flat else self._opened(new) as file:
+        with self._reporting(), self._new() as new:
+            with self._opened(new) as file:
                 counts = await self._write_lines(pages, file)
-            if self._is_flat:
-                await asyncio.to_thread(self._write_parquet, lines, new)
             await asyncio.to_thread(self._put, new, guard)
         return counts
-
-    def write_rejected(self, lines: IO[bytes] | None) -> None:
-        """Write the bad rows of the batch next to the output; None removes those of an earlier call."""
-        rejected = Output(rejected_name(self.address), self.batch)
-        with rejected._reporting():
-            if lines is not None:
-                lines.seek(0)
-                with rejected._new() as new:
-                    with rejected._opened(new) as target:
-                        shutil.copyfileobj(lines, target)
-                    rejected._put(new, lambda: None)
-            elif rejected.exists():
-                filesystem, path = _fsspec.core.url_to_fs(rejected.address)
-                filesystem.rm(path)
 
     @contextmanager
     def _new(self) -> Generator[Path]:
@@ -205,11 +177,8 @@ class Output:
     def _write_page(self, page: Sequence[Row], file: IO[bytes]) -> Counter[str]:
         lines = [self._line(row) for row in page if has_line(row)]
         counts = Counter(line["state"] for line in lines)
-        if self._is_flat or self._is_csv:
-            lines = [self._flat(line) for line in lines]
         if self._is_csv:
-            columns = self._columns()
-            file.write(_csv_lines([[line[name] for name in columns] for line in lines]))
+            file.write(_csv_lines([[*self._flat(line).values()] for line in lines]))
         else:
             file.writelines(to_json(line, inf_nan_mode="null") + b"\n" for line in lines)
         return counts
@@ -253,37 +222,28 @@ class Output:
         except Exception:  # noqa: BLE001  a serializer of the user's raises anything
             return data, None
 
-    # CSV, Parquet and tables: `seconds` is a number and all else text; each field of `output_type` also has a column
-    # `data_NAME`, by its name in `data`, not by an alias.
+    # CSV and tables: `seconds` is a number, all else is text. Each field of `output_type` also has a column, named
+    # `data_` and the field, not its alias.
 
     def _flat(self, line: dict[str, Any]) -> dict[str, Any]:
-        data: Any = line["data"]
-        for name, kind in self._fields().items():
-            line[f"data_{name}"] = _cell(
-                cast("dict[str, Any]", data).get(name) if isinstance(data, dict) else None, kind
-            )
-        return line | {name: None if line[name] is None else to_json(line[name]).decode() for name in STRUCTURED}
+        data = cast("dict[str, Any]", line["data"]) if isinstance(line["data"], dict) else {}
+        flat = line | {name: None if line[name] is None else to_json(line[name]).decode() for name in STRUCTURED}
+        for name in self._fields():
+            value = data.get(name)
+            flat[f"data_{name}"] = value if value is None or isinstance(value, str) else to_json(value).decode()
+        return flat
 
     def _columns(self) -> list[str]:
         return [*COLUMNS, *(f"data_{name}" for name in self._fields())]
 
-    def _fields(self) -> dict[str, type]:
-        fields = {} if self._output_type is None else self._output_type.model_fields
-        return {name: _plain_type(field.annotation) for name, field in fields.items()}
-
-    def _write_parquet(self, lines: Path, new: Path) -> None:
-        library: Any = polars("Parquet")
-        schema = dict.fromkeys(COLUMNS, library.String) | {"seconds": library.Float64}
-        for name, kind in self._fields().items():
-            is_time = kind is datetime
-            schema[f"data_{name}"] = library.Datetime("us", "UTC") if is_time else getattr(library, _KINDS[kind][0])
-        library.scan_ndjson(lines, schema=schema).sink_parquet(new)
+    def _fields(self) -> Sequence[str]:
+        return () if self._output_type is None else [*self._output_type.model_fields]
 
 
 class TableOutput(Output):
-    """The table `sql://BLOCK/TABLE`, with the columns of a Parquet file, and `batch`. Several batches may share it."""
+    """The table `sql://BLOCK/TABLE`, with the columns of a CSV file, and `batch`. Several batches may share it."""
 
-    _is_flat, _is_csv = True, False
+    _is_csv = False
 
     def __init__(  # no file: no super()
         self, address: str, batch: str, *, output_type: type[BaseModel] | None = None
@@ -319,9 +279,9 @@ class TableOutput(Output):
         results = self._results()
 
         def work(connection: sa.Connection) -> bool:
-            self._prepare(connection, results, consequence)
+            self._database.prepare(connection, results)
             has_rows = bool(connection.scalar(sa.select(sa.exists().where(results.c.batch == self.batch))))
-            # A wrong type of a column or a missing privilege raises now. The end of the work rolls all of it back.
+            # Other columns or a missing privilege raise now. The end of the work rolls all of it back.
             row = dict.fromkeys(results.c.keys()) | {"key": ""}
             self._database.replace(connection, results, uuid4().hex, [[row]])
             return has_rows
@@ -331,11 +291,6 @@ class TableOutput(Output):
             raise ExportError(
                 f"{self.name} has rows of another batch, which is also named {self.batch!r}: {advice}. {consequence}"
             )
-
-    def exists(self) -> bool:
-        """Return whether the table exists. Raises ExportError."""
-        results = self._results()
-        return self._run(lambda connection: is_there(connection, results))
 
     async def write(self, pages: Pages, guard: Guard) -> Counter[str]:
         """Write the lines of all rows that have ended, in one transaction; return their number by state.
@@ -348,28 +303,21 @@ class TableOutput(Output):
                 counts = await self._write_lines(pages, file)
             # A cancellation closes the file, so that the thread cannot read on, and its transaction is rolled back.
             with lines.open("rb") as file:
-                await asyncio.to_thread(self._replace, self._results(), self._pages(file), guard)
+                await asyncio.to_thread(self._replace, file, guard)
         return counts
 
-    def write_rejected(self, lines: IO[bytes] | None) -> None:
-        """Write the bad rows of the batch to the table `TABLE_rejected`, in place of those of an earlier call."""
-        columns = {"line": sa.Integer(), "reason": sa.Text(), "row": sa.Text()}
-        if lines is not None:
-            lines.seek(0)
-        bad = ({**row, "row": to_json(row["row"]).decode()} for row in map(from_json, lines or ()))
-        self._replace(table_of(f"{self._place}_rejected", columns), _paged(bad), lambda: None)
+    def _replace(self, lines: IO[bytes], guard: Guard) -> None:
+        """Replace all rows of the batch in one transaction. An error, also of `lines`, leaves the table as it was."""
+        table, rows = self._results(), map(self._flat, map(from_json, lines))
 
-    def _replace(self, table: sa.Table, pages: Iterator[list[dict[str, Any]]], guard: Guard) -> None:
-        """Replace all rows of the batch in one transaction. An error, also of `pages`, leaves the table as it was."""
-
-        def guarded() -> Iterator[list[dict[str, Any]]]:
-            for page in pages:
+        def pages() -> Iterator[list[dict[str, Any]]]:
+            while page := [*islice(rows, PAGE)]:
                 guard()
                 yield page
 
         def work(connection: sa.Connection) -> None:
-            self._prepare(connection, table, KEPT)
-            self._database.replace(connection, table, self.batch, guarded())
+            self._database.prepare(connection, table)
+            self._database.replace(connection, table, self.batch, pages())
             guard()
             self._database.commit(connection)
 
@@ -378,24 +326,9 @@ class TableOutput(Output):
     def _run(self, work: Callable[[sa.Connection], T], consequence: str = KEPT) -> T:
         return self._database.run(work, lambda problem: ExportError(self._unwritten(problem, consequence)))
 
-    def _prepare(self, connection: sa.Connection, table: sa.Table, consequence: str) -> None:
-        if difference := self._database.prepare(connection, table):
-            raise ExportError(
-                f"{SQL}{self._block}/{table} exists already and is no table of exports with these columns: it "
-                f"{difference}. It was not changed. Choose another table. {consequence}"
-            )
-
     def _results(self) -> sa.Table:
-        columns = dict.fromkeys(COLUMNS, sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
-        columns |= {f"data_{name}": _KINDS[kind][1] for name, kind in self._fields().items()}
+        columns = dict.fromkeys(self._columns(), sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
         return table_of(self._place, columns)
-
-    def _pages(self, file: IO[bytes]) -> Iterator[list[dict[str, Any]]]:
-        kinds = {f"data_{name}": kind for name, kind in self._fields().items() if kind in (date, datetime)}
-        for page in _paged(map(from_json, file)):
-            for line in page:
-                line |= {name: _moment(line[name], kind) for name, kind in kinds.items()}
-            yield page
 
 
 def has_line(row: Row) -> bool:
@@ -417,48 +350,3 @@ def _csv_lines(lines: Sequence[Sequence[Any]]) -> bytes:
 def _harmless(value: Any) -> Any:
     is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value
     return f"'{value}" if is_formula and not _NUMBER.fullmatch(value) else value
-
-
-def _paged(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    return iter(lambda: list(islice(rows, PAGE)), [])
-
-
-def _moment(text: str | None, kind: type) -> Any:
-    """Return a date, or a time in UTC, of its text. A time without a zone is UTC; None beyond the year 9999 in UTC."""
-    if text is None or kind is date:
-        return text and date.fromisoformat(text)
-    moment = datetime.fromisoformat(text)
-    try:
-        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except OverflowError:
-        return None
-
-
-_KINDS: dict[type, tuple[str, Any, TypeAdapter[Any]]] = {
-    int: ("Int64", sa.BigInteger(), TypeAdapter(Annotated[int, Field(ge=-(2**63), lt=2**63)])),
-    float: ("Float64", sa.Float(), TypeAdapter(float)),
-    bool: ("Boolean", sa.Boolean(), TypeAdapter(bool)),
-    date: ("Date", sa.Date(), TypeAdapter(date)),
-    datetime: ("Datetime", sa.DateTime(timezone=True), TypeAdapter(datetime)),
-    str: ("String", sa.Text(), TypeAdapter(str)),
-}
-"""The types of columns of fields: their names in polars, their types in SQL, and what checks their values."""
-
-
-def _cell(value: Any, kind: type) -> Any:
-    """Return a value in the type of a Parquet column, None if the value does not fit. `data` has the value anyway."""
-    if kind is str:
-        return value if value is None or isinstance(value, str) else to_json(value).decode()
-    adapter = _KINDS[kind][2]
-    try:
-        return adapter.dump_python(adapter.validate_python(value), mode="json")
-    except ValidationError:
-        return None
-
-
-def _plain_type(annotation: Any) -> type:
-    """Return the column type for a field of this annotation, text if nothing better fits."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
-        annotation = parts[0] if len(parts) == 1 else str
-    return annotation if annotation in (*_KINDS,) else str

@@ -7,13 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic_core import to_jsonable_python
 
 from prefect_crew._internal.prefect_api import flow_run_id
-from prefect_crew._text import by_reason, sparkline
+from prefect_crew._text import by_reason
 from prefect_crew.artifacts.escape import cell, code, commands, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.batches.rows import BadRow, BadRows
@@ -22,6 +21,7 @@ from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
 from prefect_crew.prices import Spending, money
 from prefect_crew.runs.keys import escape_name
+from prefect_crew.store.batches import CONFLICT
 from prefect_crew.store.decision import AttemptState
 
 FAILURES = 100
@@ -29,14 +29,10 @@ FAILURES = 100
 UNCERTAIN_KEYS = 1_000
 FAILED = (AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
 """The states of rows that have ended without a result."""
-RECENT = 60.0
-"""Seconds over which the rate is taken, at least."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
 WAITS_FOR_SLOT = "waiting for a free slot of the crew's concurrency limit"
 BAR = 24
-CHART = 60
-"""Columns of the chart of the throughput, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +73,7 @@ class BatchReport:
         export: The address of the lines.
         stopped: The reason why the batch stopped, None if it did not stop.
         kickoffs: Runs that this call started.
-        bad_count: Bad rows, which cannot be run. `bad`: the first 100 of them; `bad_export`: the file with all of them,
-            None if there are none.
+        bad_count: Bad rows, which cannot be run. `bad`: the first 100 of them.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         spending: Usage and cost of the runs of all calls, and the number of runs that reported usage and cost.
@@ -96,7 +91,6 @@ class BatchReport:
     kickoffs: int = 0
     bad_count: int = 0
     bad: Sequence[BadRow] = ()
-    bad_export: str | None = None
     uncertain_keys: Sequence[str] = ()
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
     conflicts: int = 0
@@ -137,8 +131,6 @@ class BatchReport:
         )
         parts += [f"{count:,} {word}" for word, count in rest if count]
         text = f"Batch {self.name}: {', '.join(parts)} in {duration(self.seconds)}. Export: {self.export}"
-        if self.bad_export:
-            text += f". Bad rows: {self.bad_export}"
         if self.usage is not None or self.cost is not None:
             text += f". Used: {self.spending}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
@@ -193,7 +185,7 @@ class BatchProgress:
         phase: In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
         total: Rows that can be run; 0 while they are checked. `bad`: the bad rows.
         counts: The number of rows by the state of their last attempt, when they were last counted.
-        conflicts, misfits, unfinished: Rows that have completed but count as failed, and rows that failed only here.
+        misfits, unfinished: Rows that have completed but count as failed, and rows that failed only here.
         in_flight: Runs in flight. `people`: how many of them wait for a person.
         ended_here: Rows that ended in this call.
         failures, uncertain_keys: The first failed rows, and the keys of the first uncertain ones.
@@ -204,8 +196,7 @@ class BatchProgress:
     phase: Literal["checking", "waiting", "running", "finishing", "done"] = "checking"
     total: int = 0
     bad: BadRows = field(default_factory=BadRows)
-    counts: Mapping[AttemptState | None, int] = field(default_factory=dict[AttemptState | None, int])
-    conflicts: int = 0
+    counts: Mapping[AttemptState | Literal["conflict"] | None, int] = field(default_factory=dict[Any, int])
     misfits: int = 0
     unfinished: int = 0
     in_flight: int = 0
@@ -215,16 +206,16 @@ class BatchProgress:
     failures: list[RowEnd] = field(default_factory=list[RowEnd])
     uncertain_keys: list[str] = field(default_factory=list[str])
     errors: Counter[str] = field(default_factory=Counter[str])
-    _curve: list[tuple[float, int]] = field(init=False)
-    _step: float = 1.0
-
-    def __post_init__(self) -> None:
-        self._curve = [(self.started, 0)]
 
     @property
     def completed(self) -> int:
         """Rows that have a result for their inputs."""
-        return max(0, self.counts.get(AttemptState.COMPLETED, 0) - self.conflicts - self.misfits)
+        return max(0, self.counts.get(AttemptState.COMPLETED, 0) - self.misfits)
+
+    @property
+    def conflicts(self) -> int:
+        """Rows that have completed with other inputs."""
+        return self.counts.get(CONFLICT, 0)
 
     @property
     def failed(self) -> int:
@@ -254,10 +245,8 @@ class BatchProgress:
 
     @property
     def rate(self) -> float:
-        """Rows that end per second, over the last minute or more."""
-        now = time.monotonic()
-        at, ended = next((point for point in reversed(self._curve) if now - point[0] >= RECENT), self._curve[0])
-        return (self.ended_here - ended) / max(now - at, 1e-9)
+        """Rows that end per second, in this call."""
+        return self.ended_here / max(self.seconds, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
@@ -265,28 +254,10 @@ class BatchProgress:
         rate, remaining = self.rate, self.total - self.done
         return remaining / rate if rate > 0 and remaining > 0 else None
 
-    def tick(self) -> None:
-        """Remember how many rows have ended by now."""
-        now = time.monotonic()
-        if now - self._curve[-1][0] >= self._step:
-            self._curve.append((now, self.ended_here))
-        if len(self._curve) > CHART:
-            del self._curve[1::2]
-            self._step *= 2
-
-    def chart(self) -> str | None:
-        """Return the throughput of this call over time, as one line; None while the call is too young."""
-        points = [*self._curve, (time.monotonic(), self.ended_here)]
-        rates = [(to - of) / (end - begin) for (begin, of), (end, to) in pairwise(points) if end > begin]
-        if (line := sparkline(rates)) is None:
-            return None
-        return f"`{line}` up to {max(rates):,.1f} rows/s, over {duration(points[-1][0] - points[0][0])}"
-
     def add(self, end: RowEnd) -> None:
         """Count a row that has ended in this call, or was found to have."""
         self.ended_here += end.is_new
         self.errors.update([end.kind] if end.kind else [])
-        self.conflicts += end.state == "conflict"
         self.misfits += end.state == "invalid-output"
         self.unfinished += end.is_unfinished
         if end.state == "uncertain":
@@ -351,8 +322,8 @@ class BatchArtifact:
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if (bad := progress.bad).count:
             lines = [(f"{row.line:,}", cell(row.reason)) for row in bad.rows[:FAILURES]]
-            text, where = f"{len(lines):,} of {bad.count:,} rows that cannot be run", code(bad.export or "")
-            parts += ["### Bad rows", f"The first {text}. All are in {where}.", table(("Line", "Why"), lines)]
+            text = f"The first {len(lines):,} of {bad.count:,} rows that cannot be run."
+            parts += ["### Bad rows", text, table(("Line", "Why"), lines)]
         return parts
 
     def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
@@ -367,8 +338,6 @@ class BatchArtifact:
             rows.append(("Flow run", flow_run_link(run)))
         if self._crew.page_url:
             rows.append(("Crew", link(self._crew.label, self._crew.page_url)))
-        if (chart := progress.chart()) is not None:
-            rows.append(("Throughput", chart))
         if progress.people:
             rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
         if report is None:

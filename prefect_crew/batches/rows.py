@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
-import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import IO, Any, cast
-
-from pydantic_core import to_json
+from typing import Any, cast
 
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._text import listed_names, with_guesses
@@ -21,7 +16,7 @@ from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom, is_c
 from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client.inputs import STATE_ID, Inputs, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
-from prefect_crew.client.redaction import MASK, Redactor, holds_secret
+from prefect_crew.client.redaction import Redactor, holds_secret
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
@@ -47,8 +42,6 @@ _SHOWN = {
     "key": "logs and artifacts show keys",
     "session": "logs show sessions",
 }
-_UNSEARCHABLE = (RecursionError, TypeError)
-"""The errors of a search in values that are nested too deeply, or have keys of a strange type."""
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -93,13 +86,19 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class BadRows:
+    """The bad rows of a batch: their number, and the first 1,000 of them."""
+
+    count: int = 0
+    rows: Sequence[BadRow] = ()
+
+
+@dataclass(frozen=True)
 class Checked:
-    """The result of the first reading of a data set. `fingerprint` does not depend on the rows' order."""
+    """The result of the first reading of a data set."""
 
     total: int
-    fingerprint: str
-    bad: Sequence[BadRow] = ()
-    bad_count: int = 0
+    bad: BadRows
 
 
 class RowPlan:
@@ -124,7 +123,6 @@ class RowPlan:
         inputs = options.inputs
         self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
-        self._secret_columns = _columns_of(crew.secret_inputs, inputs)
         for name, column in (("key", options.key), ("session", options.session)):
             if isinstance(column, str) and column in crew.secret_inputs:
                 raise ConfigurationError(
@@ -139,70 +137,51 @@ class RowPlan:
                 "allow_extra_inputs=True on the block."
             )
 
-    def check(self, rejected: IO[bytes] | None = None) -> Checked:
-        """Read every row once. Count the bad rows, and write them to `rejected` as JSON.
+    def check(self) -> Checked:
+        """Read every row once, and count the bad rows.
 
         Raises:
-            DatasetError: The data set cannot be read to its end, is empty, or only secrets tell two of its rows apart.
+            DatasetError: The data set cannot be read to its end, or is empty.
         """
         bad: list[BadRow] = []
-        bad_count = total = fingerprint = 0
-        with closing(_Keys()) as secrets:
-            for row, job in self._read():
-                if isinstance(job, RowJob):
-                    self._check_secrets(row, job.inputs, secrets)
-                    total += 1
-                    digest = hashlib.sha256(f"{job.key}\0{job.inputs.digest}".encode()).digest()
-                    fingerprint = (fingerprint + int.from_bytes(digest[:16], "big")) % (1 << 128)
-                    continue
+        bad_count = total = 0
+        for job in self._read():
+            if isinstance(job, RowJob):
+                total += 1
+            else:
                 bad_count += 1
                 if len(bad) < BAD_ROWS:
                     bad.append(job)
-                if rejected is not None:
-                    rejected.write(_rejected_line(job, self._shown(row)))
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
-        return Checked(total, f"{fingerprint:032x}", bad, bad_count)
+        return Checked(total, BadRows(bad_count, bad))
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""
-        return (job for _, job in self._read() if isinstance(job, RowJob))
+        return (job for job in self._read() if isinstance(job, RowJob))
 
-    def _read(self) -> Iterator[tuple[Row, RowJob | BadRow]]:
-        """Yield each row with its job, or with the reason why it is bad."""
-        keys, number = _Keys(), 0
-        try:
-            for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
-                try:
-                    yield row, self._job(row, keys, number)
-                    number += 1
-                except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
-                    yield row, BadRow(row.line, self._masked_reason(row, error))
-        finally:
-            keys.close()
-
-    def _check_secrets(self, row: Row, inputs: Inputs, secrets: _Keys) -> None:
-        """Refuse a data set without keys in which only secrets tell two rows apart.
-
-        In another order of the rows, or if one were left out, each would be taken for the other. The second reading
-        does not ask again: a function may then give a fresh token.
-        """
-        if self._options.key is not None or not (inputs.secret_names or self._crew.secret_inputs):
-            return
-        text = hash(to_json({name: inputs.encoded[name] for name in sorted(inputs.secret_names)}))
-        if secrets.put(inputs.digest, text) not in (None, text):
-            reason = "equals an earlier row but for its secret inputs. Give the rows a key."
-            raise DatasetError(reason, source=self.dataset.name, line=row.line)
+    def _read(self) -> Iterator[RowJob | BadRow]:
+        """Yield the job of each row, or the reason why it is bad."""
+        keys, number = dict[str, int](), 0
+        for row in islice(self.dataset.rows(), self._rows.start, self._rows.stop):
+            try:
+                yield self._job(row, keys, number)
+                number += 1
+            except Exception as error:  # noqa: BLE001  any error of a user's function is a fault of its row
+                yield BadRow(row.line, self._masked_reason(row, error))
 
     def _masked_reason(self, row: Row, error: Exception) -> str:
         try:
-            reason = self._redactor(row.values)(_reason(error))
-        except _UNSEARCHABLE:
+            # Any column may be the source of a secret input.
+            secret = [value for value in row.values.values() if self._crew.secret_inputs or holds_secret(value)]
+            reason = Redactor(secret)(_reason(error))
+        except (RecursionError, TypeError):  # the values are nested too deeply, or have keys of a strange type
             reason = f"{type(error).__name__}, and secrets cannot be looked for in its values"
         return reason.encode("utf-8", "backslashreplace").decode()
 
-    def _job(self, row: Row, keys: _Keys, number: int) -> RowJob:
+    def _job(self, row: Row, keys: dict[str, int], number: int) -> RowJob:
+        """Return the job of a row. `keys` has the lines of the keys before, or how often inputs were there."""
         if row.fault is not None:
             raise ConfigurationError(row.fault)
         session = self._session_of(row.values)
@@ -216,11 +195,12 @@ class RowPlan:
         if unknown := self._unknown(encoded):
             raise ConfigurationError(unknown)
         if self._options.key is None:
-            key = f"{inputs.digest}-{keys.count(inputs.digest)}"
+            keys[inputs.digest] = count = keys.get(inputs.digest, 0) + 1
+            key = f"{inputs.digest}-{count}"
         else:
             key = _key_of(self._options.key, row.values)
             self._check_shown(inputs, "key", key)
-            if (earlier := keys.put(key, row.line)) is not None:
+            if (earlier := keys.setdefault(key, row.line)) != row.line:
                 raise ConfigurationError(f"has the key {key!r} of line {earlier} again")
         return RowJob(number, key, inputs)
 
@@ -246,76 +226,6 @@ class RowPlan:
             return None
         guessed = with_guesses(unknown, self._names)
         return f"gives the unknown inputs {guessed}; the crew takes {listed_names(self._names)}"
-
-    def _shown(self, row: Row) -> Any:
-        """Return the values of a row, with secret columns masked; None if secrets cannot be looked for in it."""
-        if self._secret_columns is None or (self._crew.secret_inputs and row.fault is not None):
-            return None
-        if row.fault is not None:
-            return row.raw
-        secret = self._secret_columns
-        try:
-            values = {
-                name: MASK if name in secret or holds_secret(value) else value for name, value in row.values.items()
-            }
-            return self._redactor(row.values).tree(values)  # another column may repeat a secret
-        except _UNSEARCHABLE:
-            return None
-
-    def _redactor(self, values: Values) -> Redactor:
-        columns = values if self._secret_columns is None else self._secret_columns
-        return Redactor([value for name, value in values.items() if name in columns or holds_secret(value)])
-
-
-class _Keys:
-    """The keys of the rows that were read, each with a number. It belongs to one thread at a time."""
-
-    def __init__(self) -> None:
-        # An empty name is SQLite's own temporary database, which spills to disk and goes with the connection. Rows are
-        # read in a thread, one at a time, but not always the same one.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._database.execute("PRAGMA cache_size=-4000")
-        self._database.execute("CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-        self._database.execute("BEGIN")
-
-    def put(self, key: str, line: int) -> int | None:
-        """Keep the line of a key; if an earlier row has the key, return the line of that row instead."""
-        if self._database.execute("INSERT INTO keys VALUES (?, ?) ON CONFLICT DO NOTHING", (key, line)).rowcount:
-            return None
-        return self._database.execute("SELECT number FROM keys WHERE key = ?", (key,)).fetchone()[0]
-
-    def count(self, key: str) -> int:
-        """Count a key once more, and return its count."""
-        query = "INSERT INTO keys VALUES (?, 1) ON CONFLICT DO UPDATE SET number = number + 1 RETURNING number"
-        return int(self._database.execute(query, (key,)).fetchone()[0])
-
-    def close(self) -> None:
-        self._database.close()
-
-
-def _columns_of(secret: Sequence[str], inputs: InputsFrom | None) -> set[str] | None:
-    """Return the columns from which secret inputs come; None if any column may be a source."""
-    columns = set(secret)
-    if inputs is None or not secret:
-        return columns
-    if callable(inputs):
-        return None
-    for name in secret:
-        source = inputs.get(name)
-        if callable(source):
-            return None
-        if isinstance(source, str):
-            columns |= {source} if is_column(source) else names_in(source, collections=frozenset({"row"}))
-    return columns
-
-
-def _rejected_line(bad: BadRow, row: Any) -> bytes:
-    """Return the line of JSON for a bad row. `row` is None in it if a text has a lone surrogate."""
-    options: Any = {"inf_nan_mode": "null", "serialize_unknown": True, "bytes_mode": "base64"}
-    try:
-        return to_json({**asdict(bad), "row": row}, **options) + b"\n"
-    except ValueError:
-        return to_json({**asdict(bad), "row": None}) + b"\n"
 
 
 def _reason(error: Exception) -> str:
@@ -419,17 +329,3 @@ def _key_of(key: KeyFrom, values: Values) -> str:
     if _UNFIT.search(text):
         raise ConfigurationError(f"its key {text!r} holds a control character or half a character")
     return text
-
-
-def rejected_name(output: str) -> str:
-    """Return the address of the file, or of the table, of bad rows, which is next to the batch's output."""
-    return f"{output}_rejected" if output.startswith("sql://") else f"{output}.rejected.jsonl"
-
-
-@dataclass(frozen=True)
-class BadRows:
-    """The bad rows of a batch: their number, the first 1,000, and the file with all bad rows, for people."""
-
-    count: int = 0
-    rows: Sequence[BadRow] = ()
-    export: str | None = None

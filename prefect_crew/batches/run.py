@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import wraps
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
@@ -20,7 +19,7 @@ from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.batches.batch import pages_of, since_pass
-from prefect_crew.batches.dataset import Dataset, DatasetFormat, aopen_dataset, shown_address, whole_address
+from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.hold import Hold
 from prefect_crew.batches.options import (
     BatchOptions,
@@ -31,7 +30,7 @@ from prefect_crew.batches.options import (
 )
 from prefect_crew.batches.output import KEPT, open_output
 from prefect_crew.batches.report import FAILURES, BatchArtifact, BatchPlan, BatchProgress, BatchReport, OnProgress
-from prefect_crew.batches.rows import BadRows, Checked, RowPlan, expected_inputs, rejected_name
+from prefect_crew.batches.rows import Checked, RowPlan, expected_inputs
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
 from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
@@ -78,14 +77,12 @@ async def arun_batch(
     session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
-    kickoffs_per_second: float | None = None,
     kickoffs_at_once: int = 64,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "skip"] = "refuse",
     on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
     retries: int = 0,
-    max_kickoffs: int | None = None,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
     meta: Mapping[str, Any] | None = None,
@@ -106,13 +103,12 @@ async def arun_batch(
     Args:
         crew: A crew, or the name of a stored block.
         dataset: CSV, TSV, JSON Lines, JSON or Parquet by path, URL or fsspec address; `sql://BLOCK?query=…`, the rows
-            of a query in the database of a SQLAlchemy block; an iterable of mappings or rows; a pandas or polars data
-            frame; anything with an Arrow stream; a cursor of the DB-API, or a result of SQLAlchemy. A cursor of sqlite3
-            stops the event loop while it is read, unless its connection has `check_same_thread=False`.
+            of a query in the database of a SQLAlchemy block; an iterable of mappings or named rows; a pandas or polars
+            data frame, or an Arrow table.
         name: The batch's name. The name, `export` and an address as `dataset` may be templates over the scheduled time:
             `leads-{scheduled_start:%Y-%m-%d}`.
         export: The path or address of its lines, in the order of the rows: JSON Lines or CSV, compressed by its
-            ending, or Parquet. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end,
+            ending. Or `sql://BLOCK/TABLE`, a table of these columns and `batch`. It is written at the end,
             and when the batch stops; `prefect-crew batch export` writes it at any time. A line has key, inputs, state,
             output, data, tasks, kickoff_id, seconds, usage, error and crew_version.
         key: A column or a function of the row; left out, a digest of the inputs and the number of equal rows before.
@@ -121,7 +117,6 @@ async def arun_batch(
         inputs: How a row becomes inputs: a function of the row, or by name a column, a template over the columns, a
             function of the row, or a constant that is not text; left out, the columns named like the crew's inputs.
         max_in_flight: Runs in flight at once, 100 if left out.
-        kickoffs_per_second: A limit on the rate of kickoffs.
         kickoffs_at_once: Kickoffs under way at a time. At most so many rows are uncertain if the process dies.
         on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
             failed rows, or a share below 1 of the rows that have ended.
@@ -129,7 +124,6 @@ async def arun_batch(
         on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
         breaker: The batch stops after so many failed rows in a row; None: never. The same call goes on.
         retries: Further runs of a failed row in this call, never beyond the crew's `max_attempts`.
-        max_kickoffs: A limit on the kickoffs of all calls together.
         wait: The policy to wait, in place of the crew's. Left out, the first poll comes when runs usually end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
@@ -205,19 +199,6 @@ async def aplan_batch(
     session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
-    kickoffs_per_second: float | None = None,
-    kickoffs_at_once: int = 64,
-    on_failure: OnFailure = "continue",
-    on_bad_row: Literal["refuse", "skip"] = "refuse",
-    on_cancel: Literal["stop", "drain", "leave"] = "stop",
-    breaker: int | None = 20,
-    retries: int = 0,
-    max_kickoffs: int | None = None,
-    wait: WaitPolicy | None = None,
-    output_type: type[BaseModel] | None = None,
-    meta: Mapping[str, Any] | None = None,
-    webhooks: Webhooks | None = None,
-    budgets: Sequence[Budget] = (),
     format: DatasetFormat | None = None,  # noqa: A002
     encoding: str = "utf-8-sig",
     delimiter: str | None = None,
@@ -231,7 +212,7 @@ async def aplan_batch(
     Raises:
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
-    options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
+    options = BatchOptions(key=key, session=session, inputs=inputs, max_in_flight=max_in_flight, rows=rows)
     file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
     job = await _batch_job(crew, dataset, options, name, export, **file)
     async with CrewSession(job.crew) as crew_session:
@@ -245,14 +226,12 @@ async def aplan_batch(
     done = min(checked.total, counts.get(AttemptState.COMPLETED, 0))
     rest, most = checked.total - done, rows_at_once(job.crew, options)
     seconds = None if duration is None else -(-rest // most) * duration
-    if options.kickoffs_per_second is not None:
-        seconds = max(seconds or 0.0, rest / options.kickoffs_per_second)
     return BatchPlan(
         name=job.name,
         rows=checked.total,
         done=done,
-        bad=checked.bad,
-        bad_count=checked.bad_count,
+        bad=checked.bad.rows,
+        bad_count=checked.bad.count,
         max_in_flight=most,
         seconds=seconds,
         price=None if each is None else each * rest,
@@ -298,7 +277,7 @@ async def _batch_job(
             raise ConfigurationError(f"{', '.join(file)} are options of files, not of a query. Nothing was started.")
         rows = await open_query(dataset, render)
     else:
-        rows = await aopen_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
+        rows = open_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     allowances(loaded_crew, full)  # raises for a budget without an estimate
     return BatchJob(loaded_crew, rows, options, full, where)
@@ -314,14 +293,13 @@ class _Batch:
         self.job = job
         self.on_progress = on_progress
         self.throttle = Throttle(job.options)
-        self.session = CrewSession(job.crew, lambda crew: BatchClient(crew, self.throttle))
+        self.session = CrewSession(job.crew, lambda crew: BatchClient(crew, job.options.kickoffs_at_once))
         self.output = open_output(job.export, job.name, output_type=job.options.output_type)
         self.hold = Hold(job.name)
         self.progress = BatchProgress(job.name)
         self.artifact = BatchArtifact(job.name, job.crew)
         self.refresh_after = 0.0
         self.call: dict[str, Any] = {}
-        self.is_seen_whole = False
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Check the rows, and take the batch. Raises CrewError."""
@@ -336,19 +314,16 @@ class _Batch:
             await self._take(stack, before)
         version = await self.session.version()
         names_inputs = self._names_inputs(before, expected)
-        rejected = stack.enter_context(tempfile.TemporaryFile(prefix="prefect-crew-"))  # noqa: SIM115  the stack does
-        self.checked = await self._check_rows(before, rejected)
+        self.checked = await self._check_rows(before)
         if version != await self.session.version():
             version = None  # each answer differs, such as by a time, so another one means no other deployment
-        self.progress.total = self.checked.total
-        facts: dict[str, Any] = {"fingerprint": self.checked.fingerprint, "total": self.checked.total}
+        self.progress.total, self.progress.bad = self.checked.total, self.checked.bad
         if before is None:
-            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, call=None, **facts)
+            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, total=self.checked.total)
             await self._take(stack, before)
         before = self.hold.batch
         self._say_changes(before, version)
         call: Mapping[str, Any] = before.call or {}
-        kept = {name: call[name] for name in ("whole_pass", "missing", "conflicts") if name in call}
         self.call = {
             **plain_call(
                 crew=job.crew.block,
@@ -357,37 +332,30 @@ class _Batch:
                 export=job.export,
                 options=job.options,
             ),
-            **kept,
+            "whole_pass": since_pass(before),
             "names_inputs": names_inputs,
             "crew_version": version or call.get("crew_version"),
         }
-        await self._note_bad_rows(before, rejected, facts)
+        bad = self.checked.bad
+        await self._change(total=self.checked.total, call=self.call, bad_rows=asdict(bad) if bad.count else None)
 
     async def _take(self, stack: AsyncExitStack, before: Batch) -> None:
         if before.crew_url != self.job.crew.url:
             raise BatchChangedError(name=self.job.name, difference=f"{before.crew_url}, not {self.job.crew.url}")
         await stack.enter_async_context(self.hold)
 
-    async def _check_rows(self, before: Batch | None, rejected: IO[bytes]) -> Checked:
+    async def _check_rows(self, before: Batch | None) -> Checked:
         """Check the output, and every row. Raises CrewError."""
         job = self.job
         await self.output.open()
         known = () if before is None else before.exported or ()
         await asyncio.to_thread(self.output.check, is_new=whole_address(job.export) not in known)
-        checked = await asyncio.to_thread(self.plan.check, rejected)
-        if checked.bad and (job.options.on_bad_row == "refuse" or not checked.total):
-            raise BadRowsError(checked.bad, checked.bad_count, source=job.dataset.name, alone=not checked.total)
+        checked = await asyncio.to_thread(self.plan.check)
+        bad = checked.bad
+        if bad.count and (job.options.on_bad_row == "refuse" or not checked.total):
+            raise BadRowsError(bad.rows, bad.count, source=job.dataset.name, alone=not checked.total)
         self.hold.check()
         return checked
-
-    async def _note_bad_rows(self, before: Batch, rejected: IO[bytes], facts: Mapping[str, Any]) -> None:
-        """Write the call to the crew database, and the rows that cannot run next to the export. Raises CrewError."""
-        checked = self.checked
-        bad = BadRows(checked.bad_count, checked.bad, rejected_name(self.output.name) if checked.bad_count else None)
-        self.progress.bad = bad
-        if bad.count or before.bad_rows:
-            await asyncio.to_thread(self.output.write_rejected, rejected if bad.count else None)
-        await self._change(**facts, call=self.call, bad_rows=asdict(bad) if bad.count else None)
 
     async def _change(self, **values: Any) -> None:
         if not await in_store(batches.change_batch, self.job.name, self.hold.owner, **values):
@@ -416,15 +384,12 @@ class _Batch:
         if version and earlier and version != earlier:
             text = "Batch %s: its crew was deployed anew (version %s, before %s). Rows that have completed stay."
             run_logger().info(text, self.job.name, version, earlier)
-        if before.fingerprint and call and before.fingerprint != self.checked.fingerprint:
-            text = "Batch %s: its rows are others than in the last call (%d, before %d)."
-            run_logger().info(text, self.job.name, self.checked.total, before.total)
 
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""
         await self._refresh()
         use = await in_store(batches.use_of_batch, self.job.name)
-        self.throttle.kickoffs = self.kickoffs_before = use.runs
+        self.kickoffs_before = use.runs
         try:
             self.hold.check()
             await self._run_rows()
@@ -447,7 +412,7 @@ class _Batch:
 
     async def _export(self) -> None:
         """Write the output, while the batch is this process's."""
-        address, loop, progress = whole_address(self.job.export), asyncio.get_running_loop(), self.progress
+        address, loop = whole_address(self.job.export), asyncio.get_running_loop()
 
         def guard() -> None:
             asyncio.run_coroutine_threadsafe(self.hold.renew(), loop).result(GUARD_WITHIN)
@@ -458,10 +423,7 @@ class _Batch:
         await asyncio.to_thread(self.output.check, is_new=is_new, consequence=KEPT)
         await in_store(batches.note_export, self.job.name, address)  # before the file exists: it is then known
         lines = await self.output.write(pages_of(entry or self.hold.batch, self.session), guard)
-        progress.conflicts, progress.misfits = lines["conflict"], max(progress.misfits, lines["invalid-output"])
-        if self.call.get("conflicts", 0) != progress.conflicts:
-            self.call["conflicts"] = progress.conflicts
-            await self._change(call=self.call)
+        self.progress.misfits = max(self.progress.misfits, lines["invalid-output"])
 
     async def _export_in_time(self) -> None:
         """Write the output of a batch that was cancelled or has failed, within `EXPORT_WITHIN` seconds: Prefect soon
@@ -480,9 +442,7 @@ class _Batch:
     async def _refresh(self) -> None:
         """Count the rows by state."""
         began = time.monotonic()
-        since = since_pass(self.hold.batch) if not self.is_seen_whole else self.call.get("whole_pass", 0)
-        if self.is_seen_whole and not self.call.get("missing"):
-            since = 0
+        since = self.call["whole_pass"]
         self.progress.counts = await in_store(batches.count_rows, self.job.name, since_pass=since)
         self.refresh_after = time.monotonic() + max(1.0, 20 * (time.monotonic() - began))
 
@@ -502,10 +462,8 @@ class _Batch:
         finally:
             self.progress.in_flight = len(runner.waiting)
         if runner.is_whole and not hold.is_lost:
-            passes = hold.batch.passes
-            missing = await in_store(batches.count_missing, self.job.name, passes) if passes > 1 else 0
-            self.call |= {"whole_pass": passes, "missing": missing}
-            self.is_seen_whole = True
+            # From now on, rows that have left the data set do not count.
+            self.call["whole_pass"] = hold.batch.passes
             await self._change(call=self.call)
 
     async def _tick(self, runner: Runner) -> None:
@@ -514,7 +472,6 @@ class _Batch:
         progress.in_flight = len(runner.waiting)
         runs = [*runner.waiting.values()]
         progress.people = sum(run.attempt is not None and run.attempt.human_since is not None for run in runs)
-        progress.tick()
         if time.monotonic() > self.refresh_after:
             await self._refresh()
         waits = self.throttle.under_way and not runner.waiting and self.session.crew.concurrency_limit is not None
@@ -523,10 +480,10 @@ class _Batch:
         await self.session.version(if_due=True)
 
     async def _report(self) -> BatchReport:
-        progress, bad, use = self.progress, self.progress.bad, None
+        progress, bad, use, kickoffs = self.progress, self.progress.bad, None, 0
         with suppress(StoreError, *PREFECT_ERRORS):  # the error that ended the batch is raised
             use = await in_store(batches.use_of_batch, self.job.name)
-        kickoffs = (self.throttle.kickoffs if use is None else use.runs) - self.kickoffs_before
+            kickoffs = use.runs - self.kickoffs_before
         # Only a process that has died left them: once their deadline is over, nobody knows whether they started.
         uncertain = progress.uncertain + sum(progress.counts.get(state, 0) for state in PREPARING)
         return BatchReport(
@@ -542,7 +499,6 @@ class _Batch:
             kickoffs=kickoffs,
             bad_count=bad.count,
             bad=tuple(bad.rows[:FAILURES]),
-            bad_export=bad.export,
             uncertain_keys=tuple(progress.uncertain_keys),
             errors=dict(progress.errors),
             conflicts=progress.conflicts,

@@ -452,7 +452,6 @@ class Runner:
                 self._set_end(work, error, "not-started")
             self.stop(str(error), shut=True)
         elif isinstance(error, KickoffUncertainError):
-            throttle.kickoffs += error.__cause__ is not None  # else a process that has died sent it
             self._set_end(work, error, "uncertain")
         elif kickoff_fate(error) is KickoffFate.RETRY:
             throttle.refused(error)

@@ -5,10 +5,14 @@ An address is `sql://BLOCK?query=…`, percent-encoded, or `sql://BLOCK/TABLE`.
 
 from __future__ import annotations
 
-import asyncio
+import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copyreg import dispatch_table
+from functools import cache
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import sqlalchemy as sa
@@ -17,7 +21,7 @@ from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.batches.dataset import PART, Dataset, Spool, error_text, shown_address
+from prefect_crew.batches.dataset import PART, Dataset, Row, check_columns, error_text, shown_address
 from prefect_crew.client.redaction import Redactor
 from prefect_crew.exceptions import ConfigurationError, CrewError, DatasetError
 
@@ -40,7 +44,7 @@ class SqlDatabase:
 
     @classmethod
     async def load(cls, block: str, *, name: str) -> SqlDatabase:
-        """Load a SqlAlchemyConnector or an AsyncSqlAlchemyConnector. `name` is the address that needs the block.
+        """Load a SqlAlchemyConnector. `name` is the address that needs the block.
 
         Raises ConfigurationError.
         """
@@ -50,31 +54,30 @@ class SqlDatabase:
                 "sql://BLOCK?query=… to read rows, or sql://BLOCK/TABLE for an export. Nothing was started."
             )
         try:
-            import prefect_sqlalchemy as blocks  # pyright: ignore[reportMissingTypeStubs]
+            from prefect_sqlalchemy import SqlAlchemyConnector  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
             raise ConfigurationError(
                 f"{name} needs prefect-sqlalchemy: pip install 'prefect-crew[sql]'. Nothing was started."
             ) from None
-        problem = (
-            f"There is no SQLAlchemy block {block!r} for {name}. Make it with "
-            f"SqlAlchemyConnector(connection_info='postgresql+psycopg://…').save({block!r})."
-        )
-        for kind in cast("list[Any]", [blocks.SqlAlchemyConnector, blocks.AsyncSqlAlchemyConnector]):
-            try:
-                return await cls._of(kind, block)
-            except PREFECT_ERRORS:
-                raise
-            except Exception as error:  # noqa: BLE001  an error of its fields quotes the password
-                if isinstance(error.__cause__, ObjectNotFound):
-                    continue  # there is no such block of this kind
-                reason = f": {error}" if isinstance(error, ImportError | NoSuchModuleError) else ""
-                problem = f"The SQLAlchemy block {block!r} for {name} cannot be used{reason}. Save it again, corrected."
-                break
+        try:
+            return cls._of(await SqlAlchemyConnector.aload(block))
+        except PREFECT_ERRORS:
+            raise
+        except Exception as error:  # noqa: BLE001  an error of its fields quotes the password
+            problem = f"The SQLAlchemy block {block!r} for {name} cannot be used. Save it again, corrected."
+            if isinstance(error.__cause__, ObjectNotFound):
+                problem = (
+                    f"There is no SQLAlchemy block {block!r} for {name}. Make it with "
+                    f"SqlAlchemyConnector(connection_info='postgresql+psycopg://…').save({block!r})."
+                )
+            elif isinstance(error, ImportError | NoSuchModuleError):
+                problem = (
+                    f"The SQLAlchemy block {block!r} for {name} cannot be used: {error}. Save it again, corrected."
+                )
         raise ConfigurationError(f"{problem} Nothing was started.")
 
     @classmethod
-    async def _of(cls, kind: Any, block: str) -> SqlDatabase:
-        stored = await kind.aload(block)
+    def _of(cls, stored: Any) -> SqlDatabase:
         engine = stored.get_engine(poolclass=NullPool)
         # Options of a connection may be secrets: a password, a token, the path of a key.
         return cls(engine, Redactor([engine.url.password or "", dict(engine.url.query), stored.connect_args or {}]))
@@ -86,8 +89,6 @@ class SqlDatabase:
         password.
         """
         try:
-            if hasattr(self._engine, "sync_engine"):
-                return asyncio.run(self._run_async(work))
             with self._engine.connect() as connection:
                 return work(connection)
         except CrewError:
@@ -96,25 +97,11 @@ class SqlDatabase:
             problem = self._redact(error_text(error, ""))
         raise failure(problem)  # here, so that it has no context, whose frames hold parameters
 
-    def prepare(self, connection: sa.Connection, table: sa.Table) -> str | None:
-        """Make a table if there is none. Return the difference if there is one of other columns or another key."""
+    def prepare(self, connection: sa.Connection, table: sa.Table) -> None:
+        """Make a table if there is none."""
         if self.kind == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
-        if not is_there(connection, table):
-            if self.kind == "postgresql":  # of two that make the table at once, the second waits, and has it
-                connection.execute(
-                    sa.select(sa.func.pg_advisory_xact_lock(sa.func.hashtextextended(f"prefect-crew/{table}", 0)))
-                )
-            table.create(connection, checkfirst=True)
-        inspector, place = sa.inspect(connection), (table.name, table.schema)
-        there = [str(column["name"]) for column in inspector.get_columns(*place)]
-        own = [column.name for column in table.c]
-        lacks, has = [name for name in own if name not in there], [name for name in there if name not in own]
-        key = inspector.get_pk_constraint(*place)["constrained_columns"]
-        if not lacks and not has and set(key) == {column.name for column in table.primary_key}:
-            return None
-        parts = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {', '.join(has)}"] * bool(has)
-        return " and ".join(parts) or f"has the primary key {', '.join(key) or 'of no column'}"
+        table.create(connection, checkfirst=True)
 
     def replace(
         self, connection: sa.Connection, table: sa.Table, batch: str, pages: Iterable[Sequence[Mapping[str, Any]]]
@@ -128,10 +115,6 @@ class SqlDatabase:
     def commit(self, connection: sa.Connection) -> None:
         """Commit the work of `run`."""
         connection.commit()
-
-    async def _run_async(self, work: Callable[[sa.Connection], T]) -> T:
-        async with self._engine.connect() as connection:
-            return await connection.run_sync(work)
 
 
 async def open_query(address: str, render: Callable[[str], str] = str) -> Dataset:
@@ -155,8 +138,9 @@ async def open_query(address: str, render: Callable[[str], str] = str) -> Datase
         )
     database = await SqlDatabase.load(block, name=name)
 
-    def fetch(spool: Spool) -> None:
-        def read(connection: sa.Connection) -> None:
+    @cache
+    def spool() -> Spool:
+        def read(connection: sa.Connection) -> Spool:
             if database.kind == "sqlite":
                 connection.exec_driver_sql("BEGIN")  # else Python's driver commits some statements at once
             # Without parameters: then no driver takes a % or a colon of the query for the place of one.
@@ -164,32 +148,62 @@ async def open_query(address: str, render: Callable[[str], str] = str) -> Datase
             result = connection.execution_options(**options).exec_driver_sql(query)
             if not result.returns_rows:
                 raise DatasetError("has a statement that is no query, such as an UPDATE. Give a SELECT.", source=name)
-            spool.fill(list(result.keys()), result.partitions(PART))
+            check_columns(columns := list(result.keys()), name)
+            return Spool(columns, result.partitions(PART))
 
-        database.run(read, lambda problem: DatasetError(f"cannot be read: {problem}.", source=name))
+        return database.run(read, lambda problem: DatasetError(f"cannot be read: {problem}.", source=name))
 
-    spool = Spool(name, fetch)
-    return Dataset(name, spool.rows, f"{SQL}{block}?query={quote(query)}")
+    return Dataset(name, lambda: spool().rows(), f"{SQL}{block}?query={quote(query)}")
+
+
+class Spool:
+    """The rows of a query in a temporary file, from which they are read again."""
+
+    def __init__(self, columns: Sequence[str], parts: Iterable[Sequence[Any]]) -> None:
+        self._columns = columns
+        # It has no name: a killed process leaves no rows on the disk.
+        self._file = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  the rows are read later
+        weakref.finalize(self, self._file.close)
+        for part in parts:
+            pickler = pickle.Pickler(self._file, pickle.HIGHEST_PROTOCOL)  # a new one: it keeps all that it has written
+            pickler.dispatch_table = _PICKLED
+            pickler.dump([[*row] for row in part])
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, in the order in which they came."""
+        number, position = 0, 0
+        while True:
+            self._file.seek(position)  # readers share the file
+            try:
+                part = pickle.load(self._file)  # noqa: S301  a private file that this process has written
+            except EOFError:
+                return
+            position = self._file.tell()
+            for values in part:
+                number += 1
+                yield Row(number, dict(zip(self._columns, values, strict=True)))
+
+
+def _copied(view: Any) -> tuple[Any, ...]:
+    return bytes, (view.tobytes(),)
+
+
+_PICKLED = {**dispatch_table, memoryview: _copied}
+"""How values are pickled: a driver may return binary values as views."""
 
 
 def table_of(place: str, columns: Mapping[str, sa.types.TypeEngine[Any]]) -> sa.Table:
     """Return the table `SCHEMA.TABLE`, or `TABLE`, in which a batch has its own rows, told apart by the column `batch`.
 
-    `columns` are its other columns and their types, of which the first identifies a row of the batch.
+    `columns` are its other columns and their types.
     """
     schema, _, name = place.rpartition(".")
-    first = next(iter(columns))
     return sa.Table(
         name,
         sa.MetaData(schema=schema or None),
         sa.Column("batch", sa.String(255), primary_key=True),
-        *(sa.Column(column, kind, primary_key=column == first) for column, kind in columns.items()),
+        *(sa.Column(column, kind, primary_key=column == "key") for column, kind in columns.items()),
     )
-
-
-def is_there(connection: sa.Connection, table: sa.Table) -> bool:
-    """Return whether a table exists."""
-    return sa.inspect(connection).has_table(table.name, table.schema)
 
 
 def _storable(row: Mapping[str, Any]) -> dict[str, Any]:

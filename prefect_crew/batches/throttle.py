@@ -10,10 +10,9 @@ from contextlib import suppress
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
 from prefect_crew.client._client import CrewClient
-from prefect_crew.client._retry_safety import kickoff_delay
 from prefect_crew.client._transport import Answer, Call
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
-from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewError, RateLimitedError, ServerError
+from prefect_crew.exceptions import ConfigurationError, CrewError, RateLimitedError, ServerError
 
 REFUSED_PAUSE = 5.0
 """Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
@@ -41,30 +40,26 @@ def rows_at_once(crew: Crew, options: BatchOptions) -> int:
 class Throttle:
     """Decides when a batch kicks off its next run. A batch has one throttle in a process, on one event loop.
 
-    - At most `kickoffs_at_once` kickoffs are under way. `kickoffs_per_second` limits their rate.
-    - Where the server sends `Retry-After`, the whole batch waits.
+    - At most `kickoffs_at_once` kickoffs are under way.
     - At first, and after a refused kickoff, one row is tried. Each accepted kickoff doubles the number, up to
       `kickoffs_at_once`. So a server that is down, and a budget that is full, get few kickoffs.
-    - After a refused kickoff the batch pauses for the time that the server names, or for 5 seconds. The end of a run
-      ends the pause early, since a server or a budget that was full then has room. After 10 minutes of refusals with
-      nothing in flight the batch stops.
+    - After a refused kickoff the batch pauses for the time that the server names (`Retry-After`), or for 5 seconds. The
+      end of a run ends such 5 seconds early, since a server or a budget that was full then has room. After 10 minutes
+      of refusals with nothing in flight the batch stops.
     - After `breaker` failed rows in a row the batch stops.
 
     Attributes:
         stopped: The reason why the batch kicks off no more runs; None while it does.
-        kickoffs: Kickoffs that all calls have sent, or may have sent.
         under_way: Kickoffs under way.
         in_flight: Runs in flight.
     """
 
     def __init__(self, options: BatchOptions) -> None:
         self.stopped: str | None = None
-        self.kickoffs = 0
         self.under_way = self.in_flight = 0
         self.kickoffs_at_once = options.kickoffs_at_once
         self._options = options
-        self._interval = 0.0 if options.kickoffs_per_second is None else 1.0 / options.kickoffs_per_second
-        self._next_kickoff = self._not_before = self._paused_until = 0.0
+        self._not_before = self._paused_until = 0.0
         self._at_once = 1
         self._refused_since: float | None = None
         self._warn_after = 0.0
@@ -84,22 +79,13 @@ class Throttle:
             if self.stopped is not None:
                 return False
             self.under_way += 1
-            now, next_one = asyncio.get_running_loop().time(), self._next_kickoff
-            self._next_kickoff = (next_one if now - next_one < self._interval else now) + self._interval
             return True
 
     def _seconds_to_wait(self) -> float:
         """Return the seconds until the next kickoff, infinity if the wait lasts until something changes."""
-        most = self._at_once
-        if (limit := self._options.max_kickoffs) is not None:
-            if self.kickoffs >= limit:
-                self.stop(f"the limit of {limit} kickoffs is reached.")
-                return 0.0
-            most = min(most, limit - self.kickoffs)
-        if self.under_way >= most:
+        if self.under_way >= self._at_once:
             return math.inf
-        until = max(self._not_before, self._next_kickoff, self._paused_until)
-        return until - asyncio.get_running_loop().time()
+        return max(self._not_before, self._paused_until) - asyncio.get_running_loop().time()
 
     def leave(self) -> None:
         """Note that an admitted kickoff has its id, or started nothing."""
@@ -121,23 +107,8 @@ class Throttle:
 
     # The answers of the server.
 
-    @property
-    def held_for(self) -> float:
-        """Seconds, from now, for which the server wants no request; 0 or less if it has not asked for a pause."""
-        return self._not_before - asyncio.get_running_loop().time()
-
-    def heed(self, error: CrewError) -> None:
-        """Let the whole batch wait if the server asked one request to wait."""
-        if not isinstance(error, RateLimitedError | ServerError) or error.retry_after is None:
-            return
-        delay = min(error.retry_after, RETRY_AFTER_CAP)
-        if delay > 1.0 and self.held_for <= 0:
-            run_logger().info("The crew's server asks to wait %.0f s, so the whole batch waits.", delay)
-        self._not_before = max(self._not_before, asyncio.get_running_loop().time() + delay)
-
     def accepted(self) -> None:
         """Note that a kickoff was accepted."""
-        self.kickoffs += 1
         self._refused_since, self._paused_until = None, 0.0
         self._at_once = min(2 * self._at_once, self.kickoffs_at_once)
 
@@ -151,7 +122,9 @@ class Throttle:
             self._refused_since = now
         elif now - self._refused_since >= GIVE_UP_AFTER:
             self.stop(f"no kickoff was accepted for {GIVE_UP_AFTER / 60:.0f} minutes. Last error: {error}")
-        self._paused_until, self._at_once = now + (kickoff_delay(error) or REFUSED_PAUSE), 1
+        self._paused_until, self._at_once = now + REFUSED_PAUSE, 1
+        if isinstance(error, RateLimitedError | ServerError) and error.retry_after is not None:
+            self._not_before = max(self._not_before, now + min(error.retry_after, RETRY_AFTER_CAP))
 
     # How rows end.
 
@@ -201,9 +174,9 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
 
 
 class BatchClient(CrewClient):
-    """A crew client that reports each pause that the server asks for to a throttle, and polls only after the pause."""
+    """A crew client with a limit on its requests at a time, so that thousands of polls need few connections."""
 
-    def __init__(self, crew: Crew, throttle: Throttle) -> None:
+    def __init__(self, crew: Crew, kickoffs_at_once: int) -> None:
         super().__init__(
             crew.url,
             crew.token,
@@ -211,17 +184,9 @@ class BatchClient(CrewClient):
             allow_http=crew.allow_http,
             flow=crew.flow,
         )
-        self._throttle = throttle
-        at_once = max(REQUESTS_AT_ONCE, throttle.kickoffs_at_once)
+        at_once = max(REQUESTS_AT_ONCE, kickoffs_at_once)
         self._gates = {"GET": asyncio.Semaphore(REQUESTS_AT_ONCE), "POST": asyncio.Semaphore(at_once)}
 
-    def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
-        error = super()._error(call, answer, kind)
-        self._throttle.heed(error)
-        return error
-
     async def _send(self, call: Call) -> Answer:
-        if call.method == "GET" and (seconds := self._throttle.held_for) > 0:
-            await asyncio.sleep(seconds)
         async with self._gates[call.method]:
             return await super()._send(call)

@@ -99,7 +99,7 @@ async def run(
 
     Args:
         name: The batch's name. The same call with it goes on where it stopped.
-        export: The file or address for the results, .jsonl, .csv or .parquet, or sql://BLOCK/TABLE; written when the
+        export: The file or address for the results, .jsonl or .csv, or sql://BLOCK/TABLE; written when the
             batch ends or stops.
         on_failure: continue, stop (at the first failed row), or a number or share (below 1) of failed rows to stop at.
     """
@@ -207,7 +207,7 @@ async def inspect(name: Name, /, *, output: Output = None) -> None:
     elif again := _how_to_go_on(status):
         _output.put(f"  No process runs it. {again}")
     counts = {name: getattr(status, name) for name in COUNTS}
-    bad = status.bad_count and f"{listed_rows(status.bad, status.bad_count)}. All are in {status.bad_export}"
+    bad = status.bad_count and listed_rows(status.bad, status.bad_count)
     seconds = status.seconds and f"{duration(status.seconds)} (mean)"
     reason = None if status.running else status.stopped_because
     others = {"bad rows": bad, "time of a row": seconds, "it stopped": reason, "export": status.export}
@@ -248,7 +248,7 @@ async def failures(name: Name, /, *, output: Output = None) -> None:
     if len(found) == SHOWN and not output:
         _output.note(f"The first {SHOWN}; -o json shows all.")
     if status.bad_count:
-        _output.note(f"Bad rows cannot be run. All {status.bad_count:,} are in {status.bad_export}.")
+        _output.note(f"{status.bad_count:,} bad rows cannot be run.")
     if first := next((row for row in found if state_of(row) in ("uncertain", "posting")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
@@ -311,7 +311,7 @@ async def export(
         str | None,
         Parameter(
             name="FILE",
-            help="A .jsonl, .csv or .parquet file, or sql://BLOCK/TABLE; if left out, the last call's export.",
+            help="A .jsonl or .csv file, or sql://BLOCK/TABLE; if left out, the last call's export.",
         ),
     ] = None,
     /,

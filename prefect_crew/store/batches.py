@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -14,6 +14,8 @@ from prefect_crew.store.news import tell
 from prefect_crew.store.schema import attempts, batches, is_current, kickoff_ids, results, rows
 
 B = batches.c
+CONFLICT: Literal["conflict"] = "conflict"
+"""Rows that have completed, and whose data set has other inputs since."""
 HELD_FOR = 30.0
 """Seconds after which another process may take a batch whose holder has not renewed its hold."""
 
@@ -25,7 +27,6 @@ class Batch:
     name: str
     crew_url: str
     call: Any
-    fingerprint: str
     total: int
     bad_rows: Any
     owner: str | None
@@ -94,13 +95,10 @@ def _get(transaction: Transaction, name: str) -> Batch | None:
 
 
 @transaction("write")
-def open_batch(
-    transaction: Transaction, name: str, *, crew_url: str, call: Any, fingerprint: str, total: int, bad_rows: Any = None
-) -> Batch:
+def open_batch(transaction: Transaction, name: str, *, crew_url: str, total: int) -> Batch:
     """Write a batch if there is none of its name; return the batch that is there, which may be of another crew."""
     now = transaction.lock(f"batch:{name}")
-    values = {"name": name, "crew_url": crew_url, "call": call, "fingerprint": fingerprint, "total": total}
-    values |= {"bad_rows": bad_rows, "owner_seen": now, "passes": 0, "is_going": False}
+    values = {"name": name, "crew_url": crew_url, "total": total, "owner_seen": now, "passes": 0, "is_going": False}
     transaction.insert_once(batches, **values)
     batch = _get(transaction, name)
     assert batch is not None  # noqa: S101  it was written, or was there
@@ -109,7 +107,7 @@ def open_batch(
 
 @transaction("write")
 def change_batch(transaction: Transaction, name: str, owner: str, **values: Any) -> bool:
-    """Write `call`, `fingerprint`, `total` or `bad_rows` of a batch that the owner holds."""
+    """Write `call`, `total` or `bad_rows` of a batch that the owner holds."""
     transaction.lock(f"batch:{name}")
     return transaction.changed(sa.update(batches).where(B.name == name, B.owner == owner).values(values)) == 1
 
@@ -279,28 +277,19 @@ def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
 
 
 @transaction("read")
-def count_rows(transaction: Transaction, name: str, *, since_pass: int = 0) -> dict[AttemptState | None, int]:
+def count_rows(
+    transaction: Transaction, name: str, *, since_pass: int = 0
+) -> dict[AttemptState | Literal["conflict"] | None, int]:
     """Return the number of a batch's rows by the state of their last attempt; None counts those without one.
 
-    `since_pass`: without the rows that no data set of this pass or a later one had, which takes longer to count.
+    `since_pass`: without the rows that no data set of this pass or a later one had.
     """
-    c = attempts.c
-    if since_pass:
-        source = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
-        query = sa.select(c.state, sa.func.count().label("number")).select_from(source)
-        query = query.where(rows.c.batch == name, rows.c.passes >= since_pass).group_by(c.state)
-        return {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
-    query = sa.select(c.state, sa.func.count().label("number")).where(c.batch == name, is_current).group_by(c.state)
-    counts = {row["state"]: row["number"] for row in transaction.connection.execute(query).mappings()}
-    total = transaction.connection.scalar(sa.select(sa.func.count()).where(rows.c.batch == name)) or 0
-    return {**counts, None: total - sum(counts.values())}
-
-
-@transaction("read")
-def count_missing(transaction: Transaction, name: str, since_pass: int) -> int:
-    """Return the number of rows that no data set of a pass or a later one had."""
-    where = (rows.c.batch == name, rows.c.passes < since_pass)
-    return transaction.connection.scalar(sa.select(sa.func.count()).where(*where)) or 0
+    c, number, is_conflict = attempts.c, sa.func.count(), _IS_CONFLICT.label("is_conflict")
+    source = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
+    query = sa.select(c.state, is_conflict, number).select_from(source).group_by(c.state, "is_conflict")
+    query = query.where(rows.c.batch == name, rows.c.passes >= since_pass)
+    found = transaction.connection.execute(query).all()
+    return {CONFLICT if is_conflict else state: number for state, is_conflict, number in found}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,6 @@ batches = _table(
     _text("name", primary_key=True),
     _text("crew_url", nullable=False),
     sa.Column("call", Json),
-    _text("fingerprint", nullable=False),
     _number("total"),
     sa.Column("bad_rows", Json),
     _text("owner"),

@@ -13,7 +13,7 @@ from prefect_crew.batches.options import BatchOptions, plain_call
 
 WRONG: dict[str, list[Any]] = {
     "max_in_flight": [0, 1.5, True],
-    "kickoffs_per_second": [0, float("nan")],
+    "kickoffs_at_once": [0],
     "on_failure": ["halt", 0, float("inf"), None, 2.5, True],
     "on_cancel": ["wait"],
     "output_type": [dict, "json:Nothing"],

@@ -1,16 +1,15 @@
-"""The export of the rows of a batch in their order, as JSON Lines, CSV or Parquet, here or elsewhere."""
+"""The export of the rows of a batch in their order, as JSON Lines or CSV, here or elsewhere."""
 
 import asyncio
 import csv
-import io
 import json
 import threading
 import traceback
-from datetime import UTC, date, datetime
+from datetime import date
 from errno import ENOSPC
 from os import strerror
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import Mock
 
 import fsspec
@@ -81,6 +80,7 @@ async def test_csv_has_the_columns_of_a_table_and_no_formula(tmp_path: Path):
     [line] = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines())
     assert (line["key"], line["state"], line["output"]) == ("a", "completed", f"'{formula}")
     assert (line["data_city"], line["data_people"], line["seconds"]) == ("'-Ü", "3", "1.5")
+    assert (line["data_capital"], line["data_founded"], line["data_tags"]) == ("false", "", "[]")
     assert json.loads(line["data"])["city"] == "-Ü"
 
 
@@ -113,7 +113,7 @@ def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     Output(str(path), "b").check(is_new=True)
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
 @pytest.mark.parametrize("folder", ["~/", "file://~/", "~no-user-"])
 async def test_a_path_below_home_names_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, name: str
@@ -126,11 +126,10 @@ async def test_a_path_below_home_names_one_file(
     output = Output(folder + name, "b")
     output.check(is_new=True)
     assert await write(output, row("a")) == 1
-    output.write_rejected(io.BytesIO(b"{}\n"))
     assert output.exists()
     place = here / f"{folder}{name}" if folder == "~no-user-" else home / name
     files = {file for file in tmp_path.glob("h*/**/*") if file.is_file()}
-    assert files == {place, Path(f"{place}.rejected.jsonl")}
+    assert files == {place}
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     assert [row.values["key"] for row in open_dataset(folder + name).rows()] == ["a"]
 
@@ -189,62 +188,24 @@ async def test_no_error_of_a_library_shows_a_secret(monkeypatch: pytest.MonkeyPa
 
 
 class Place(BaseModel):
-    """A type with a field for each kind of column. Its aliases name no columns."""
+    """A type with fields of several kinds. Its aliases name no columns."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
     city: str
     people: int = Field(alias="People")
-    area: float | None = None
     capital: bool = False
     founded: date | None = None
-    seen: datetime | None = Field(default=None, serialization_alias="Seen")
-    kind: Literal["town", "village"] = "town"
     tags: list[str] = []
 
 
-async def test_parquet_has_a_column_for_each_field_of_the_type(tmp_path: Path):
-    polars = pytest.importorskip("polars", reason="needs the extra `data`")
-    path = tmp_path / "out.parquet"
-    output = Output(str(path), "b", output_type=Place)
-    await write(output)
-    assert polars.read_parquet(path)["key"].to_list() == []
-    lisbon: dict[str, Any] = {"city": "Lisbon", "area": 100.05, "tags": ["sea"]}
-    dates = {"founded": "1147-10-25", "seen": "2026-01-01T12:00:00Z"}
-    rows = [row("a", data={**lisbon, **dates, "People": 545_000}), row("b", "failed"), row("c", data="text")]
-    rows.append(row("d", output='{"city": "Sintra", "People": 7}'))
-    rows.append(row("e", output='{"city": "Trantor", "People": 9223372036854775808}'))
-    await write(output, *rows)
-    frame = polars.read_parquet(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert frame["key"].to_list() == ["a", "b", "c", "d", "e"]
-    assert frame["state"].to_list() == ["completed", "failed", "invalid-output", "completed", "completed"]
-    assert json.loads(frame["inputs"][0]) == {"topic": "a"}
-    assert frame["error"][1] == "the engine is down"
-    assert "does not fit" in frame["error"][2]
-    assert [json.loads(frame["data"][at])["people"] for at in (0, 4)] == [545_000, 2**63]
-    assert frame["data_people"].to_list() == [545_000, None, None, 7, None]
-    first = {name: frame[f"data_{name}"][0] for name in Place.model_fields}
-    dates = {"founded": date(1147, 10, 25), "seen": datetime(2026, 1, 1, 12, tzinfo=UTC)}
-    own = {"people": 545_000, "tags": '["sea"]', "capital": False, "kind": "town"}
-    assert first == {**lisbon, **dates, **own}
-    assert frame["data_founded"].dtype == polars.Date
-    assert frame["seconds"].dtype == polars.Float64
-
-
-def test_parquet_without_its_extra_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "polars", None)
-    with pytest.raises(ConfigurationError, match=r"needs polars: pip install 'prefect-crew\[data\]'.*Nothing was"):
-        Output(str(tmp_path / "out.parquet"), "b")
-
-
-ENDINGS = r"\.jsonl or \.ndjson\) or CSV, also compressed \(.*\.jsonl\.gz.*\.parquet.*Nothing"
+ENDINGS = r"\.jsonl or \.ndjson\) or CSV, also compressed \(.*\.jsonl\.gz.*Nothing"
 
 
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        *((name, ENDINGS) for name in ("out.tsv", "out", "out.jsonl.zst", "out.parquet.gz", "s3://bucket/out.json")),
+        *((name, ENDINGS) for name in ("out.tsv", "out", "out.jsonl.zst", "out.parquet", "s3://bucket/out.json")),
         *((address, "Nothing was started") for address in ("nonsense://x/out.jsonl", "https://example.com/out.jsonl")),
     ],
 )

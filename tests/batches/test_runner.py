@@ -39,6 +39,11 @@ async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer)
     assert 0 < echo.kickoffs < 3000
 
 
+def most(kickoffs: int) -> pc.Budget:
+    """Return a budget of so many kickoffs for all calls of a batch."""
+    return pc.Budget(name="kickoffs", per="batch", max_kickoffs=kickoffs)
+
+
 async def test_a_batch_that_another_process_has_taken_writes_nothing(
     batch: Batches, crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch
 ):
@@ -58,7 +63,7 @@ async def test_a_batch_that_another_process_has_taken_writes_nothing(
 async def test_a_batch_of_another_machine_is_taken_over_once_its_hold_is_over(
     batch: Batches, echo: CrewServer, monkeypatch: pytest.MonkeyPatch
 ):
-    await batch(echo.crew(), topics(2), name="elsewhere", max_kickoffs=1)
+    await batch(echo.crew(), topics(2), name="elsewhere", budgets=[most(1)])
     store = find_store()
     assert await store.run(hold_batch, "elsewhere", "dead", process="host/boot/pid:[1] 1") is not None
     monkeypatch.setattr("prefect_crew.store.batches.HELD_FOR", 3.0)
@@ -100,11 +105,11 @@ async def test_a_long_look_does_not_hold_up_the_end(
     assert len(looks) == 1
 
 
-async def test_a_limit_on_kickoffs_holds_for_all_calls_together(batch: Batches, echo: CrewServer):
+async def test_a_budget_of_kickoffs_holds_for_all_calls_together(batch: Batches, echo: CrewServer):
     for limit in (7, 7, 12):
-        report = await batch(echo.crew(), topics(20), max_kickoffs=limit, name="limited", max_in_flight=4)
+        report = await batch(echo.crew(), topics(20), budgets=[most(limit)], name="limited", max_in_flight=4)
         assert report.completed == echo.kickoffs == limit
-        assert f"limit of {limit} kickoffs" in (report.stopped or "")
+        assert f"of {limit} kickoffs are used" in (report.stopped or "")
     assert (await batch(echo.crew(), topics(20), name="limited")).ok
     assert len(batch.lines()) == 20
 

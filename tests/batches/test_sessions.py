@@ -128,13 +128,13 @@ TOPIC = [CrewInput(name="note")]
 def test_a_row_whose_session_makes_no_sense_is_bad(row: dict[str, Any], reason: str):
     inputs = {name: name for name in ("note", "id") if name in {"note": "a", **row}}
     expected = [CrewInput(name=name) for name in inputs]
-    [bad] = row_plan([{"note": "a", **row}], session="who", inputs=inputs, expected=expected).check().bad
+    [bad] = row_plan([{"note": "a", **row}], session="who", inputs=inputs, expected=expected).check().bad.rows
     assert re.search(reason, bad.reason)
 
 
 def test_the_session_is_part_of_a_row():
     plans = [row_plan([{"note": "a", "who": who}], session="who", expected=TOPIC) for who in ("", "b", "c")]
-    assert len({plan.check().fingerprint for plan in plans}) == 3
+    assert len({job.inputs.digest for plan in plans for job in plan.jobs()}) == 3
     [job] = row_plan([{"note": "a", "who": 7}], session=lambda row: f"n-{row['who']}", expected=TOPIC).jobs()
     assert job.inputs.session == "n-7"
     assert dict(job.inputs.encoded) == {"note": "a"}

@@ -56,9 +56,7 @@ def points(kills: list[Kill]) -> list[Any]:
 @pytest.fixture(
     params=[
         "sqlite",
-        pytest.param("sqlite+aiosqlite", marks=pytest.mark.slow),
-        pytest.param("postgresql+asyncpg", marks=pytest.mark.postgres),
-        pytest.param("postgresql+psycopg", marks=[pytest.mark.postgres, pytest.mark.slow]),
+        pytest.param("postgresql+psycopg", marks=pytest.mark.postgres),
     ]
 )
 def database(request: pytest.FixtureRequest, tmp_path: Path, prefect_api: object) -> StoredDatabase:

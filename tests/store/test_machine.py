@@ -393,7 +393,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize()
     def open(self):
-        self.do(0, open_batch, "batch", crew_url="u", call=None, fingerprint="f", total=0)
+        self.do(0, open_batch, "batch", crew_url="u", total=0)
 
     # What must be true
 

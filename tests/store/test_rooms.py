@@ -48,7 +48,7 @@ DAY = 86_400.0
 
 async def held_batch(store: Store, *keys: str, owner: str = "one") -> None:
     """Open and hold the batch `leads`, whose rows have these keys."""
-    await store.run(open_batch, "leads", crew_url=CREW, call={"name": "leads"}, fingerprint="f", total=len(keys))
+    await store.run(open_batch, "leads", crew_url=CREW, total=len(keys))
     assert await store.run(hold_batch, "leads", owner)
     assert await store.run(put_rows, "leads", owner, [row_of(key, position) for position, key in enumerate(keys)])
 
@@ -62,9 +62,9 @@ def run_of(key: str, owner: str = "one", topic: str = "x") -> Request:
 
 
 async def test_a_batch_is_written_once(store: Store):
-    first = await store.run(open_batch, "leads", crew_url=CREW, call={"a": 1}, fingerprint="f", total=3, bad_rows=[7])
-    again = await store.run(open_batch, "leads", crew_url="other", call=None, fingerprint="g", total=4)
-    assert (again, again.bad_rows, again.owner) == (first, [7], None)
+    first = await store.run(open_batch, "leads", crew_url=CREW, total=3)
+    again = await store.run(open_batch, "leads", crew_url="other", total=4)
+    assert (again, again.total, again.owner) == (first, 3, None)
     assert await store.run(get_batch, "leads") == first
     assert await store.run(get_batch, "others") is None
 

@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from support.postgres import Postgres
 
-SQLITE = ("sqlite", "sqlite+aiosqlite")
-POSTGRESQL = ("postgresql+asyncpg", "postgresql+psycopg")
+SQLITE = ("sqlite",)
+POSTGRESQL = ("postgresql+psycopg",)
 
 
 class StoredDatabase:
@@ -27,10 +27,8 @@ class StoredDatabase:
     async def save(self, block: str | None = None, **more: Any) -> None:
         """Store the block; `more` are fields of it."""
         blocks: Any = pytest.importorskip("prefect_sqlalchemy", reason="needs the extra `sql`")
-        is_async = self.driver.endswith(("aiosqlite", "asyncpg"))
-        kind = blocks.AsyncSqlAlchemyConnector if is_async else blocks.SqlAlchemyConnector
         url = self.url.set(drivername=self.driver).render_as_string(hide_password=False)
-        stored = kind(**{"connection_info": url, **more})
+        stored = blocks.SqlAlchemyConnector(**{"connection_info": url, **more})
         await stored.asave(block or self.block, overwrite=True)
 
     def query(self, text: str) -> str:

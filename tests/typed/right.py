@@ -52,7 +52,7 @@ def main() -> None:
     assert_type(run.fetch_result().output, str)
     assert_type(run.resume("Shorter.", approve=False), pc.ResumeAnswer)
     report = pc.run_batch(crew, "leads.csv", name="leads", export="leads.jsonl", key=lambda row: row["id"])
-    planned = pc.plan_batch(crew, [{"a": 1}], inputs=lambda row: {"topic": row["a"]}, retries=1)
+    planned = pc.plan_batch(crew, [{"a": 1}], inputs=lambda row: {"topic": row["a"]}, rows="0:5")
     pc.run_batch(crew, [{"a": 1}], name="b", export="b.jsonl", inputs={"topic": lambda row: row["a"], "year": 2026})
     steps = [
         pc.CrewStep("research", "research", {"topic": "{{ topic }}"}, output_type=Trip),
