@@ -184,7 +184,7 @@ class RunRequest:
             process=identity.process,
             post_seconds=POST_DEADLINE * crew.request_timeout,
             limit=crew.concurrency_limit,
-            allowances=allowances(crew, self.budget_batch(identity)),
+            allowances=allowances(crew, self.budget_batch(identity)) if crew.budgets else (),
             session=inputs.session,
             step=self.options.name,
             batch=None if row is None else row.batch,

@@ -43,7 +43,7 @@ from prefect_crew.store import attempts
 from prefect_crew.store.decision import TIMEOUT, AttemptState
 from prefect_crew.webhooks import UNLIMITED
 
-SHOW_EVERY = 5.0
+SHOW_EVERY = 30.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
 
@@ -194,7 +194,7 @@ class _Waiter(Watcher):
 
     # The methods that `poll` calls
 
-    async def on_status(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> bool:
         run, before, self.last = self.run, self.last, status
         run.notify(status)
         if (
@@ -220,17 +220,17 @@ class _Waiter(Watcher):
         await self.meet_people(asked=status.state is CrewState.WAITING)
         is_asked = self.people is not None and await self.people.see_status(status)
         if status.state.ended:
-            return
+            return False
         if is_new_state or is_new_task or (before is not None and before.progress != status.progress):
             self._is_stale = True
         if is_asked:
             await self._show()
         elif self._is_stale and time.monotonic() - self._shown_at >= SHOW_EVERY:
             self._show_beside()
-        if self.people is not None:
-            await self.people.answer()
+        has_answered = self.people is not None and await self.people.answer()
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
+        return has_answered
 
     async def _resolve(self, key: str) -> None:
         """Resolve the uncertain kickoff of the key that a status names: then this is the run of that key."""
@@ -262,14 +262,6 @@ class _Waiter(Watcher):
         except (StoreError, *PREFECT_ERRORS) as error:
             self.log.warning("The wait for run %s could not be recorded: %s", self.run.kickoff_id, error)
 
-    async def on_unknown(self, seconds: float) -> None:
-        self.log.warning(
-            "Crew run %s is not known to its server now. It is polled for %g s: a hosted crew that waits for a person "
-            "looks the same.",
-            self.run.kickoff_id,
-            seconds,
-        )
-
     async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:
             self._in_trouble = True
@@ -294,9 +286,6 @@ class _Waiter(Watcher):
     def next_pause(self, delay: float) -> float:
         return delay if self.people is None else self.people.next_pause(delay)
 
-    def has_answered(self) -> bool:
-        return self.people is not None and self.people.has_answered()
-
     async def more_time(self) -> float:
         return 0.0 if self.people is None else await self.people.more_time()
 
@@ -312,7 +301,7 @@ class _Waiter(Watcher):
             if run.attempt is not None and await is_of_another(run.attempt):
                 return False
             self._has_stopped = True
-            return await stop_once(run, TIMEOUT)
+            return (await stop_once(run, TIMEOUT)).accepted
         except (CrewError, *PREFECT_ERRORS) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False

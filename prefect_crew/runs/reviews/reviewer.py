@@ -93,7 +93,7 @@ class People:
         self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
         self._notifying: asyncio.Task[None] | None = None
         self._held_until: float | None = None  # a question without an output waits until then; monotonic
-        self._has_extra_time = self._has_answered = self._has_warned = False
+        self._has_extra_time = self._has_warned = False
         self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
 
     # The open question
@@ -216,8 +216,8 @@ class People:
 
     # Answers
 
-    async def answer(self) -> None:
-        """Send the answer of the function or the form to the open question, if there is one.
+    async def answer(self) -> bool:
+        """Send an answer of the function or the form to the open question. Return whether one was sent.
 
         Raises:
             CrewError: The function failed, or the answer could not be sent. A submitted form stays for the next
@@ -225,19 +225,19 @@ class People:
         """
         question = self.question
         if self._function is None and self._form is None:
-            return
+            return False
         try:
             if question is not None and (unsure := self._unsure) is not None:
                 raise uncertain_error(self.run, unsure)
             if self._form is not None:
                 await self._form.show(question)
             review = await self._review_of(question)
-            if question is not None and review is not None:
-                await self._send(question, review)
+            return question is not None and review is not None and await self._send(question, review)
         except (StoreError, *PREFECT_ERRORS) as error:  # the next status tries again
             log = run_logger().debug if self._has_warned else run_logger().warning
             log("Crew run %s: %s The answer is tried again while the polls go on.", self.run.kickoff_id, error)
             self._has_warned = True
+            return False
 
     async def _review_of(self, question: ReviewRequest | None) -> Review | None:
         """Return the answer to a question if the form or the function has given one by now, else None.
@@ -304,7 +304,7 @@ class People:
             return False
         await self._drop_answer()
         self.answers = [*(answer for answer in self.answers if answer.outcome != "intended"), answer]
-        self.question, self._asked, self._has_answered, self._has_warned = None, None, True, False
+        self.question, self._asked, self._has_warned = None, None, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, question %d: %s by %s.",
@@ -363,11 +363,6 @@ class People:
     def next_pause(self, delay: float) -> float:
         """Return the next pause, at most 1 s while an output to judge is about to arrive."""
         return delay if self._held_until is None else min(delay, 1.0)
-
-    def has_answered(self) -> bool:
-        """Return whether this wait has sent an answer since the last call of this method."""
-        has_answered, self._has_answered = self._has_answered, False
-        return has_answered
 
     async def aclose(self, *, ended: bool) -> None:
         """End with the wait: take the form down."""
