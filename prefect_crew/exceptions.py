@@ -14,7 +14,7 @@
     ├── OutputTypeError              a completed run whose result does not fit the `output_type`
     ├── RunNotFoundError             no run has this idempotency key or kickoff id
     ├── NoResultError                the run has no result: it has not ended, or never began
-    ├── NotStartedError              no kickoff could be sent in ten minutes; nothing was started
+    ├── NotStartedError              the kickoff could not be sent in time; nothing was started
     ├── KickoffUncertainError        the kickoff may or may not have started a run
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
     ├── SessionBlockedError          an earlier turn of the session is not over, and nobody may know its end
@@ -317,7 +317,7 @@ class NoResultError(CrewError):
 
 
 class NotStartedError(CrewError):
-    """For ten minutes, each window for the kickoff was over before it could be sent. Nothing was started."""
+    """The time to send the kickoff was over before its first byte. Nothing was started; Prefect retries the task."""
 
 
 class NotWaitingError(CrewError):

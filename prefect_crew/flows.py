@@ -138,7 +138,9 @@ async def arun_crew(
         wait_options=wait_options,
     )
     tasks_of(options)  # checks the task options before a flow run begins
-    loaded_crew = under_budgets(await load_crew(crew), options.budgets)
+    loaded_crew = await load_crew(crew)
+    if options.budgets:
+        loaded_crew = under_budgets(loaded_crew, options.budgets)
     return await run_loaded_crew(loaded_crew, own_inputs, options)
 
 
@@ -157,9 +159,18 @@ async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, option
 
     own_flow = copy(run_deployed_crew)  # `with_options` would read the signature again, which takes 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, options.idempotency_key)
-    stored = options.arguments("name", "idempotency_key", "force_new", "wait", "restore_from", "session")
-    stored["review"] = "form" if options.review == "form" else None
-    return await cast("Any", own_flow)(crew=crew.label, inputs=_stored(crew, inputs), **stored)
+    stored = inputs.storable(crew.redactor(inputs))
+    return await cast("Any", own_flow)(
+        crew=crew.label,
+        inputs=stored if len(json.dumps(stored)) <= STORED_BYTES else dict.fromkeys(stored, TOO_LARGE),
+        name=options.name,
+        idempotency_key=options.idempotency_key,
+        force_new=options.force_new,
+        wait=options.wait,
+        review="form" if options.review == "form" else None,
+        restore_from=options.restore_from,
+        session=options.session,
+    )
 
 
 run_crew = sync_version(
@@ -172,12 +183,6 @@ run_crew = sync_version(
         "token": "crew=DeployedCrew(url=…, token=…)",
     },
 )
-
-
-def _stored(crew: Crew, inputs: Inputs) -> dict[str, Any]:
-    """Return the inputs as parameters of the flow run, or placeholders if the inputs are too large for Prefect."""
-    plain = inputs.storable(crew.redactor(inputs))
-    return plain if len(json.dumps(plain)) <= STORED_BYTES else dict.fromkeys(plain, TOO_LARGE)
 
 
 async def run_tasks(
@@ -193,7 +198,7 @@ async def run_tasks(
     kickoff_task, wait_task = tasks_of(options)
     async with AsyncClientContext.get_or_create(), run.session:
         # The tasks have these in the live run; they are passed for a user's template of a task run's name.
-        names = options.arguments("name", "idempotency_key")
+        names = {"name": options.name, "idempotency_key": options.idempotency_key}
         try:
             kickoff_id = await kickoff_task.acall(run, inputs, **names, wait_for=wait_for or None)
             return await wait_task.acall(run, kickoff_id, **names)

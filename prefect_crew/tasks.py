@@ -122,24 +122,15 @@ async def _surely_not_done(task: Task[..., Any], task_run: TaskRun, state: State
     return isinstance(error, CrewError) and kickoff_fate(error) is KickoffFate.RETRY
 
 
-def _origin(run: LiveRun) -> str:
-    """Return the end of a wait's name: whether its call found the run, and whether the run had ended by then.
-
-    This is in the name and no tag, because for each tag of a task run Prefect asks its server for a concurrency slot,
-    and the task run fails if the server cannot be reached. A run is mostly found after such trouble.
-    """
-    if run.attempt is None or run.owned:
-        return ""
-    return " (reattached)" if run.attempt.ended_at is None else " (from record)"
-
-
 def _task(verb: str, **options: Any) -> Callable[[Callable[..., Coroutine[Any, Any, Any]]], CrewTask]:
     """Make a task of an async function. `verb` begins the names of its task runs."""
 
     def task_run_name(parameters: dict[str, Any]) -> str:
         crew, kickoff_id, origin = parameters.get("crew"), str(parameters.get("kickoff_id") or ""), ""
         if isinstance(crew, LiveRun) and crew.options is not None:
-            kickoff_id, origin = "", _origin(crew)
+            kickoff_id = ""
+            if crew.attempt is not None and not crew.owned:
+                origin = " (reattached)" if crew.attempt.ended_at is None else " (from record)"
             inputs = parameters.get("inputs") or (crew.request and crew.request.inputs)
             title, key = crew.options.name, crew.options.idempotency_key
         else:
@@ -153,7 +144,8 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[..., Coroutine[Any, A
         title = title or (crew.label if isinstance(crew, Crew) else crew)
         return f"{verb} {title} {kickoff_id[:8]}".strip()[: 200 - len(origin)] + origin
 
-    # No tags: for each tag Prefect looks for a concurrency limit at each task run.
+    # No tags, also not for what a wait has found: for each tag of a task run Prefect asks its server for a concurrency
+    # slot, and the task run fails if the server cannot be reached.
     options |= {"cache_policy": NO_CACHE, "task_run_name": task_run_name}
     return lambda function: CrewTask(_naming_prefect_away(function), **options)
 
@@ -172,8 +164,6 @@ async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
 def under_budgets(crew: Crew, budgets: Sequence[Budget]) -> Crew:
     """Return a crew with further budgets. A budget without a name gets the name of the flow around this call, else the
     crew's name."""
-    if not budgets:
-        return crew
     context = FlowRunContext.get()
     return crew.under(budgets, name=crew.label if context is None or context.flow is None else context.flow.name)
 
@@ -222,7 +212,8 @@ async def kickoff_crew(
         session=session,
         budgets=budgets,
     )
-    request = RunRequest.of(under_budgets(await load_crew(crew), options.budgets), inputs, options)
+    own = await load_crew(crew)
+    request = RunRequest.of(under_budgets(own, options.budgets) if options.budgets else own, inputs, options)
     return (await open_run(request, inside_own_task=_inside_own_task())).kickoff_id
 
 

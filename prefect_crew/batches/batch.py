@@ -19,7 +19,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.owners import process_is_gone
 from prefect_crew.runs.run import LiveRun, StoredResult, read_status
-from prefect_crew.runs.stop import PERSON, stop_once
+from prefect_crew.runs.stop import stop_once
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, batches
 from prefect_crew.store.batches import CONFLICT, HELD_FOR, Batch, Row
@@ -249,7 +249,7 @@ async def stop_runs(session: CrewSession, in_flight: Sequence[Attempt]) -> tuple
     async def stop(attempt: Attempt) -> bool:
         async with gate:
             try:
-                return await stop_once(LiveRun(session, str(attempt.first_id), attempt), PERSON)
+                return (await stop_once(LiveRun(session, str(attempt.first_id), attempt))).accepted
             except CrewError as error:
                 problems.append(f"Run {attempt.first_id} was not stopped: {error}")
                 return False

@@ -205,7 +205,7 @@ class Runner:
     async def stop_run(self, run: LiveRun, by: str) -> bool:
         """Ask the crew's server to stop a run, write the outcome, and return whether the server accepted it."""
         try:
-            return await stop_once(run, by)
+            return (await stop_once(run, by)).accepted
         except CrewError as error:
             self.log_seldom("stop", "Run %s could not be stopped: %s", run.kickoff_id, error)
             return False
@@ -568,12 +568,12 @@ class _RowWatcher(Watcher):
     async def _stop(self) -> bool:
         return await self._runner.stop_run(self._run, TIMEOUT)
 
-    async def on_status(self, status: CrewStatus) -> None:
-        runner, run = self._runner, self._run
+    async def on_status(self, status: CrewStatus) -> bool:
+        runner, run, has_answered = self._runner, self._run, False
         run.notify(status)
         if status.state is CrewState.WAITING:
             await self.people.see_status(status)
-            await self.people.answer()
+            has_answered = await self.people.answer()
             runner.log_seldom(
                 "person",
                 "A row of batch %s waits for a person: run %s. prefect-crew reviews ls lists all that do.",
@@ -584,6 +584,7 @@ class _RowWatcher(Watcher):
                 await self.people.aclose(ended=True)
         elif self._people is not None:
             await self._people.see_status(status)
+        return has_answered
 
     async def pause(self, seconds: float) -> bool:
         pause = super().pause if self._news is None else self._news.pause
@@ -593,9 +594,6 @@ class _RowWatcher(Watcher):
         first, self._first_pause = self._first_pause, 0.0
         delay = max(delay, first)
         return delay if self._people is None else self._people.next_pause(delay)
-
-    def has_answered(self) -> bool:
-        return self._people is not None and self._people.has_answered()
 
     async def more_time(self) -> float:
         return await self.people.more_time()
@@ -615,10 +613,6 @@ class _RowWatcher(Watcher):
         if run.attempt is not None:
             seconds = UNLIMITED if limit is None else limit
             run.attempt = await in_store(attempts.waited_for, run.attempt, seconds, is_human=is_human) or run.attempt
-
-    async def on_unknown(self, seconds: float) -> None:
-        text = "Run %s is not known to its server now. Such runs are polled for %g s."
-        self._runner.log_seldom("unknown", text, self._run.kickoff_id, seconds)
 
     async def on_error(self, error: CrewError) -> None:
         self._runner.log_seldom("trouble", "%s The runs may be fine; they are polled again.", error)

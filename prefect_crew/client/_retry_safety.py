@@ -10,6 +10,7 @@ from prefect_crew.exceptions import (
     CrewAPIError,
     CrewConnectionError,
     InvalidInputsError,
+    NotStartedError,
     RateLimitedError,
     ServerError,
     SessionBlockedError,
@@ -44,6 +45,8 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
         return KickoffFate.REFUSED
     if isinstance(error, InvalidInputsError) and error.before_kickoff:
         return KickoffFate.REFUSED
+    if isinstance(error, NotStartedError):
+        return KickoffFate.RETRY
     if isinstance(error, CrewConnectionError):
         return KickoffFate.UNCERTAIN if error.sent else KickoffFate.RETRY
     if not isinstance(error, CrewAPIError):

@@ -110,14 +110,18 @@ async def identify(
     if (context := FlowRunContext.get()) is not None and (flow_run := context.flow_run) is not None:
         calls, root = await _calls_and_root(context, flow_run)
         top, start = root.path, root.scheduled_start or start
-        # A task runner may run the task in another process than the flow run.
+        flow_runs = [each.flow_run for each in contexts_around(FlowRunContext) if each.flow_run is not None]
+        tries = [task.number for task in callers[: len(callers) - inside_own_task]]
+        is_retry = max(*(run.run_count for run in flow_runs), *tries, 1) > 1
+        began = flow_runs[-1].start_time if is_retry else None
         caller = RunIdentity(
             "",
             nonce,
             str(flow_run.id),
             flow_run.run_count,
-            _retried_since(callers[: len(callers) - inside_own_task]),
-            None if context.detached else this_process(),
+            retried_since=None if began is None else began.timestamp(),
+            # A task runner may run the task in another process than the flow run.
+            process=None if context.detached else this_process(),
         )
     else:
         # A task without a flow is retried under its own id; any other call is new.
@@ -142,13 +146,6 @@ async def identify(
     if force_new:
         key = _checked(f"{key[: MAX_KEY - 40]}/forced-{digest(f'{top}/{key}/{number}')}")
     return replace(caller, idempotency_key=key)
-
-
-def _retried_since(callers: _Attempts) -> float | None:
-    flow_runs = [each.flow_run for each in contexts_around(FlowRunContext) if each.flow_run is not None]
-    is_retry = max(*(run.run_count for run in flow_runs), *(task.number for task in callers), 1) > 1
-    began = flow_runs[-1].start_time
-    return began.timestamp() if is_retry and began is not None else None
 
 
 @cache

@@ -81,17 +81,17 @@ class Phases:
 class Watcher:
     """The methods that `poll` calls. An error of one of them ends the wait."""
 
-    async def on_status(self, status: CrewStatus) -> None:
-        """Handle a status: each one in order, including the last."""
+    async def on_status(self, status: CrewStatus) -> bool:
+        """Handle a status: each one in order, including the last. Return True if somebody has sent an answer since the
+        last one: the pauses then restart with `initial`."""
+        del status
+        return False
 
     async def on_human_wait(self, phases: Phases) -> None:
         """Handle that a wait for a person began (`human_since` is set) or ended (it is None), for a later process."""
 
-    async def on_unknown(self, seconds: float) -> None:
-        """Handle that the server knows a run no more that was alive. It is polled for some seconds."""
-
     async def on_error(self, error: CrewError) -> None:
-        """Handle the error of a status call."""
+        """Handle the error of a status call, or that the server knows a run no more that was alive. It is polled on."""
 
     async def pause(self, seconds: float) -> bool:
         """Wait for some seconds, or until there is news. Return True for news: the pauses restart with `initial`."""
@@ -101,10 +101,6 @@ class Watcher:
     def next_pause(self, delay: float) -> float:
         """Return the next pause. A watcher may change `delay`, the pause by the policy; a time limit may shorten it."""
         return delay
-
-    def has_answered(self) -> bool:
-        """Return whether somebody sent an answer since the last call: the pauses then restart with `initial`."""
-        return False
 
     async def more_time(self) -> float:
         """Return the extra seconds for people after their time is over; 0 ends the wait."""
@@ -173,8 +169,6 @@ async def poll(
             continue
         if await state.take(status):
             return status
-        if watcher.has_answered():
-            state.begin_anew()
         await state.pause(state.next_pause())
 
 
@@ -237,18 +231,7 @@ class _Poll:
         """Handle a status. Return True if the run has ended. Check its end first, then the clock."""
         self.failing_for, self.failed_at = 0.0, None
         if status.state is CrewState.UNKNOWN:
-            # One answer proves nothing, since it may come from an old server during a release.
-            is_first, since = self.unknown_since is None, self.unknown_since or self.now()
-            self.unknown_since, limit = since, self.policy.lost_after
-            if not self.was_alive:  # right after the kickoff a run may not be visible yet
-                since, limit = self.phases.kicked_off_at, self.policy.grace
-            elif is_first:
-                await self.watcher.on_unknown(limit)
-            if self.now() - since >= limit:
-                if not is_first:
-                    raise CrewLostError(**self.names, last_state=self.last)
-                return False
-            if self.was_alive:  # it may wait for a person: meanwhile no other time limit counts
+            if await self.take_unknown():
                 return False
         else:
             self.unknown_since, self.was_alive = None, True
@@ -257,16 +240,32 @@ class _Poll:
             self.seen = status.state
             if self.phases.see(self.seen, self.now()) and not self.seen.ended:
                 await self.watcher.on_human_wait(self.phases)
-            await self.watcher.on_status(status)
+            if await self.watcher.on_status(status):
+                self.begin_anew()
             if self.seen.ended:
                 return True
-        time_left = self.left
-        if time_left is not None and time_left[2] <= 0:
+        if (time_left := self.left) is not None and time_left[2] <= 0:
             more = await self.watcher.more_time() if time_left[0] == "human" else 0.0
             self.phases.human_extra += more
             if more <= 0:
                 raise await self.timed_out(time_left)
         return False
+
+    async def take_unknown(self) -> bool:
+        """Handle that the server does not know the run. Return whether no other time limit counts meanwhile: it may
+        wait for a person."""
+        # One answer proves nothing, since it may come from an old server during a release.
+        is_first, since, limit = self.unknown_since is None, self.unknown_since or self.now(), self.policy.lost_after
+        self.unknown_since = since
+        if not self.was_alive:  # right after the kickoff a run may not be visible yet
+            since, limit = self.phases.kicked_off_at, self.policy.grace
+        elif is_first:
+            unknown = "is not known to its server now. A hosted crew that waits for a person looks the same."
+            await self.watcher.on_error(CrewError(f"Run {self.names['kickoff_id']} {unknown}"))
+        is_over = self.now() - since >= limit
+        if is_over and not is_first:
+            raise CrewLostError(**self.names, last_state=None if self.seen is None else str(self.seen))
+        return is_over or self.was_alive
 
     async def failed(self, error: CrewError) -> None:
         """Handle the error of a status call. Raise if no status call has succeeded for too long."""
@@ -288,9 +287,5 @@ class _Poll:
 
     async def timed_out(self, time_left: tuple[str, float, float]) -> CrewTimeoutError:
         phase, limit, _ = time_left
-        stopped = await self.watcher.stop(phase)
-        return CrewTimeoutError(**self.names, phase=phase, limit=limit, last_state=self.last, stopped=stopped)
-
-    @property
-    def last(self) -> str | None:
-        return None if self.seen is None else str(self.seen)
+        stopped, last = await self.watcher.stop(phase), None if self.seen is None else str(self.seen)
+        return CrewTimeoutError(**self.names, phase=phase, limit=limit, last_state=last, stopped=stopped)

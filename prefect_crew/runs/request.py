@@ -51,7 +51,7 @@ def _session(name: Any) -> Any:
 
 
 def _as_tuple(budgets: Any) -> Any:
-    return tuple(cast("list[Any]", budgets or ())) if budgets is None or isinstance(budgets, list) else budgets
+    return tuple(cast("list[Any]", budgets)) if isinstance(budgets, list) else budgets
 
 
 def _whole(text: str) -> str:
@@ -112,7 +112,7 @@ class RunOptions(BaseModel):
             ConfigurationError: An option has a value of a wrong kind. The message says which kind it takes.
         """
         try:
-            made = cls(**options)
+            made = cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
         else:
@@ -133,10 +133,6 @@ class RunOptions(BaseModel):
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
         kind_needed = cls.model_fields[name].description
         raise ConfigurationError(f"{name} is {quote or kind}; it has to be {kind_needed}. Nothing was started.")
-
-    def arguments(self, *names: str) -> dict[str, Any]:
-        """Return some options by their names, as keyword arguments of a task."""
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,7 @@ class RunRequest:
             process=identity.process,
             post_seconds=POST_DEADLINE * crew.request_timeout,
             limit=crew.concurrency_limit,
-            allowances=allowances(crew, self.budget_batch(identity)),
+            allowances=allowances(crew, self.budget_batch(identity)) if crew.budgets else (),
             session=inputs.session,
             step=self.options.name,
             batch=None if row is None else row.batch,

@@ -60,14 +60,19 @@ async def write_evidence(attempt: Attempt, kickoff_id: str) -> Attempt | None:
     """Write the kickoff id of an attempt that evidence names. Return the attempt if it has that id now."""
     seconds = WaitPolicy().timeout or UNLIMITED
     started = await in_store(attempts.started, attempt, kickoff_id, seconds)
+    log_second(attempt, kickoff_id, started)
+    is_its = started.other_key is None and started.attempt is not None and started.attempt.first_id == kickoff_id
+    return started.attempt if is_its else None
+
+
+def log_second(attempt: Attempt, kickoff_id: str, started: Started) -> None:
+    """Log the mistake of whoever has resolved an attempt as never started, if the key has another run since."""
     if started.is_second:
         run_logger().error(
             "Idempotency key %s has two runs: %s, which somebody had resolved as never started, and a later one. Look "
             "at both: prefect-crew runs inspect %s",
             *(attempt.key, kickoff_id, shlex.quote(attempt.key)),
         )
-    is_its = started.other_key is None and started.attempt is not None and started.attempt.first_id == kickoff_id
-    return started.attempt if is_its else None
 
 
 # By a person

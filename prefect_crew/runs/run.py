@@ -354,7 +354,7 @@ async def read_status(run: LiveRun) -> CrewStatus:
     asks for the run's newest id, and a run with an open question that a webhook brought waits for a person. The status
     has the run's first id. Where the crew database does not answer, it says what the crew's server said.
     """
-    status, attempt = await _status_of(run), run.attempt
+    status, attempt = await run.session.call(lambda client: client.status(run.current_id)), run.attempt
     was_asked = attempt is not None and (attempt.human_since or attempt.human_seconds)
     if attempt is not None and (status.state is CrewState.UNKNOWN or (was_asked and status.state not in _GOES_ON)):
         before, question = run.current_id, None
@@ -363,17 +363,13 @@ async def read_status(run: LiveRun) -> CrewStatus:
         except (StoreError, *PREFECT_ERRORS) as error:
             run_logger().debug("The questions of run %s could not be read: %r", run.kickoff_id, error)
         if run.current_id != before:
-            status = await _status_of(run)
+            status = await run.session.call(lambda client: client.status(run.current_id))
         if status.state is CrewState.UNKNOWN and question is not None and question.sent_at is None:
             status = status.model_copy(update={"state": CrewState.WAITING, "human_task_id": question.task})
     return status.model_copy(update={"kickoff_id": run.kickoff_id})
 
 
 _GOES_ON = (CrewState.PENDING, CrewState.RUNNING)
-
-
-async def _status_of(run: LiveRun) -> CrewStatus:
-    return await run.session.call(lambda client: client.status(run.current_id))
 
 
 async def follow(run: LiveRun) -> Question | None:
@@ -435,7 +431,8 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
         return False
     run.attempt = ended
-    await forget_callbacks(ended)
+    if ended.human_since is not None or ended.human_seconds:  # most runs never ask
+        await forget_callbacks(ended)
     end_run(ended)
     emit(
         str(status.state), ended, once=True, state=str(status.state), error=error, execution_time=status.execution_time

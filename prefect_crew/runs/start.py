@@ -26,7 +26,7 @@ from prefect_crew.client._retry_safety import BARE_DELAY, POST_DEADLINE, Kickoff
 from prefect_crew.client.inputs import Unshown, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import withholding
-from prefect_crew.crew import Crew, CrewSession, WaitPolicy
+from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     BatchBusyError,
@@ -44,10 +44,11 @@ from prefect_crew.exceptions import (
     StoreError,
 )
 from prefect_crew.runs.budgets import budget_error, warn_of_budgets
-from prefect_crew.runs.database import in_store, open_store
+from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import RunIdentity, identify
 from prefect_crew.runs.owners import crash_dead_owner
 from prefect_crew.runs.request import RunRequest
+from prefect_crew.runs.resolve import log_second
 from prefect_crew.runs.run import WITHHELD, LiveRun, look_once, no_attempt_left
 from prefect_crew.runs.stop import cancel_command, is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
 from prefect_crew.store import attempts
@@ -70,32 +71,10 @@ FULL_AGAIN = (1.0, 10.0)
 """The same while the crew has as many runs in flight as it may have, or an earlier turn of a session is not over."""
 
 
-class _NotSentError(Exception):
-    """The window to send the kickoff is over, or the start was cancelled before the first byte. Nothing was sent."""
-
-
-class _Window:
-    """The time within which the kickoff may be sent. It begins before the transaction that gives the right to it.
-
-    Two clocks measure, and the larger time counts: one counts while the machine sleeps, somebody may set the other.
-    """
-
-    def __init__(self) -> None:
-        self._wall, self._boot = time.time(), _boot_time()
-
-    @property
-    def is_over(self) -> bool:
-        return max(time.time() - self._wall, _boot_time() - self._boot) > SEND_WITHIN
-
-
-def _boot_time() -> float:
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
-
-
-def holds_slot_for(policy: WaitPolicy) -> float:
-    """Return the seconds for which a run holds its slot in the crew's limit, if nobody reattaches."""
-    return UNLIMITED if policy.timeout is None else policy.timeout
+def _clocks() -> tuple[float, float]:
+    """Return the time by two clocks: somebody may set the first; the second counts while the machine sleeps."""
+    boot = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
 async def start_run(request: RunRequest, identity: RunIdentity, session: CrewSession) -> Decision:
@@ -116,39 +95,31 @@ class _Start:
     identity: RunIdentity
     session: CrewSession
     work: OwnTask
-    asked_at: float | None = None
     began: float = field(default_factory=time.monotonic)
-    has_checked: bool = False
     pauses: dict[Step, float] = field(default_factory=dict[Step, float])
-    lost_since: float | None = None
 
     async def run(self) -> Decision:
         """Decide, and send the kickoff, until there is a run or an error."""
         request = self.request.for_store(self.identity)
-        store = await open_store()
+        has_checked = self.request.row is not None
         # Each try of a row asks for itself. A public function was called before this.
         age = 0.0 if self.request.row is not None else self.request.options.age
         while True:
             self._raise_if_cancelled()
-            window = _Window()
-            is_begun = self.has_checked or self.request.row is not None
-            if is_begun:
-                decision = await self._begin(request)
-            else:
-                decision = await store.run(attempts.look, request)
-            if self.asked_at is None:
-                self.asked_at = decision.now - age
-                request = replace(request, asked_at=self.asked_at)
-            if decision.step in STARTS and is_begun:
-                if (attempt := await self._post_until_taken(decision, window)) is not None:
-                    return replace(decision, attempt=attempt, now=self.asked_at)
-            elif decision.step in STARTS:
+            window = _clocks()  # before the transaction that gives the right to send the kickoff
+            decision = await (self._begin(request) if has_checked else in_store(attempts.look, request))
+            if request.asked_at is None:
+                request = replace(request, asked_at=decision.now - age)
+            decision = replace(decision, now=request.asked_at or decision.now)
+            if decision.step in STARTS and has_checked and decision.attempt is not None:
+                return replace(decision, attempt=await self._post_until_taken(decision.attempt, window))
+            if decision.step in STARTS:
                 # For a run that is found, the check costs the crew's server no request.
                 await check_inputs(self.session, self.request)
-                self.has_checked = True
+                has_checked = True
             elif decision.step in (Step.REATTACH, Step.RETURN):
                 self._log(decision)
-                return replace(decision, now=self.asked_at)
+                return decision
             else:
                 await self._wait_or_raise(decision)
 
@@ -160,10 +131,25 @@ class _Start:
             raise nothing_started(self.identity.flow_run_id)
 
     def _log(self, decision: Decision) -> None:
-        if self.request.row is None and decision.attempt is not None:
-            run_logger().info(
-                "Crew %s: %s. (key %s)", decision.attempt.crew, step_taken(decision), decision.attempt.key
-            )
+        attempt = decision.attempt
+        if self.request.row is not None or attempt is None:
+            return
+        run = f"found run {attempt.first_id}"
+        match decision.step:
+            case Step.START:
+                text = "a run is being started"
+            case Step.START_AGAIN:
+                text = "the last run of this key gave no result, and another run is being started"
+            case Step.REATTACH:
+                text = f"{run}, which is in flight. This call waits for it and starts nothing"
+            case _ if attempt.state is AttemptState.COMPLETED:
+                text = f"{run}, which has completed. Its result is used and nothing is started"
+            case _:
+                text = f"{run}, which has {attempt.state}. Nothing is started"
+        run_logger().info("Crew %s: %s. (key %s)", attempt.crew, text, attempt.key)
+        if decision.step in STARTS and attempt.session is not None:
+            start = "an empty state" if attempt.restored is None else f"the state of run {attempt.restored}"
+            run_logger().info("Session %r: turn %d starts from %s.", attempt.session, attempt.turn, start)
 
     async def _begin(self, request: Request) -> Decision:
         """Write the attempt, if this call may start a run. If the caller is cancelled meanwhile, take it back."""
@@ -171,23 +157,16 @@ class _Start:
             decision = await in_store(attempts.begin, request)
         if decision.step not in STARTS:
             return decision
-        await self._unless_cancelled(request)
-        self._log(decision)
-        attempt = decision.attempt
-        if attempt is not None and attempt.session is not None and self.request.row is None:
-            start = "an empty state" if attempt.restored is None else f"the state of run {attempt.restored}"
-            run_logger().info("Session %r: turn %d starts from %s.", attempt.session, attempt.turn, start)
-        warn_of_budgets(self.request.crew, decision, self.request.budget_batch(self.identity))
-        return decision
-
-    async def _unless_cancelled(self, request: Request | Attempt) -> None:
-        """Give an attempt back if this call was cancelled, since nothing was sent for it."""
         try:
             self._raise_if_cancelled()
         except BaseException:
             with self.work.uncut():
-                await in_store(attempts.not_started, request.key, request.owner)
+                await in_store(attempts.not_started, request.key, request.owner)  # nothing was sent
             raise
+        self._log(decision)
+        if decision.overruns:
+            warn_of_budgets(self.request.crew, decision, self.request.budget_batch(self.identity))
+        return decision
 
     async def _wait_or_raise(self, decision: Decision) -> None:
         """Wait until another call, or a run of the crew, may have moved on. Raise if this call can start nothing."""
@@ -247,16 +226,13 @@ class _Start:
 
     # Post
 
-    async def _post_until_taken(self, decision: Decision, window: _Window) -> Attempt | None:
-        """Send the kickoff of this call's attempt and store its id. Return the attempt; None if nothing was sent, and
-        the call has to decide again.
+    async def _post_until_taken(self, attempt: Attempt, window: tuple[float, float]) -> Attempt:
+        """Send the kickoff of this call's attempt, store its id, and return the attempt.
 
         Raises:
             KickoffUncertainError: The kickoff was sent, and nobody knows whether it started a run.
             CrewError: The kickoff surely started no run. The attempt says so.
         """
-        attempt = decision.attempt
-        assert attempt is not None  # noqa: S101  a start has one
         loop, least = asyncio.get_running_loop(), LEAST_DELAY
         until = loop.time() + LIMITED_FOR
         while True:
@@ -266,36 +242,28 @@ class _Start:
                     started = await self._post(attempt, window)
                     await asyncio.sleep(0)  # so that a cancellation at the moment of the answer is noticed
                 break
-            except (CrewError, _NotSentError) as problem:
-                if isinstance(problem, KickoffUncertainError):
-                    raise
-                is_renewed = pause = None
-                if not (self.work.is_cancelled or is_known_cancelled(self.identity)):
-                    is_renewed = isinstance(problem, AuthenticationError) and await self.session.renew(client)
-                    # The batch decides when a refused row is sent again: other rows wait with it.
-                    pause = None if self.request.row is not None else kickoff_delay(problem)
-                if pause is not None:
-                    # `Retry-After` may be 0, or a date that is over by our clock.
-                    pause, least = max(pause, least), min(least * 2, BARE_DELAY)
-                    pause = None if loop.time() + pause > until else pause
-                window = _Window()
-                if is_renewed and await self._uncut(in_store(attempts.extend, attempt, _post_seconds(self.request))):
-                    continue
-                if pause is not None:
+            except KickoffUncertainError:
+                raise
+            except CrewError as problem:
+                is_cancelled = self.work.is_cancelled or is_known_cancelled(self.identity)
+                # The batch decides when a refused row is sent again: other rows wait with it.
+                delay = None if is_cancelled or self.request.row is not None else kickoff_delay(problem)
+                # `Retry-After` may be 0, or a date that is over by our clock.
+                pause, least = max(delay or 0.0, least), min(least * 2, BARE_DELAY)
+                window = _clocks()
+                if isinstance(problem, AuthenticationError) and not is_cancelled and await self.session.renew(client):
+                    if await self._uncut(in_store(attempts.extend, attempt, _post_seconds(self.request))):
+                        continue
+                elif delay is not None and loop.time() + pause <= until:
                     run_logger().warning("%s The kickoff is sent again in %.0f s.", problem, pause)
                     new_window = await self._back_off(attempt, pause)
                     if new_window is not None:
                         window = new_window
                         continue
-                else:
-                    reason = self._reason(problem)
-                    await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner, reason))
+                reason = self._reason(problem)
+                await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner, reason))
                 self._raise_if_cancelled()
-                if not isinstance(problem, _NotSentError) and pause is None:
-                    raise
-                self._give_up_after(loop.time())
-                run_logger().warning("Run %s: %s This call looks at its attempts again.", attempt.key, problem)
-                return None
+                raise
         # The batch of a row decides what becomes of it.
         if self.work.is_cancelled or (is_known_cancelled(self.identity) and self.request.row is None):
             with self.work.uncut():
@@ -315,18 +283,9 @@ class _Start:
         is_refused = isinstance(problem, CrewError) and kickoff_fate(problem) is not KickoffFate.RETRY
         return str(problem)[:500] if is_refused else None
 
-    def _give_up_after(self, now: float) -> None:
-        self.lost_since = now if self.lost_since is None else self.lost_since
-        if now > self.lost_since + LIMITED_FOR:
-            raise NotStartedError(
-                f"Run {self.identity.idempotency_key!r} was not started: for {LIMITED_FOR / 60:g} minutes this call "
-                "missed each time to send its kickoff. The crew database answers too slowly, or this machine sleeps. "
-                "Fix that, then run again with the same key."
-            )
-
-    async def _back_off(self, attempt: Attempt, pause: float) -> _Window | None:
-        """Wait after an answer that surely started nothing. Return the window for the next kickoff, None if it is too
-        late."""
+    async def _back_off(self, attempt: Attempt, pause: float) -> tuple[float, float] | None:
+        """Wait after an answer that surely started nothing. Return the time of the right to send it again, None if it
+        is too late."""
         if not await self._uncut(in_store(attempts.back_off, attempt, pause)):
             return None
         try:
@@ -334,10 +293,10 @@ class _Start:
         except BaseException:
             await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner))
             raise
-        window = _Window()
+        window = _clocks()
         return window if await self._uncut(in_store(attempts.go_on, attempt, _post_seconds(self.request))) else None
 
-    async def _post(self, attempt: Attempt, window: _Window) -> Attempt:
+    async def _post(self, attempt: Attempt, window: tuple[float, float]) -> Attempt:
         """Send one `POST /kickoff` and store its outcome. Return the attempt with the id. If the kickoff surely started
         no run, raise and store nothing."""
         request, nonce, has_left = self.request, self.identity.nonce, False
@@ -348,8 +307,12 @@ class _Start:
 
         def last_look() -> None:
             nonlocal has_left
-            if window.is_over or self.work.is_cancelled or is_known_cancelled(self.identity):
-                raise _NotSentError("the time to send its kickoff was over before its first byte.")
+            seconds = max(now - then for now, then in zip(_clocks(), window, strict=True))
+            if seconds > SEND_WITHIN or self.work.is_cancelled or is_known_cancelled(self.identity):
+                raise NotStartedError(
+                    f"Run {attempt.key!r} was not started: the time to send its kickoff was over. The crew database "
+                    "answers too slowly, or this machine was asleep. Run again with the same key."
+                )
             nonce.has_sent = has_left = True
 
         try:
@@ -367,11 +330,11 @@ class _Start:
                     restore_from=attempt.restored or request.inputs.restore_from,
                     before_sending=last_look,
                 )
-        except _NotSentError:
-            raise
         except BaseException as error:
             if not has_left and _loop_ends(error):
-                raise _NotSentError("its event loop ended before its kickoff could be sent.") from None
+                raise NotStartedError(
+                    f"Run {attempt.key!r} was not started: its event loop ended before its kickoff could be sent."
+                ) from None
             if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
                 raise
             reason = redact(f"{type(error).__name__}: {error}")[:500]
@@ -383,7 +346,8 @@ class _Start:
         if request.row is None:
             # Before anything else: if a later step fails, a person finds the id in a log.
             run_logger().info("Crew %s was kicked off: run %s", attempt.crew, kickoff_id)
-        seconds = holds_slot_for(options.wait or request.crew.wait)
+        timeout = (options.wait or request.crew.wait).timeout  # so long it holds its slot, if nobody reattaches
+        seconds = UNLIMITED if timeout is None else timeout
         started = await self._write(
             lambda: in_store(attempts.started, attempt, kickoff_id, seconds), attempt, kickoff_id
         )
@@ -392,12 +356,7 @@ class _Start:
             raise uncertain(
                 started.attempt or attempt, f"its answer names run {kickoff_id} of key {started.other_key!r}"
             )
-        if started.is_second:
-            run_logger().error(
-                "Idempotency key %s has two runs: %s, which somebody had resolved as never started, and a later one. "
-                "Look at both: prefect-crew runs inspect %s",
-                *(attempt.key, kickoff_id, shlex.quote(attempt.key)),
-            )
+        log_second(attempt, kickoff_id, started)
         return started.attempt or replace(attempt, first_id=kickoff_id, kickoff_id=kickoff_id)
 
     async def _write(self, write: Callable[[], Awaitable[T]], attempt: Attempt, kickoff_id: str | None) -> T:
@@ -432,23 +391,6 @@ def _loop_ends(error: BaseException) -> bool:
     task = asyncio.current_task()
     is_own = task is not None and task.cancelling() > 0  # somebody cancelled this task
     return type(error) in (asyncio.CancelledError, ValueError) and not is_own
-
-
-def step_taken(decision: Decision) -> str:
-    """Return the text of the log line about a decision and its reason."""
-    attempt = decision.attempt
-    run = f"found run {attempt and attempt.first_id}"
-    match decision.step:
-        case Step.START:
-            return "a run is being started"
-        case Step.START_AGAIN:
-            return "the last run of this key gave no result, and another run is being started"
-        case Step.REATTACH:
-            return f"{run}, which is in flight. This call waits for it and starts nothing"
-        case _ if attempt is not None and attempt.state is AttemptState.COMPLETED:
-            return f"{run}, which has completed. Its result is used and nothing is started"
-        case _:
-            return f"{run}, which has {attempt and attempt.state}. Nothing is started"
 
 
 def uncertain(attempt: Attempt, reason: str | None = None) -> KickoffUncertainError:
@@ -507,9 +449,10 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
             with withholding(run.redact_text):
                 decision = await start_run(request, identity, run.session)
     except CrewError as error:
+        held = held_flow_run.get()
+        if isinstance(error, FlowRunCancelledError) and held is not None and held.is_left:
+            raise left_behind(held) from None  # the start has given its attempt back
         error.about(identity.idempotency_key, crew.label)
-        if (refusal := _refusal(error)) is not error:
-            raise refusal from None
         raise
     attempt = decision.attempt
     assert attempt is not None  # noqa: S101  a run has one
@@ -522,15 +465,6 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
             had_ended = attempt.ended_at is not None and attempt.ended_at <= decision.now
             run.advice = no_attempt_left(crew) if had_ended else None
     run.notify(None)
-
-
-def _refusal(error: Exception) -> BaseException:
-    """Return the error of a failed start. A call that outlives its flow run on a crew worker ends as cancelled instead,
-    after the start has given its attempt back."""
-    held = held_flow_run.get()
-    if isinstance(error, FlowRunCancelledError) and held is not None and held.is_left:
-        return left_behind(held)
-    return error
 
 
 async def check_inputs(session: CrewSession, request: RunRequest) -> None:

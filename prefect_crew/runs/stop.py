@@ -11,8 +11,8 @@ import asyncio
 import os
 import shlex
 import time
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
@@ -30,7 +30,7 @@ from prefect_crew.client.models import CrewStatus, StopAnswer, StopOutcome
 from prefect_crew.client.redaction import withholding
 from prefect_crew.exceptions import CrewError, FlowRunCancelledError, StoreError
 from prefect_crew.runs.database import in_store
-from prefect_crew.runs.owners import owner_has_ended
+from prefect_crew.runs.owners import process_is_gone
 from prefect_crew.runs.run import LiveRun, read_attempt, write_end
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts
@@ -50,8 +50,6 @@ MOST_OPEN = 10_000
 """Runs of one flow run that are looked for."""
 PERSON = "a person"
 """The `stop_asked_by` of a stop that somebody asked for: a cancellation, a command, a task."""
-_being_stopped = set[str]()
-"""The kickoff ids of the runs for which this process sends `/stop` now. Several waits may be for one run."""
 
 
 def started_by_runner() -> bool:
@@ -74,20 +72,26 @@ async def cancelled_on_server(run_id: str | None) -> str | None:
     Raises:
         PREFECT_ERRORS: The Prefect API cannot be reached.
     """
-    if run_id is None:
-        return None
-    at: UUID | None = UUID(run_id)
+    cancelled = (str(flow_run.id) for flow_run in await _with_those_above(run_id) if _is_cancelled(flow_run))
+    return next(cancelled, None)
+
+
+def _is_cancelled(flow_run: FlowRun) -> bool:
+    state = flow_run.state
+    return state is not None and (state.is_cancelling() or state.is_cancelled())
+
+
+async def _with_those_above(run_id: str | None) -> list[FlowRun]:
+    """Return a flow run and those above it. It is empty without a flow run, or if somebody has deleted it."""
+    above, at = list[FlowRun](), None if run_id is None else UUID(run_id)
     async with get_client() as client:
-        while at is not None:
-            try:
+        with suppress(ObjectNotFound):
+            while at is not None:
                 flow_run = await client.read_flow_run(at)
-                if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
-                    return str(at)
+                above.append(flow_run)
                 parent = flow_run.parent_task_run_id if flow_run.deployment_id is None else None
                 at = None if parent is None else (await client.read_task_run(parent)).flow_run_id
-            except ObjectNotFound:
-                break
-    return None
+    return above
 
 
 # The time of the last request about an attempt of a flow run, and its answer. Process-wide: the many waits of one flow
@@ -194,23 +198,46 @@ async def open_runs_of(client: PrefectClient, flow_run: FlowRun) -> list[Attempt
 
 
 async def stop_run(run: LiveRun, *, is_repeated: bool = True) -> StopAnswer:
-    """Ask the crew's server to stop a run, and store the outcome.
+    """Ask the crew's server to stop a run, and show the outcome.
 
     Without `is_repeated`, this sends nothing if somebody has asked before.
 
     Raises:
         CrewError: The request failed. An ended run, an unknown run and a missing `/stop` are answers, not errors.
     """
-    kickoff_id = run.kickoff_id
-    async with run.session as session, _alone(kickoff_id):
+    async with run.session:
         await read_attempt(run)
-        if not (await _ask(run, PERSON) or is_repeated):
-            return StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED)
         with withholding(run.redact_text):
-            answer = await session.call(lambda client: client.stop(run.current_id))
-            if await _close_stopped(run, answer):
-                stopped = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
+            answer = await stop_once(run, is_repeated=is_repeated)
+            if answer.outcome is StopOutcome.STOPPED and run.attempt and run.attempt.state is AttemptState.STOPPED:
+                stopped = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
                 await run.artifact.keep(lambda: render_run(run.view(stopped), run.artifact.earlier))
+    return answer
+
+
+async def stop_once(run: LiveRun, by: str = PERSON, *, is_repeated: bool = False) -> StopAnswer:
+    """Send `/stop` for a run in an open session, once for all callers, and store the outcome. `by`: PERSON, or TIMEOUT.
+
+    If somebody has asked before, this sends nothing, unless it `is_repeated`.
+    """
+    log, kickoff_id = run_logger(), run.kickoff_id
+    if not (await _ask(run, by) or is_repeated):
+        log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
+        goes_on = run.attempt is None or run.attempt.state in (AttemptState.STOPPED, AttemptState.STARTED)
+        outcome = StopOutcome.REQUESTED if goes_on else StopOutcome.NOT_STOPPABLE
+        return StopAnswer(kickoff_id=kickoff_id, outcome=outcome)
+    answer = await run.session.call(lambda client: client.stop(run.current_id))
+    if is_repeated:  # the caller tells the person
+        pass
+    elif answer.accepted:
+        log.info("Crew run %s was asked to stop. The answer of the crew's server: %s.", kickoff_id, answer.outcome)
+    elif answer.outcome is StopOutcome.UNSUPPORTED:
+        text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
+        log.warning(text, kickoff_id, run.crew.url, run.idempotency_key)
+    else:
+        words = f" The crew's server says: {answer.message}" if answer.message else ""
+        log.warning("Crew run %s was not stopped: %s.%s", kickoff_id, answer.outcome, words)
+    await _close_stopped(run, answer)
     return answer
 
 
@@ -225,7 +252,7 @@ async def stop_if_asked(run: LiveRun) -> bool:
 
     async def stop() -> bool:
         if await cancelled_on_server(flow_run_id()):
-            return not await is_of_another(attempt) and await stop_once(run, PERSON)
+            return not await is_of_another(attempt) and (await stop_once(run)).accepted
         log.warning(
             "Crew run %s is left running at %s: its flow run was not cancelled. A call with idempotency key %r waits "
             "for it, and so does a retry of this flow run. To stop the crew, run: %s",
@@ -261,10 +288,12 @@ async def is_of_another(attempt: Attempt) -> bool:
         httpx.HTTPError, PrefectException: The Prefect API cannot be reached.
     """
     owner = attempt.flow_run_id
-    if owner is None or owner == flow_run_id() or await owner_has_ended(attempt):
+    if owner is None or owner == flow_run_id() or (attempt.process is not None and process_is_gone(attempt.process)):
         return False
     # The state of a subflow does not show that its parent was cancelled, or that its process has ended.
-    if await cancelled_on_server(owner):
+    above = await _with_those_above(owner)
+    has_ended = not above or (above[0].state is not None and above[0].state.is_final())
+    if has_ended or any(map(_is_cancelled, above)):
         return False
     run_logger().warning(
         "Crew run %s is left running at %s: flow run %s started it and has not ended. To stop the crew, cancel that "
@@ -272,29 +301,6 @@ async def is_of_another(attempt: Attempt) -> bool:
         *(attempt.first_id, attempt.crew_url, owner, cancel_command(attempt)),
     )
     return True
-
-
-async def stop_once(run: LiveRun, by: str = PERSON) -> bool:
-    """Send `/stop` for a run in an open session, once for all callers, and store the outcome. Return whether the crew's
-    server accepted it. `by`: PERSON, or TIMEOUT.
-    """
-    log, kickoff_id = run_logger(), run.kickoff_id
-    async with _alone(kickoff_id):
-        if not await _ask(run, by):
-            log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
-            return run.attempt is not None and run.attempt.state in (AttemptState.STOPPED, AttemptState.STARTED)
-        answer = await run.session.call(lambda client: client.stop(run.current_id))
-        if answer.accepted:
-            text = "Crew run %s was asked to stop. The answer of the crew's server: %s."
-            log.info(text, kickoff_id, answer.outcome)
-        elif answer.outcome is StopOutcome.UNSUPPORTED:
-            text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
-            log.warning(text, kickoff_id, run.crew.url, run.idempotency_key)
-        else:
-            words = f" The crew's server says: {answer.message}" if answer.message else ""
-            log.warning("Crew run %s was not stopped: %s.%s", kickoff_id, answer.outcome, words)
-        await _close_stopped(run, answer)
-        return answer.accepted
 
 
 async def _ask(run: LiveRun, by: str) -> bool:
@@ -314,33 +320,17 @@ async def _ask(run: LiveRun, by: str) -> bool:
     return is_first
 
 
-@asynccontextmanager
-async def _alone(kickoff_id: str) -> AsyncGenerator[None]:
-    """Let one caller of this process at a time stop a run."""
-    while kickoff_id in _being_stopped:  # noqa: ASYNC110  the other caller may be in another event loop
-        await asyncio.sleep(0.1)
-    _being_stopped.add(kickoff_id)
-    try:
-        yield
-    finally:
-        _being_stopped.discard(kickoff_id)
-
-
-async def _close_stopped(run: LiveRun, answer: StopAnswer) -> bool:
-    """Write the end of a run that its server has stopped, with its use. Return whether this call wrote it."""
-    if (
-        answer.outcome is not StopOutcome.STOPPED
-        or run.attempt is None
-        or run.attempt.state is not AttemptState.STARTED
-    ):
-        return False  # the next poll sees how it ended
+async def _close_stopped(run: LiveRun, answer: StopAnswer) -> None:
+    """Write the end of a run that its server has stopped, with its use. If it ended before, the next poll sees how."""
+    is_open = run.attempt is not None and run.attempt.state is AttemptState.STARTED
+    if answer.outcome is not StopOutcome.STOPPED or not is_open:
+        return
     status = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
     with suppress(CrewError, TimeoutError):  # without an answer, the use of the run stays unknown
         status = await asyncio.wait_for(run.session.client.status(run.current_id), LOOK_WITHIN)
     if status.state is CrewState.COMPLETED:
-        return False  # it ended before the stop: the next poll stores its result
+        return
     try:
-        return await write_end(run, status.model_copy(update={"state": CrewState.STOPPED, "error": None}))
+        await write_end(run, status.model_copy(update={"state": CrewState.STOPPED, "error": None}))
     except (StoreError, *PREFECT_ERRORS) as error:
         run_logger().warning("It could not be recorded that run %s was stopped: %s", run.kickoff_id, error)
-        return False

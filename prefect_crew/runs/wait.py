@@ -34,6 +34,7 @@ from prefect_crew.runs.news import Subscription, news_of
 from prefect_crew.runs.polling import NO_ANSWER, Phases, Watcher, poll
 from prefect_crew.runs.request import RunOptions
 from prefect_crew.runs.resolve import resolve_by_evidence
+from prefect_crew.runs.reviews.form import Form
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import LiveRun, parse_data, read_attempt, read_result, read_status, result_of, write_end
@@ -43,7 +44,7 @@ from prefect_crew.store import attempts
 from prefect_crew.store.decision import TIMEOUT, AttemptState
 from prefect_crew.webhooks import UNLIMITED
 
-SHOW_EVERY = 5.0
+SHOW_EVERY = 30.0
 """Seconds, at least, between two updates of the artifact of a run that goes on."""
 
 
@@ -69,25 +70,9 @@ async def _wait_for_run(run: LiveRun, options: RunOptions, work: OwnTask) -> Cre
         is_started = run.attempt is not None and run.attempt.state is AttemptState.STARTED
         if options.review is not None and is_started and not run.has_webhooks:
             run_logger().info("Crew run %s: %s", run.kickoff_id, NO_WEBHOOKS)
-        waiting = _result(_Waiter(run, options.wait or run.crew.wait, options.review, work))
+        waiter = _Waiter(run, options.wait or run.crew.wait, options.review, work)
         # No variable holds the result: error reporters show the local variables of all frames.
-        return parse_data(await waiting, options.output_type, run=run)
-
-
-async def _result(waiter: _Waiter) -> CrewResult:
-    """Wait for the run and return its result."""
-    run = waiter.run
-    with withholding(run.redact_text):
-        if run.attempt is None or run.attempt.ended_at is None:
-            return await waiter.wait()
-        run.is_fresh = False
-        if waiter.own is not None:
-            await waiter.meet_people()
-        try:
-            return await read_result(run)
-        finally:
-            if waiter.people is not None:
-                await waiter.people.aclose(ended=True)
+        return parse_data(await waiter.wait(), options.output_type, run=run)
 
 
 class _CancelledOnServerError(Exception):
@@ -130,6 +115,13 @@ class _Waiter(Watcher):
         """Wait until the run has ended, and return its result."""
         run, ended = self.run, False
         async with self.stack:
+            self.stack.enter_context(withholding(run.redact_text))
+            if run.attempt is not None and run.attempt.ended_at is not None:
+                run.is_fresh = False
+                # An earlier attempt of the flow run may have left its form.
+                if self.own is not None and self.review == "form":
+                    await Form(self.own, run, self.policy).aclose(ended=True)
+                return await read_result(run)
             if run.attempt is not None and (run.has_webhooks or self.phases.human_since):
                 self.news = await self.stack.enter_async_context(news_of(run.attempt.id))
             if not run.is_fresh:
@@ -169,9 +161,9 @@ class _Waiter(Watcher):
                     await self.people.aclose(ended=ended)
                 if not ended:
                     await self._end_showing()
-        self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
-        await self._close(status)
-        return result_of(run, status)
+            self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
+            await self._close(status)
+            return result_of(run, status)
 
     async def _give_up(self, error: CrewError) -> None:
         """Tell people that this wait ends without the end of the run."""
@@ -187,14 +179,20 @@ class _Waiter(Watcher):
             lost = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN)
             await self._show(lost, note=str(error))
         else:
-            error.add(self._once_it_answers())
+            advice = f"See it later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
+            if run.idempotency_key is not None:
+                advice = (
+                    f"Call again with idempotency key {run.idempotency_key!r} to wait for it. Nothing is started then."
+                )
+            advice = f"The run may continue there. {advice}"
+            error.add(advice)
             # The server's answer may contain any text of the crew.
-            bare = f"The status call gives no answer. {self._once_it_answers()}"
+            bare = f"The status call gives no answer. {advice}"
             await self._show_unless_closed(str(error) if run.show == "full" else bare)
 
     # The methods that `poll` calls
 
-    async def on_status(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> bool:
         run, before, self.last = self.run, self.last, status
         run.notify(status)
         if (
@@ -220,17 +218,17 @@ class _Waiter(Watcher):
         await self.meet_people(asked=status.state is CrewState.WAITING)
         is_asked = self.people is not None and await self.people.see_status(status)
         if status.state.ended:
-            return
+            return False
         if is_new_state or is_new_task or (before is not None and before.progress != status.progress):
             self._is_stale = True
         if is_asked:
             await self._show()
         elif self._is_stale and time.monotonic() - self._shown_at >= SHOW_EVERY:
             self._show_beside()
-        if self.people is not None:
-            await self.people.answer()
+        has_answered = self.people is not None and await self.people.answer()
         if await is_cancelled(self.own):
             raise _CancelledOnServerError
+        return has_answered
 
     async def _resolve(self, key: str) -> None:
         """Resolve the uncertain kickoff of the key that a status names: then this is the run of that key."""
@@ -262,14 +260,6 @@ class _Waiter(Watcher):
         except (StoreError, *PREFECT_ERRORS) as error:
             self.log.warning("The wait for run %s could not be recorded: %s", self.run.kickoff_id, error)
 
-    async def on_unknown(self, seconds: float) -> None:
-        self.log.warning(
-            "Crew run %s is not known to its server now. It is polled for %g s: a hosted crew that waits for a person "
-            "looks the same.",
-            self.run.kickoff_id,
-            seconds,
-        )
-
     async def on_error(self, error: CrewError) -> None:
         if not self._in_trouble:
             self._in_trouble = True
@@ -294,9 +284,6 @@ class _Waiter(Watcher):
     def next_pause(self, delay: float) -> float:
         return delay if self.people is None else self.people.next_pause(delay)
 
-    def has_answered(self) -> bool:
-        return self.people is not None and self.people.has_answered()
-
     async def more_time(self) -> float:
         return 0.0 if self.people is None else await self.people.more_time()
 
@@ -312,7 +299,7 @@ class _Waiter(Watcher):
             if run.attempt is not None and await is_of_another(run.attempt):
                 return False
             self._has_stopped = True
-            return await stop_once(run, TIMEOUT)
+            return (await stop_once(run, TIMEOUT)).accepted
         except (CrewError, *PREFECT_ERRORS) as error:
             self.log.warning("Crew run %s could not be stopped: %s", run.kickoff_id, run.redact(str(error)))
             return False
@@ -346,16 +333,6 @@ class _Waiter(Watcher):
             self.work.raise_if_cancelled()
         await self._show(status)
 
-    async def _has_ended_elsewhere(self) -> bool:
-        """Return whether somebody else has written the end of the run."""
-        if self.run.attempt is None:
-            return False
-        try:
-            attempt = await in_store(attempts.get, self.run.attempt.id)
-        except (StoreError, *PREFECT_ERRORS):
-            return False
-        return attempt is not None and attempt.ended_at is not None
-
     async def _after_cancellation(self) -> CrewError:
         """Stop the crew, unless another flow run, which has not ended, started the run. Return the error to raise.
 
@@ -371,7 +348,9 @@ class _Waiter(Watcher):
 
     async def _show_unless_closed(self, note: str) -> None:
         """Show in the artifact that this wait has given up, unless another wait has stored the end."""
-        if self.run.owned or not await self._has_ended_elsewhere():
+        if not self.run.owned:
+            await read_attempt(self.run)
+        if self.run.attempt is None or self.run.attempt.ended_at is None:
             await self._show(note=note)
 
     def _show_beside(self) -> None:
@@ -415,12 +394,3 @@ class _Waiter(Watcher):
                 await self.run.session.version(if_due=True)
             finally:
                 self._is_looking = False
-
-    def _once_it_answers(self) -> str:
-        run = self.run
-        if run.idempotency_key is None:
-            return f"The run may continue there. See it later: prefect-crew runs inspect {shlex.quote(run.kickoff_id)}."
-        return (
-            f"The run may continue there. Call again with idempotency key {run.idempotency_key!r} to wait for it. "
-            "Nothing is started then."
-        )

@@ -16,7 +16,6 @@ from prefect.states import Cancelling
 from prefect_crew import BatchReport, WaitPolicy
 from prefect_crew._internal.flow_engine import HeldFlowRun
 from prefect_crew._internal.prefect_api import held_flow_run
-from prefect_crew.cli._options import CrewOfRun
 from prefect_crew.cli.batch import cancel
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -102,7 +101,7 @@ async def test_a_stopped_row_runs_again(
     await cancelled(batch, server, ROWS[:20], name=name, on_cancel="leave" if by_command else "stop")
     if by_command:
         monkeypatch.setenv("CREW_TOKEN", server.token)
-        await cancel(name, crew=CrewOfRun(crew=server.url))
+        await cancel(name, crew=server.url)
     assert {str(run.state) for run in server.runs} == {"stopped"}
     held.release()
     report = await batch(server.crew(), ROWS[:20], name=name, breaker=5)

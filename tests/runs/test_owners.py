@@ -12,7 +12,7 @@ import pytest
 from prefect import flow, get_client, runtime
 from prefect.client.schemas.objects import FlowRun
 from prefect.flows import Flow
-from prefect.states import Failed, Paused, Pending, Running, Scheduled, Suspended
+from prefect.states import Paused, Pending, Running, Scheduled, Suspended
 
 from prefect_crew import arun_batch, arun_crew
 from prefect_crew._internal.clock import utcnow
@@ -135,19 +135,6 @@ async def test_a_flow_run_that_may_live_is_left_alone():
         state = (await flow_run(str(owner.id))).state
         assert state is not None
         assert not state.is_final(), case
-
-
-async def test_a_dead_flow_run_with_forms_crashes():
-    once, again = [await begun() for _ in range(2)]
-    async with get_client() as client:
-        for owner in (once, again):
-            for state in (Paused(), Running(), Paused(), Running()):
-                await client.set_flow_run_state(owner.id, state)
-        for state in (Failed(), Scheduled(), Running()):
-            await client.set_flow_run_state(again.id, state, force=True)
-    for owner, is_dead in ((once, True), (again, False)):
-        await crash(owner)  # as it was in its first attempt
-        assert (await flow_run(str(owner.id))).state_name == ("Crashed" if is_dead else "Running")
 
 
 async def test_a_resumed_flow_run_is_left_alone():

@@ -68,8 +68,11 @@ class World(Watcher):
             raise seen
         return CrewStatus(kickoff_id="r1", state=seen)
 
-    async def on_status(self, status: CrewStatus) -> None:
+    async def on_status(self, status: CrewStatus) -> bool:
         self.saw_states.append(status.state)
+        sent = [at for at in self.answers if self.started + at <= self.time]
+        self.answers = [at for at in self.answers if at not in sent]
+        return bool(sent)
 
     async def on_human_wait(self, phases: Phases) -> None:
         self.human_waits.append(phases.human_since is not None)
@@ -79,11 +82,6 @@ class World(Watcher):
 
     async def stop(self, phase: str) -> bool:
         return phase == self.stops
-
-    def has_answered(self) -> bool:
-        sent = [at for at in self.answers if self.started + at <= self.time]
-        self.answers = [at for at in self.answers if at not in sent]
-        return bool(sent)
 
     async def wait(self, policy: WaitPolicy = STEADY, *, phases: Phases | None = None, **options: object) -> CrewStatus:
         return await poll(

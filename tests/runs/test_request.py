@@ -27,7 +27,7 @@ def test_options_are_kept_and_frozen():
         "review": review, "webhooks": Webhooks(crew="https://hooks.test/mine"), "meta": {"a": 1},
     }  # fmt: skip
     options = RunOptions.of(**given, restore_from=STATE, budgets=[Budget(max_kickoffs=2)])
-    assert options.arguments(*given) == given
+    assert {name: getattr(options, name) for name in given} == given
     assert options.restore_from == STATE
     assert options.budgets == (Budget(max_kickoffs=2),)
     with pytest.raises(ValidationError, match="frozen"):

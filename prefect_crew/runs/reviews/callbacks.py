@@ -50,9 +50,7 @@ async def forget_callback(question: Question) -> None:
 
 
 async def forget_callbacks(attempt: Attempt) -> None:
-    """Delete the URLs of a run that has ended. Whoever writes its end calls this. Most runs never ask."""
-    if attempt.human_since is None and not attempt.human_seconds:
-        return
+    """Delete the URLs of a run that has ended. Whoever writes its end calls this."""
     with suppress(StoreError, *PREFECT_ERRORS):
         for question in await in_store(questions.questions_of, attempt.id):
             await forget_callback(question)

@@ -23,13 +23,7 @@ from prefect_crew.exceptions import (
     StoreError,
 )
 from prefect_crew.runs.news import Subscription
-from prefect_crew.runs.reviews.answer import (
-    answer_question,
-    is_refusal,
-    look,
-    send_left,
-    uncertain_error,
-)
+from prefect_crew.runs.reviews.answer import answer_question, look, uncertain_error
 from prefect_crew.runs.reviews.form import Form, masked_options
 from prefect_crew.runs.reviews.links import notify_people
 from prefect_crew.runs.reviews.questions import (
@@ -54,8 +48,8 @@ NOBODY = "nobody, in time"
 """The giver of a rejection by `on_human_timeout`."""
 GOES_ON_WITHIN = 20.0
 """Seconds for the crew to continue after an answer that came as people's time ended."""
-REQUEST_WITHIN = 60.0
-"""Seconds within which the question of a Flow may arrive after `/resume` has refused an answer to it."""
+REFUSALS = (400, 404, 409)
+"""Status codes of `/resume` if the run does not wait for this answer."""
 OUTPUT_WITHIN = 5.0
 """Seconds for which a question without an output waits for the output that its webhook brings."""
 STOP_WITHIN = 5.0
@@ -99,7 +93,7 @@ class People:
         self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
         self._notifying: asyncio.Task[None] | None = None
         self._held_until: float | None = None  # a question without an output waits until then; monotonic
-        self._has_extra_time = self._has_answered = self._has_warned = self._was_refused = False
+        self._has_extra_time = self._has_warned = False
         self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
 
     # The open question
@@ -147,13 +141,10 @@ class People:
 
     def _is_held(self, asked: Asked) -> bool:
         """Return whether to wait some seconds for the webhook with the output, or with a Flow's question."""
-        is_full = asked.shown is not None or asked.question.text is not None or FLOW in asked.question.marks
-        has_webhook = self.run.has_webhooks and not is_full
-        if asked.state != "open" or not (has_webhook or self._was_refused or CrewSettings().review_secret):
+        is_full = asked.shown is not None or asked.question.text is not None
+        comes_later = (self.run.has_webhooks and not is_full) or CrewSettings().review_secret is not None
+        if asked.state != "open" or FLOW in asked.question.marks or not comes_later:
             self._held_until = None
-            return False
-        if FLOW in asked.question.marks:
-            self._held_until, self._was_refused = None, False
             return False
         if self._held_until is None:
             self._held_until = time.monotonic() + OUTPUT_WITHIN
@@ -225,32 +216,28 @@ class People:
 
     # Answers
 
-    async def answer(self) -> None:
-        """Send the answer of the function or the form to the open question, if there is one; or an answer that its
-        giver left behind.
+    async def answer(self) -> bool:
+        """Send an answer of the function or the form to the open question. Return whether one was sent.
 
         Raises:
             CrewError: The function failed, or the answer could not be sent. A submitted form stays for the next
                 attempt.
         """
-        asked, question = self._asked, self.question
+        question = self.question
+        if self._function is None and self._form is None:
+            return False
         try:
-            if asked is not None and asked.state == "left":
-                self._has_answered = await send_left(self.run, asked) is not None
-                return
-            if self._function is None and self._form is None:
-                return
             if question is not None and (unsure := self._unsure) is not None:
                 raise uncertain_error(self.run, unsure)
             if self._form is not None:
                 await self._form.show(question)
             review = await self._review_of(question)
-            if question is not None and review is not None:
-                await self._send(question, review)
+            return question is not None and review is not None and await self._send(question, review)
         except (StoreError, *PREFECT_ERRORS) as error:  # the next status tries again
             log = run_logger().debug if self._has_warned else run_logger().warning
             log("Crew run %s: %s The answer is tried again while the polls go on.", self.run.kickoff_id, error)
             self._has_warned = True
+            return False
 
     async def _review_of(self, question: ReviewRequest | None) -> Review | None:
         """Return the answer to a question if the form or the function has given one by now, else None.
@@ -299,15 +286,14 @@ class People:
 
     async def _send(self, question: ReviewRequest, review: Review) -> bool:
         """Send an answer to a question. Return False if the question takes no answer now: the next status shows why."""
-        run, asked = self.run, self._asked
+        run = self.run
         if self._form is not None:
             await self._form.take_down()
         try:
             _, answer = await answer_question(run, review, seen=question, looks=0)
         except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
-            if isinstance(error, CrewAPIError) and not (
-                asked and is_refusal(asked.question, error) and self._waits_on()
-            ):
+            # With a form, a person sees the question before the next answer.
+            if isinstance(error, CrewAPIError) and (self._form is None or error.status_code not in REFUSALS):
                 raise
             run_logger().warning(
                 "Crew run %s: the answer of %s was not sent: %s", run.kickoff_id, review.by, run.redact(str(error))
@@ -318,25 +304,12 @@ class People:
             return False
         await self._drop_answer()
         self.answers = [*(answer for answer in self.answers if answer.outcome != "intended"), answer]
-        self.question, self._asked, self._has_answered, self._has_warned = None, None, True, False
+        self.question, self._asked, self._has_warned = None, None, False
         verdict = "approved" if review.approve else "rejected"
         run_logger().info(
             "Crew run %s: task %s, question %d: %s by %s.",
             *(run.kickoff_id, answer.task_id, answer.round, verdict, answer.by),
         )
-        return True
-
-    def _waits_on(self) -> bool:
-        """Return whether to look for the open question again after the server has refused an answer.
-
-        With a form, a person sees the question before the next answer. A Flow takes its answer at another URL, and the
-        webhook with its question may be on its way.
-        """
-        if self._form is not None:
-            return True
-        if CrewSettings().review_secret is None or self._was_refused:
-            return False
-        self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
         return True
 
     async def _drop_answer(self) -> None:
@@ -390,11 +363,6 @@ class People:
     def next_pause(self, delay: float) -> float:
         """Return the next pause, at most 1 s while an output to judge is about to arrive."""
         return delay if self._held_until is None else min(delay, 1.0)
-
-    def has_answered(self) -> bool:
-        """Return whether this wait has sent an answer since the last call of this method."""
-        has_answered, self._has_answered = self._has_answered, False
-        return has_answered
 
     async def aclose(self, *, ended: bool) -> None:
         """End with the wait: take the form down."""
