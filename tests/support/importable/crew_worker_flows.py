@@ -117,8 +117,7 @@ async def spawns(how: str) -> None:
             except CrewError as error:
                 log.info("%s", type(error).__name__)
 
-    @flow
-    async def within() -> None:
+    async def start() -> None:
         # None of them ends with the coroutine that waits for it.
         match how:
             case "task":
@@ -130,7 +129,8 @@ async def spawns(how: str) -> None:
             case _:
                 await asyncio.to_thread(task(in_a_thread).submit().result)
 
-    await within()
+    # The end of a subflow would wait for its submitted tasks, and block the event loop.
+    await (flow(start) if how in ("task", "thread") else start)()
 
 
 spawns_in_time = spawns.with_options(name="spawns-in-time", timeout_seconds=5)
