@@ -648,6 +648,13 @@ async def hand_over(client: PrefectClient, flow_run: FlowRun, why: str) -> None:
             await client.update_flow_run(flow_run.id, empirical_policy=policy.model_copy(update=update))
         return
     update["retries"] = policy.retries and policy.retries + 1
+    if state.is_paused():
+        # So that the next start pauses again. Prefect's server does this from 3.9 on.
+        update["pause_keys"] = (policy.pause_keys or set()) - {state.state_details.pause_key}
+        keyset = state.state_details.run_input_keyset or {}
+        for part in keyset.keys() & {"schema", "description"}:
+            with contextlib.suppress(*STATUS_ERRORS, ObjectNotFound):  # there is none
+                await client.delete_flow_run_input(flow_run.id, keyset[part])
     await client.update_flow_run(flow_run.id, empirical_policy=policy.model_copy(update=update))
     await propose_state(client, AwaitingRetry(message=why), flow_run_id=flow_run.id)
 

@@ -737,6 +737,31 @@ def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
+def test_prefects_own_form_outlives_its_worker(handed: Handed, end: str):
+    pool, one = handed.pool, handed.pool.worker("one")
+    run_id = pool.start(pool.deploy("asks", f"{USER_FLOWS}.asks"))
+
+    pause = pool.wait_for(run_id, "PAUSED")["state_id"]
+    if end == "SIGTERM":
+        one.process.send(signal.SIGTERM)
+        one.process.wait(40)
+    else:
+        one.kill()
+    pool.worker("one")
+
+    def is_asked_again() -> bool:
+        run = pool.flow_run(run_id)
+        return run["state_type"] == "PAUSED" and run["state_id"] != pause
+
+    wait_until(is_asked_again, seconds=90, what="the form of the next start")
+    answered = pool.call("POST", f"/flow_runs/{run_id}/resume", {"run_input": {"value": "fine"}})
+    assert answered["status"] == "ACCEPT", answered
+    run = pool.wait_for(run_id)
+    assert run["state_name"] == "Completed", run["state"]["message"]
+
+
+@pytest.mark.slow
 def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
     one = handed.pool.worker("one")
     runs = handed.start(3)

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.runtime import flow_run
 
 from prefect_crew import CrewError, arun_batch, arun_crew, kickoff_crew, run_crew
@@ -79,6 +79,12 @@ async def too_slow() -> None:
 async def sleeps(seconds: float) -> str:
     await asyncio.sleep(seconds)
     return "slept"
+
+
+@flow
+async def asks() -> str:
+    """Ask a person in Prefect's own form."""
+    return await pause_flow_run(wait_for_input=str, timeout=600)
 
 
 @flow
