@@ -537,6 +537,10 @@ class _Engine(AsyncFlowRunEngine[Any, Any]):
     async def handle_crash(self, exc: BaseException) -> None:
         """A coroutine that the worker ends has not crashed. The worker writes its state."""
         self.held.is_out = True
+        has_slot = self.state.state_details.deployment_concurrency_lease_id is not None
+        if has_slot and isinstance(exc, asyncio.CancelledError):
+            # Prefect cancels a flow run that has lost its slot, as each one has that is paused for four minutes.
+            self.held.end("handed over", "It lost its slot in the deployment's concurrency limit, and begins again.")
         if self.held.ending is None:
             await super().handle_crash(exc)
         elif self.held.was_cancelled and self.flow_run is not None:

@@ -475,6 +475,20 @@ def test_a_prefect_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch):
         CrewWorker("a pool")
 
 
+@pytest.mark.usefixtures("connection")
+async def test_a_paused_flow_run_that_loses_its_slot_begins_again(pool: CrewPool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WORKER_MODULES", USER_FLOWS)
+    monkeypatch.syspath_prepend(IMPORTABLE)
+    for name, seconds in (("_RENEWAL_FRACTION", 0.005), ("_RENEWAL_RETRY_BASE_DELAY", 0.1)):
+        monkeypatch.setattr(f"prefect.concurrency._leases.{name}", seconds)
+    run_id = pool.start(pool.deploy("paused", f"{USER_FLOWS}.asks", concurrency_limit=1))
+    async with CrewWorker(pool.name, name="pauses") as worker:
+        flow_run = await worker.client.read_flow_run(UUID(run_id))
+        await worker._submit_scheduled_flow_runs([WorkerFlowRunResponse.model_construct(flow_run=flow_run)])
+        await until(lambda: pool.states(run_id)[-2:] == ["Paused", "AwaitingRetry"])
+    assert "Crashed" not in pool.states(run_id)
+
+
 class Handed:
     """A pool of its own with a crew that ends on command, and flow runs of it."""
 
