@@ -22,7 +22,6 @@ from unittest.mock import AsyncMock
 from uuid import UUID
 
 import pytest
-from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.states import AwaitingRetry
 from prefect.workers.utilities import (
@@ -50,6 +49,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
     ran = AsyncMock(return_value=CrewWorkerResult(identifier="", status_code=0))
     monkeypatch.setattr(CrewWorker, "run", ran)
     monkeypatch.setattr(CrewWorker, "_look", AsyncMock())
+    monkeypatch.setattr(CrewWorker, "_give_all_back", AsyncMock())
     return ran
 
 
@@ -80,7 +80,6 @@ async def test_a_worker_creates_and_describes_its_pool(pool: CrewPool, ran: Asyn
         found = await worker.client.read_work_pool(pool.name)
         assert found.type == "crew"
         assert found.base_job_template == CrewWorker.get_default_base_job_template()
-        assert found.description == CrewWorker.get_description()
         online = [one.name for one in await worker.client.read_workers_for_work_pool(pool.name)]
         assert "first" in online, "its heartbeat"
         assert worker.get_status()["name"] == "first"
@@ -148,7 +147,9 @@ async def test_a_limit_holds_and_a_paused_pool_has_nothing(pool: CrewPool, ran: 
 
 
 @pytest.mark.parametrize("gone", ["cancelled", "flow run", "deployment"])
-async def test_a_run_that_may_not_begin_gives_its_place_back(pool: CrewPool, ran: AsyncMock, gone: str):
+async def test_a_run_that_may_not_begin_gives_its_place_back(
+    pool: CrewPool, ran: AsyncMock, monkeypatch: pytest.MonkeyPatch, gone: str
+):
     async with CrewWorker(pool.name, limit=1) as worker:
         deployment = pool.deploy("gone", f"{USER_FLOWS}.greet")
         run_id = pool.start(deployment)
@@ -158,14 +159,13 @@ async def test_a_run_that_may_not_begin_gives_its_place_back(pool: CrewPool, ran
         elif gone == "flow run":
             await worker.client.delete_flow_run(UUID(run_id))
         else:  # right after it is Pending: before, the server deletes the flow run as well
-            propose = worker._is_pending
+            update = worker.client.update_flow_run
 
-            async def propose_and_delete(flow_run: FlowRun) -> bool:
-                is_pending = await propose(flow_run)
+            async def update_and_delete(*args: Any, **options: Any) -> Any:
                 await worker.client.delete_deployment(UUID(deployment))
-                return is_pending
+                return await update(*args, **options)
 
-            worker._is_pending = propose_and_delete
+            monkeypatch.setattr(worker.client, "update_flow_run", update_and_delete)
         worker._get_scheduled_flow_runs = AsyncMock(return_value=responses)
         await look(worker)
         worker._release_limit_slot(UUID(run_id))  # twice does no harm

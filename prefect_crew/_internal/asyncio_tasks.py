@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import anyio
 from prefect.context import FlowRunContext, TaskRunContext
@@ -51,28 +51,19 @@ async def call_in_thread(function: Callable[..., T], *args: Any) -> T:
     If the caller is cancelled, the thread goes on, and neither the event loop nor the process waits for its end. They
     would wait for minutes for a thread of `asyncio.to_thread`.
     """
-    loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-    result: asyncio.Future[T] = loop.create_future()
-
-    def finish(value: T | None, error: BaseException | None) -> None:
-        if result.done():
-            return
-        if error is None:
-            result.set_result(cast("T", value))
-        else:
-            result.set_exception(RuntimeError(repr(error)) if isinstance(error, StopIteration) else error)
+    context, result = contextvars.copy_context(), Future[T]()
 
     def work() -> None:
-        value, error = None, None
+        result.set_running_or_notify_cancel()  # so that a cancelled caller does not cancel it
         try:
-            value = context.run(function, *args)
-        except BaseException as raised:  # noqa: BLE001  the await of the result raises it
-            error = raised
-        with suppress(RuntimeError):  # the event loop is closed, and nobody waits for the result
-            loop.call_soon_threadsafe(finish, value, error)
+            result.set_result(context.run(function, *args))
+        except StopIteration as error:  # asyncio refuses it
+            result.set_exception(RuntimeError(repr(error)))
+        except BaseException as error:  # noqa: BLE001  the await of the result raises it
+            result.set_exception(error)
 
     threading.Thread(target=work, name=getattr(function, "__name__", None), daemon=True).start()
-    return await result
+    return await asyncio.wrap_future(result)
 
 
 class OwnTask:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import ContextModel, FlowRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
@@ -79,25 +82,60 @@ async def label_flow_run(*, name: str) -> None:
         run_logger().debug("The flow run could not be renamed: %s", error)
 
 
-class Held(Protocol):
-    """A flow run whose coroutine runs, or has run, on the crew worker of this process."""
+Ending = Literal["cancelled", "suspended", "handed over", "lost"]
+"""The reason why a worker ends a flow run's coroutine: somebody cancelled or suspended the flow run, the worker shuts
+down, or another worker has taken it."""
+CANCEL_AGAIN_AFTER = 5.0
+"""Seconds within which a cancelled coroutine has to end; then it is cancelled again, since its code may swallow one."""
 
-    reason: str
-    was_cancelled: bool
+
+@dataclass(eq=False)
+class HeldFlowRun:
+    """A flow run whose coroutine runs, or has run, on the crew worker of this process, in the event loop `loop`.
+
+    `is_out` says that the flow's own code has ended after a cancellation; `threads` wait for the end of its submitted
+    tasks.
+    """
+
+    flow_run: FlowRun
+    loop: asyncio.AbstractEventLoop
+    ending: Ending | None = None
+    reason: str = ""
+    task: asyncio.Task[Any] | None = None
+    is_out: bool = False
+    threads: list[threading.Thread] = field(default_factory=list[threading.Thread])
+
+    @property
+    def was_cancelled(self) -> bool:
+        return self.ending == "cancelled"
 
     @property
     def is_left(self) -> bool:
         """Whether the coroutine has ended, or has to, and nobody has cancelled the flow run."""
-        ...
+        has_ended = self.ending is not None or (self.task is not None and self.task.done())
+        return has_ended and not self.was_cancelled
+
+    def end(self, ending: Ending, reason: str) -> None:
+        """End the coroutine; call it from any thread. Of several reasons the first one counts."""
+        if self.ending is None:
+            self.reason, self.ending = reason, ending
+            self.loop.call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        if self.is_out or (self.task is not None and self.task.done()):
+            return
+        if self.task is not None:
+            self.task.cancel()
+        self.loop.call_later(CANCEL_AGAIN_AFTER, self._cancel)
 
 
 # Not an argument: the tasks, threads and subflows of a flow outlive its coroutine, and only their context is known to
 # the worker. Not by id: a thread that has survived since before the flow run began again belongs to the ended one.
-held_flow_run: ContextVar[Held | None] = ContextVar("prefect_crew_held", default=None)
+held_flow_run: ContextVar[HeldFlowRun | None] = ContextVar("prefect_crew_held", default=None)
 """The flow run around the call on a crew worker. None within its hooks, which may start crews."""
 
 
-def left_behind(held: Held) -> asyncio.CancelledError:
+def left_behind(held: HeldFlowRun) -> asyncio.CancelledError:
     """Return the error of a call in a task or thread that outlives its flow run on a crew worker.
 
     It ends there as it would with the process of another worker: no `except Exception` takes it, so no task stores an

@@ -58,12 +58,6 @@ def _status(error: BaseException) -> int | None:
     return error.response.status_code if isinstance(error, STATUS_ERRORS) else None
 
 
-def is_transient(error: Exception) -> bool:
-    """Return whether the Prefect API may accept the same request a moment later."""
-    status = _status(error)
-    return isinstance(error, TRANSPORT_ERRORS) if status is None else status >= 500 or status in (408, 429)
-
-
 def is_away(error: BaseException) -> bool:
     """Return whether an error means that the Prefect API cannot be reached, and not that it refuses a request."""
     status = _status(error)

@@ -53,10 +53,13 @@ def retire(transaction: Transaction, boot: str) -> None:
 
 @transaction("write")
 def hold(transaction: Transaction, flow_run_id: str, boot: str) -> bool:
-    """Write, before a flow run is Pending, that a worker holds it. Return False if another one does."""
-    transaction.lock()
-    if transaction.insert_once(held, flow_run_id=flow_run_id, boot=boot):
-        return True
+    """Write, before a flow run is Pending, that a worker holds it. Return False if another one does, or if this worker
+    counts as dead: then others would take the flow run over at once."""
+    now = transaction.lock()
+    is_alive = sa.exists().where(W.boot == boot, W.dead_at > now)
+    if not transaction.connection.scalar(sa.select(is_alive)):
+        return False
+    transaction.insert_once(held, flow_run_id=flow_run_id, boot=boot)
     return _holder(transaction, flow_run_id) == boot
 
 

@@ -14,8 +14,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from prefect_crew import BatchReport, WaitPolicy
-from prefect_crew._internal.flow_engine import HeldFlowRun
-from prefect_crew._internal.prefect_api import held_flow_run
+from prefect_crew._internal.prefect_api import HeldFlowRun, held_flow_run
 from prefect_crew.cli.batch import cancel
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -170,7 +169,7 @@ async def test_a_cancelled_task_leaves_its_runs(batch: Batches, crew_server: Cre
 
 
 async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, echo: CrewServer):
-    held = HeldFlowRun(cast("Any", None), cast("Any", None))
+    held = HeldFlowRun(cast("Any", None), asyncio.get_running_loop())
     held.end("cancelled", "Flow run was cancelled.")
 
     @flow
@@ -184,7 +183,7 @@ async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, 
 
 
 async def test_a_suspended_flow_run_leaves_rows_and_batch(batch: Batches, crew_server: CrewServerFactory):
-    crew, held = Held(), HeldFlowRun(cast("Any", None), cast("Any", None))
+    crew, held = Held(), HeldFlowRun(cast("Any", None), asyncio.get_running_loop())
     server = crew_server(crew)
 
     async def left() -> BatchReport:

@@ -21,8 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling, Scheduled
 
 import prefect_crew as pc
-from prefect_crew._internal.flow_engine import HeldFlowRun
-from prefect_crew._internal.prefect_api import held_flow_run
+from prefect_crew._internal.prefect_api import HeldFlowRun, held_flow_run
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
@@ -316,7 +315,7 @@ def test_a_stop_at_a_timeout_is_sent_once(runner: None, server: CrewServer, seen
 
 async def outlived(server: CrewServer, is_time: Callable[[], Any], *, suspend: bool = False, **options: Any) -> Any:
     """Spawn a call in a subflow of a flow run, and end that once it is time; return the call's end."""
-    calls, held = list[asyncio.Task[Any]](), HeldFlowRun(cast("Any", None), cast("Any", None))
+    calls, held = list[asyncio.Task[Any]](), HeldFlowRun(cast("Any", None), asyncio.get_running_loop())
     crew = server.crew(concurrency_limit=options.pop("limit", None))
 
     async def spawn() -> None:

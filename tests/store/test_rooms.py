@@ -267,6 +267,9 @@ async def live(store: Store, boot: str, host: str = "host", name: str = "w", poo
 
 
 async def test_a_flow_run_is_held_by_one_worker(store: Store):
+    assert not await store.run(hold, "flow", "boot 1"), "nobody would take it over"
+    for number in (1, 2):
+        await live(store, f"boot {number}", name=f"w{number}")
     assert await store.run(hold, "flow", "boot 1")
     assert await store.run(hold, "flow", "boot 1")
     assert not await store.run(hold, "flow", "boot 2")
@@ -276,6 +279,8 @@ async def test_a_flow_run_is_held_by_one_worker(store: Store):
     assert await store.run(release, "flow", "boot 1")
     assert await store.run(holder, "flow") is None
     assert await store.run(hold, "flow", "boot 2")
+    await store.run(retire, "boot 1")
+    assert not await store.run(hold, "another flow", "boot 1")
 
 
 @pytest.mark.parametrize("how", ["it is silent", "it has begun anew", "it has ended"])

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.runtime import flow_run
 
 from prefect_crew import CrewError, arun_batch, arun_crew, kickoff_crew, run_crew
@@ -82,6 +82,13 @@ async def sleeps(seconds: float) -> str:
 
 
 @flow
+async def asks() -> str:
+    """Ask a person in Prefect's own form."""
+    paused: Any = pause_flow_run(wait_for_input=str, timeout=600)  # awaitable in an async flow
+    return await paused
+
+
+@flow
 async def starts_and_sleeps(seconds: float) -> None:
     """Start a crew, and do something else before the wait for it."""
     await kickoff_crew("on-command", {"topic": "tea"})
@@ -117,8 +124,7 @@ async def spawns(how: str) -> None:
             except CrewError as error:
                 log.info("%s", type(error).__name__)
 
-    @flow
-    async def within() -> None:
+    async def start() -> None:
         # None of them ends with the coroutine that waits for it.
         match how:
             case "task":
@@ -130,7 +136,8 @@ async def spawns(how: str) -> None:
             case _:
                 await asyncio.to_thread(task(in_a_thread).submit().result)
 
-    await within()
+    # The end of a subflow would wait for its submitted tasks, and block the event loop.
+    await (flow(start) if how in ("task", "thread") else start)()
 
 
 spawns_in_time = spawns.with_options(name="spawns-in-time", timeout_seconds=5)
