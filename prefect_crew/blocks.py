@@ -296,8 +296,7 @@ class CrewRun(JobRun[CrewResult]):
         from prefect_crew.runs.request import RunOptions
         from prefect_crew.runs.wait import wait_for_run
 
-        options = RunOptions.of(idempotency_key=self.idempotency_key, wait=wait)
-        self._result = await wait_for_run(self._run, options)
+        self._result = await wait_for_run(self._run, RunOptions.of(wait=wait))
 
     wait_for_completion = sync_version(await_for_completion)  # pyright: ignore[reportAssignmentType]
 

@@ -230,8 +230,7 @@ async def wait_for_crew(
 ) -> CrewResult[Data]:
     """Wait until a run has ended and return its result. You can call it for the same run any number of times.
 
-    `idempotency_key` is the key of the run; without the key, the task finds the attempt by the id. `name` goes into the
-    task run's name. `run_crew` explains the other arguments.
+    `name` and `idempotency_key` go into the task run's name. `run_crew` explains the other arguments.
 
     Raises:
         CrewFailedError, CrewStoppedError, CrewLostError: The run failed, was stopped, or its server has forgotten it.
@@ -239,11 +238,11 @@ async def wait_for_crew(
         OutputTypeError: The result does not fit `output_type`.
         CrewError: The status call gave no answer for too long.
     """
-    del name
+    del name, idempotency_key
     run = cast("object", crew)
     if isinstance(run, LiveRun):  # from `run_crew`
         return await wait_for_run(run, run.options)
-    options = RunOptions.of(idempotency_key=idempotency_key, wait=wait, output_type=output_type, review=review)
+    options = RunOptions.of(wait=wait, output_type=output_type, review=review)
     return await wait_for_run(LiveRun.of(await load_crew(crew), kickoff_id), options)
 
 
@@ -304,11 +303,10 @@ async def resume_crew(
 
 
 @_task("stop")
-async def stop_crew(crew: DeployedCrew | str, kickoff_id: str, *, idempotency_key: str | None = None) -> StopAnswer:
+async def stop_crew(crew: DeployedCrew | str, kickoff_id: str) -> StopAnswer:
     """Ask the crew's server to stop a run. An ended run and a missing `/stop` are answers, not errors.
 
     Raises:
         CrewError: The request failed.
     """
-    del idempotency_key  # kept for callers: the id is enough
     return await stop_run(LiveRun(await load_crew(crew), kickoff_id))
