@@ -129,7 +129,7 @@ def test_only_warnings_of_this_package_are_shown(capsys: pytest.CaptureFixture[s
 def test_an_embedded_server_that_does_not_start_ends_the_command(monkeypatch: pytest.MonkeyPatch):
     """Prefect starts one whose database is broken again and again."""
     _output.begin(debug=True)
-    monkeypatch.setattr(_prefect, "START_WITHIN", -9.9)
+    monkeypatch.setattr(_prefect, "START_WITHIN", -9)
     monkeypatch.setattr("prefect.client.orchestration.get_client", lambda **_: time.sleep(2))
     with pytest.raises(PrefectAwayError, match="did not start: it gave no answer"):
         _prefect._start_embedded()
