@@ -241,7 +241,28 @@ class DeployedCrew(JobBlock[CrewResult]):
         run = await open_run(RunRequest.of(crew_of(self), own_inputs, options))
         return CrewRun(self, run.kickoff_id, idempotency_key=run.idempotency_key, live=run)
 
-    trigger = sync_version(atrigger)  # pyright: ignore[reportAssignmentType]  Prefect's method is async
+    def trigger(  # pyright: ignore[reportIncompatibleMethodOverride] - Prefect's method is async
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        idempotency_key: str | None = None,
+        force_new: bool = False,
+        meta: Mapping[str, Any] | None = None,
+        webhooks: Webhooks | None = None,
+        restore_from: str | UUID | None = None,
+        session: str | None = None,
+    ) -> CrewRun:
+        """Do the same from sync code."""
+        own_inputs, inputs = Inputs.of(inputs), None  # no frame shows the values
+        return sync_version(self.atrigger)(
+            cast("Any", own_inputs),  # the async method accepts `Inputs` too
+            idempotency_key=idempotency_key,
+            force_new=force_new,
+            meta=meta,
+            webhooks=webhooks,
+            restore_from=restore_from,
+            session=session,
+        )
 
 
 def crew_of(block: DeployedCrew) -> Crew:
@@ -298,7 +319,9 @@ class CrewRun(JobRun[CrewResult]):
 
         self._result = await wait_for_run(self._run, RunOptions.of(wait=wait))
 
-    wait_for_completion = sync_version(await_for_completion)  # pyright: ignore[reportAssignmentType]
+    def wait_for_completion(self, wait: WaitPolicy | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Do the same from sync code."""
+        sync_version(self.await_for_completion)(wait)
 
     async def afetch_result(self) -> CrewResult:
         """Return the result of a completed run.
@@ -315,7 +338,9 @@ class CrewRun(JobRun[CrewResult]):
                 self._result = await read_result(run)
         return self._result
 
-    fetch_result = sync_version(afetch_result)  # pyright: ignore[reportAssignmentType]
+    def fetch_result(self) -> CrewResult:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Do the same from sync code."""
+        return sync_version(self.afetch_result)()
 
     async def astop(self) -> StopAnswer:
         """Ask the crew's server to stop the run."""
