@@ -24,8 +24,8 @@ Marks = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A question of a run. `number` counts those of its attempt from 1. An answer has a `sender`, and without `sent_at`
-    it may have been sent: once `send_deadline` is over, nobody knows, unless the run has moved on."""
+    """A question of a run. `number` counts those of its attempt from 1. With a `sender` and without `sent_at`, its
+    answer may have been sent: once `send_deadline` is over, nobody knows, unless the run has moved on."""
 
     id: str
     attempt_id: str
@@ -146,17 +146,26 @@ def open_link(transaction: Transaction, question_id: str, seconds: float) -> flo
 
 
 @transaction("write")
-def answer(transaction: Transaction, question_id: str, answer: Any, by: str, sender: str, seconds: float) -> bool:
-    """Write the answer to a question that is open and has none, and take the right to send it for some seconds."""
+def answer(transaction: Transaction, question_id: str, answer: Any, by: str) -> bool:
+    """Write the answer to a question that is open and has none."""
     now = transaction.lock()
-    values = {"answer": answer, "answered_by": by, "answered_at": now, "sender": sender, "send_deadline": now + seconds}
-    if not _set(transaction, question_id, Q.answer.is_(None), _is_open(), **values):
+    if not _set(
+        transaction, question_id, Q.answer.is_(None), _is_open(), answer=answer, answered_by=by, answered_at=now
+    ):
         return False
     attempt_id, number = transaction.connection.execute(
         sa.select(Q.attempt_id, Q.number).where(Q.id == question_id)
     ).one()
     tell(transaction, now, attempt_id, "answer", number=number)
     return True
+
+
+@transaction("write")
+def send(transaction: Transaction, question_id: str, sender: str, seconds: float) -> bool:
+    """Take the right to send the answer to an open question by `POST /resume`, which takes up to `seconds`."""
+    now = transaction.lock()
+    where = (Q.answer.is_not(None), Q.sender.is_(None), _is_open())
+    return _set(transaction, question_id, *where, sender=sender, send_deadline=now + seconds)
 
 
 @transaction("write")

@@ -156,7 +156,8 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_sent(here: Command, b
     async def died() -> None:
         store = find_store()
         (question,) = await store.run(questions.questions_of, record.id)
-        await store.run(questions.answer, question.id, {"approve": True}, "Grace", "dead", 0.0)
+        await store.run(questions.answer, question.id, {"approve": True}, "Grace")
+        await store.run(questions.send, question.id, "dead", 0.0)
 
     asyncio.run(died())
     refused = here("reviews", "approve", record.key).error(4)

@@ -206,7 +206,8 @@ async def answered_without_a_reply(attempt: Attempt) -> None:
     """Write a question whose answer was sent, and nobody knows whether it arrived."""
     store = find_store()
     question = await store.run(questions.ask, attempt, 1, marks={}, task="draft")
-    await store.run(questions.answer, question.id, {"approve": True}, "Ada", "sender", 30.0)
+    await store.run(questions.answer, question.id, {"approve": True}, "Ada")
+    await store.run(questions.send, question.id, "sender", 30.0)
     await store.run(questions.uncertain, question.id, "sender")
 
 

@@ -126,7 +126,8 @@ async def test_the_url_is_evidence_of_an_uncertain_kickoff(client: httpx.AsyncCl
 async def test_a_later_round_names_the_run_that_goes_on(client: httpx.AsyncClient, urls: Any, new_attempt: Any):
     attempt, store = await new_attempt("k-0"), find_store()
     question = await store.run(questions.ask, attempt, 1, marks={}, task="draft", text=None)
-    await store.run(questions.answer, question.id, {"approve": True}, "Ada", "sender", 30.0)
+    await store.run(questions.answer, question.id, {"approve": True}, "Ada")
+    assert await store.run(questions.send, question.id, "sender", 30.0)
     for number in (0, 1, 1):
         body = {**BODIES["human_input-first"], "kickoff_id": f"k-{number}", "execution_id": f"k-{number}"}
         await client.post(url_of(urls(attempt, round=number), "human_input"), json=body)

@@ -33,6 +33,7 @@ from prefect_crew.store.questions import (
     not_sent,
     open_questions,
     questions_of,
+    send,
     sent,
 )
 from prefect_crew.store.spending import CostLine, costs
@@ -169,9 +170,10 @@ async def test_a_question_is_asked_once_and_answered_once(store: Store, clock: C
     question = await store.run(ask, attempt, 1, marks={"webhook": "a"}, task="review", text="Good?")
     assert await store.run(ask, attempt, 1, marks={"webhook": "a"}, task="other", text="Bad?") == question
     assert await store.run(open_questions) == [question]
+    assert not await store.run(send, question.id, "me", 30.0)  # nobody has answered
     clock.now += 1
-    assert await store.run(answer, question.id, {"approve": True}, "anna", "me", 30.0)
-    assert not await store.run(answer, question.id, {"approve": False}, "bert", "you", 30.0)
+    assert await store.run(answer, question.id, {"approve": True}, "anna")
+    assert not await store.run(answer, question.id, {"approve": False}, "bert")
     now, stored = await store.run(get_question, question.id)
     assert stored is not None
     assert now == clock.now
@@ -182,15 +184,18 @@ async def test_a_question_is_asked_once_and_answered_once(store: Store, clock: C
     assert (await store.run(get_question, "guess"))[1] is None
 
 
-async def test_an_answer_is_sent_by_its_giver_and_known_as_sent_or_not(store: Store, clock: Clock):
+async def test_an_answer_is_sent_by_one_and_known_as_sent_or_not(store: Store, clock: Clock):
     attempt = await in_flight(store, request())
     question = await store.run(ask, attempt, 1, marks={}, task=None, text=None)
-    assert await store.run(answer, question.id, "yes", "anna", "me", 30.0)
+    await store.run(answer, question.id, "yes", "anna")
+    assert await store.run(send, question.id, "me", 30.0)
+    assert not await store.run(send, question.id, "you", 30.0)
     assert not await store.run(not_sent, question.id, "you")
     assert await store.run(not_sent, question.id, "me")  # the server refused the answer
-    assert await store.run(answer, question.id, "no", "bert", "me", 30.0)
+    assert await store.run(answer, question.id, "no", "bert")
+    assert await store.run(send, question.id, "me", 30.0)
     clock.now += 60
-    assert not await store.run(answer, question.id, "yes", "anna", "you", 30.0)  # it may have been sent
+    assert not await store.run(send, question.id, "you", 30.0)  # it may have been sent
     assert await store.run(sent, question.id)
     assert not await store.run(sent, question.id)
     assert not await store.run(not_sent, question.id, "me")
@@ -217,7 +222,8 @@ async def test_a_question_is_known_by_its_marks(store: Store):
 async def test_a_next_question_says_that_the_answer_before_arrived(store: Store):
     attempt = await in_flight(store, request())
     question = await store.run(ask, attempt, 1, marks={"webhook": "a"})
-    assert await store.run(answer, question.id, {"approve": True}, "anna", "me", 30.0)
+    await store.run(answer, question.id, {"approve": True}, "anna")
+    assert await store.run(send, question.id, "me", 30.0)
     await store.run(ask, attempt, 2, marks={"webhook": "b"})
     assert not await store.run(not_sent, question.id, "me")
     assert (await store.run(questions_of, attempt.id))[0].sent_at is not None
@@ -226,11 +232,12 @@ async def test_a_next_question_says_that_the_answer_before_arrived(store: Store)
 async def test_only_the_last_question_of_a_run_in_flight_is_open(store: Store):
     attempt = await in_flight(store, request(), "id")
     first = await store.run(ask, attempt, 1, marks={}, task=None, text=None)
-    await store.run(answer, first.id, "yes", "anna", "me", 30.0)
+    await store.run(answer, first.id, "yes", "anna")
     second = await store.run(ask, attempt, 2, marks={}, task=None, text=None)
+    assert not await store.run(send, first.id, "me", 30.0)
     assert await store.run(questions_of, attempt.id) == [(await store.run(get_question, first.id))[1], second]
     await store.run(ended, attempt, "id", AttemptState.FAILED)
-    assert not await store.run(answer, second.id, "yes", "anna", "me", 30.0)
+    assert not await store.run(answer, second.id, "yes", "anna")
     assert await store.run(open_questions) == []
 
 

@@ -1,8 +1,8 @@
 """Answers to the questions of runs. Only this module sends answers, and it sends one answer to each question.
 
 A function, the form, a link, a task and the command line turn a question into an answer. `answer_question` writes the
-answer, which gives the right to send it, sends it and writes that. It never repeats `/resume`: a second answer might go
-to the next question.
+answer, takes the right to send it, sends it and writes that. It never repeats `/resume`: a second answer might go to
+the next question.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import asyncio
 import contextlib
 import shlex
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
-
-from pydantic import SecretStr
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.clock import utcnow
@@ -31,6 +29,7 @@ from prefect_crew.exceptions import (
     AlreadyAnsweredError,
     AnswerUncertainError,
     ConfigurationError,
+    CrewAPIError,
     CrewError,
     CrewLostError,
     NotWaitingError,
@@ -65,7 +64,6 @@ from prefect_crew.webhooks import webhooks_for
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
 
-T = TypeVar("T")
 MAX_NAME = 100
 """Characters of the giver's name."""
 MOST_FEEDBACK = 20_000
@@ -77,6 +75,10 @@ SEND_WITHIN = 10.0
 """Seconds for which a cancelled caller waits for the answer to its POST."""
 AT_ONCE = 8
 """Status calls at a time."""
+REFUSALS = (400, 404, 409)
+"""Status codes of `/resume` if the run does not wait, or does not wait for this answer."""
+REFUSALS_OF_FLOWS = (401, 403, 404, 409, 410)
+"""Status codes of a callback URL if its token is used up or invalid."""
 NO_WEBHOOKS = (
     "After this answer run %s sends no webhooks: each answer has to ask for them again, and this process has no "
     "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL. Waits of the run go on polling, and its next question may come without the "
@@ -124,6 +126,12 @@ async def look(
     if last is None or not is_known or (not asks_by_callback and questions.new_facts(last, before, marks, facts)):
         last = await in_store(questions.ask, run.attempt, number, marks=marks, **facts)
         rows = await in_store(questions.questions_of, run.attempt.id)
+    answer: dict[str, Any] = last.answer or {}
+    if state_of(last, now) == "left" and "withheld" in answer:  # nobody else has its text: it is asked once more
+        sender = uuid4().hex
+        if await in_store(questions.send, last.id, sender, 0.0):
+            await in_store(questions.not_sent, last.id, sender)
+            return await look(run, status, after=after, if_approved=if_approved, task_id=task_id)
     is_of_it = FLOW not in last.marks and marks.items() <= last.marks.items()
     task = last.task if FLOW in last.marks else waiting_task(status) or last.task
     return Asked(last, state_of(last, now), rows, task or task_id, judged_output(status) if is_of_it else None, now)
@@ -178,32 +186,22 @@ async def answer_question(
         if own is not None and own.outcome != "intended":
             return _repeat_answer(run, own), own
     asked = await _question_to_answer(run, seen, task_id, round)
-    question = asked.question
-    callback = await read_callback(run.kickoff_id, question) if FLOW in question.marks else None
-    written = review.model_copy(
-        update={
-            "task_id": run.redact_name(asked.task or ""),
-            "round": round_of(question, asked.questions),
-            "by": run.redact(one_line(review.by))[:MAX_NAME],
-            "option": review.option and run.redact(review.option),
-            "feedback": run.redact_text(review.feedback)[:MOST_FEEDBACK] if run.show == "full" else "",
-            "at": utcnow(),
-            "outcome": "sent",
-        }
-    )
-    work = OwnTask()
-    with work.uncut():  # a cancellation waits for the answer to the POST
-        accepted = await work.run(_send(run, asked, review, written, webhooks, callback, call), within=SEND_WITHIN)
-    emit("reviewed", run.attempt, **written.model_dump(include={"task_id", "round", "approve", "by"}))
-    for number in range(looks):
-        await asyncio.sleep(LOOK_AGAIN if number else 0.0)  # at once, since a fast crew soon asks again
-        with contextlib.suppress(CrewError, *PREFECT_ERRORS):
-            state = (await run.session.client.status(run.current_id)).state
-            if state not in (CrewState.WAITING, CrewState.UNKNOWN):
-                await in_store(questions.moved_on, question.id)
-            if state is not CrewState.WAITING:
-                break
-    return accepted, written
+    question, where = asked.question, _where(run, asked)
+    if asked.state == "left":
+        left, answer = await send_left(run, asked), question.answer
+        if left is not None and call is not None and answer.get("call") == call:
+            return _repeat_answer(run, left), left
+    if asked.state != "open":
+        raise _answered(asked, where, run)
+    is_stored = may_store(run) and len(review.feedback) <= MOST_FEEDBACK and not run.redact.hides(review.feedback)
+    stored = {"approve": review.approve, "option": review.option and run.redact(review.option), "call": call}
+    task = asked.task or ""
+    stored |= {"feedback": review.feedback} if is_stored else {"withheld": True}
+    stored |= {"task": task} if run.redact_name(task) == task else {}
+    by = run.redact(one_line(review.by))[:MAX_NAME]
+    if not await in_store(questions.answer, question.id, stored, by):
+        raise AlreadyAnsweredError(f"{where} was answered by somebody else at this moment. Nothing was sent.")
+    return await _send(run, asked, review, webhooks, looks)
 
 
 async def _question_to_answer(
@@ -212,7 +210,7 @@ async def _question_to_answer(
     task_id: str | None,
     round: int | None,  # noqa: A002 - the word of the domain
 ) -> Asked:
-    """Return the open question of a run at this moment, with its task. Raise if it asks none, or another one."""
+    """Return the question that a run asks at this moment, with its task. Raise if it asks none, or another one."""
     status = await read_status(run)
     asked = await look(run, status, after=run.crew.wait.next_round_after, task_id=task_id)
     if asked is None and seen is None:
@@ -235,69 +233,94 @@ async def _question_to_answer(
             f"Run {run.kickoff_id} of crew {run.crew.label} waits, but its status does not name the task. Give it "
             "(task_id=…, --task); the crew's page and the human-input webhook show it."
         )
-    if asked.state == "open":
-        return asked
-    last = reviews_of(asked.questions, asked.now)[-1]
-    if asked.state == "uncertain":
-        raise uncertain_error(run, last)
-    verb = "approved" if last.approve else "rejected"
-    still = ", but the crew's server still shows the same question" if asked.state == "answered" else ""
-    raise AlreadyAnsweredError(
-        f"{where} question {last.round} was already {verb} (by {describe_answer(last)}){still}. Nothing was sent. Look "
-        "again in a moment: prefect-crew reviews ls."
-    )
+    return asked
 
 
 def _where(run: LiveRun, asked: Asked) -> str:
     return f"Run {run.kickoff_id}, task {run.redact_name(asked.task or '')},"
 
 
+async def send_left(run: LiveRun, asked: Asked) -> Review | None:
+    """Send an answer that its giver left behind, as a process that died. Return it, None if somebody else sends it."""
+    answer = asked.question.answer
+    review = Review(
+        approve=answer["approve"],
+        feedback=answer.get("feedback") or "",
+        option=answer.get("option"),
+        by=asked.question.answered_by or "",
+    )
+    with contextlib.suppress(AlreadyAnsweredError):
+        return (await _send(run, asked, review, None, 0))[1]
+    return None
+
+
 async def _send(
-    run: LiveRun,
-    asked: Asked,
-    review: Review,
-    written: Review,
-    webhooks: Webhooks | None,
-    callback: SecretStr | None,
-    call: str | None,
-) -> ResumeAnswer:
-    """Write an answer, which gives the right to send it, send it, and write the outcome. Only this function does."""
+    run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None, looks: int
+) -> tuple[ResumeAnswer, Review]:
+    """Take the right to send an answer on record, send it, and write the outcome. Only this function sends answers."""
     question, sender = asked.question, uuid4().hex
-    stored = {**written.model_dump(include={"approve", "option"}), "task": written.task_id, "call": call}
-    if may_store(run):
-        stored["feedback"] = written.feedback
     seconds = POST_DEADLINE * max(run.crew.request_timeout, 30.0) + SEND_WITHIN
-    if not await in_store(questions.answer, question.id, stored, written.by, sender, seconds):
-        raise AlreadyAnsweredError(
-            f"{_where(run, asked)} was answered by somebody else at this moment. Nothing was sent."
-        )
+    if not await in_store(questions.send, question.id, sender, seconds):
+        raise AlreadyAnsweredError(f"Somebody else sends the answer to run {run.kickoff_id}. This call sent nothing.")
+    work = OwnTask()
+    with work.uncut():  # a cancellation waits for the answer to the POST
+        accepted = await work.run(_post(run, asked, review, sender, webhooks), within=SEND_WITHIN)
+    written = _written(run, asked, review, "sent")
+    if run.attempt is not None:
+        facts = written.model_dump(include={"task_id", "round", "approve", "by"})
+        emit("reviewed", run.attempt, **facts)
+    for number in range(looks):
+        await asyncio.sleep(LOOK_AGAIN if number else 0.0)  # at once, since a fast crew soon asks again
+        with contextlib.suppress(CrewError, *PREFECT_ERRORS):
+            state = (await run.session.client.status(run.current_id)).state
+            if state is not CrewState.WAITING:
+                if state is not CrewState.UNKNOWN:
+                    await in_store(questions.moved_on, question.id)
+                break
+    return accepted, written
+
+
+async def _post(run: LiveRun, asked: Asked, review: Review, sender: str, webhooks: Webhooks | None) -> ResumeAnswer:
+    question = asked.question
     try:
-        if callback is None:
-            accepted = await _resume(run, asked, review, webhooks)
-        else:
-            options = tuple(question.options or ())
-            of_flow = FlowQuestion(kickoff_id=run.kickoff_id, callback_url=callback, options=options)
-            accepted = await post_answer(of_flow, review, allow_http=run.crew.allow_http)
+        accepted = await _deliver(run, asked, review, webhooks)
     except BaseException as error:
-        is_uncertain = kickoff_fate(error) is KickoffFate.UNCERTAIN
-        await _note(run, in_store(questions.uncertain if is_uncertain else questions.not_sent, question.id, sender))
-        if is_uncertain and isinstance(error, CrewError):
-            raise uncertain_error(run, written.model_copy(update={"outcome": "uncertain"})) from error
+        if kickoff_fate(error) is KickoffFate.UNCERTAIN:
+            await _note(run, in_store(questions.uncertain, question.id, sender))
+            if isinstance(error, CrewError):
+                raise uncertain_error(run, _written(run, asked, review, "uncertain")) from error
+        else:
+            await _note(run, in_store(questions.not_sent, question.id, sender))
+            if isinstance(error, CrewAPIError) and is_refusal(question, error):
+                await forget_callback(question)
         raise
-    if callback is None and accepted.kickoff_id not in (None, run.current_id) and run.attempt is not None:
-        started = await _note(run, in_store(attempts.continued, run.attempt, accepted.kickoff_id))
-        goes_on_as(run, (started and started.attempt) or run.attempt)
+    new_id = accepted.kickoff_id if FLOW not in question.marks else None
+    if new_id not in (None, run.current_id) and run.attempt is not None:
+        await _note(run, _continue(run, run.attempt, str(new_id)))
     await _note(run, in_store(questions.sent, question.id))
     await forget_callback(question)
     return accepted
 
 
-async def _resume(run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None) -> ResumeAnswer:
-    attempt = run.attempt
+async def _continue(run: LiveRun, attempt: Attempt, new_id: str) -> None:
+    started = await in_store(attempts.continued, attempt, new_id)
+    goes_on_as(run, started.attempt or attempt)
+
+
+async def _deliver(run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None) -> ResumeAnswer:
+    """Send an answer once: to the callback URL of a Flow's question, else to `/resume`."""
+    question, attempt = asked.question, run.attempt
+    if FLOW in question.marks:
+        of_flow = FlowQuestion(
+            kickoff_id=run.kickoff_id,
+            callback_url=await read_callback(run.kickoff_id, question),
+            options=tuple(question.options or ()),
+        )
+        return await post_answer(of_flow, review, allow_http=run.crew.allow_http)
     if webhooks is None and attempt is not None and attempt.has_webhooks:
         # Without the request, this process does not know the policy of the run.
         wait = WaitPolicy(timeout=None, human_timeout=None) if run.request is None else run.request.options.wait
-        webhooks = webhooks_for(run.crew, attempt, round=asked.question.number, wait=wait)
+        webhooks = webhooks_for(run.crew, attempt, round=question.number, wait=wait)
         if webhooks is None:
             run_logger().warning(NO_WEBHOOKS, run.kickoff_id)
     if webhooks is None and run.request is not None:
@@ -309,13 +332,26 @@ async def _resume(run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks
     )
 
 
-async def _note(run: LiveRun, writing: Awaitable[T]) -> T | None:
+def _written(run: LiveRun, asked: Asked, review: Review, outcome: Literal["sent", "uncertain"]) -> Review:
+    """Return an answer as it is on record."""
+    number = round_of(asked.question, asked.questions)
+    facts: dict[str, Any] = {"task_id": run.redact_name(asked.task or ""), "round": number, "outcome": outcome}
+    facts |= {"by": run.redact(one_line(review.by))[:MAX_NAME], "option": review.option and run.redact(review.option)}
+    feedback = run.redact_text(review.feedback) if run.show == "full" else ""
+    return review.model_copy(update={**facts, "feedback": feedback, "at": utcnow()})
+
+
+def is_refusal(question: Question, error: CrewAPIError) -> bool:
+    """Return whether an error means that the question takes no answer: it has one, or the run does not wait."""
+    return error.status_code in (REFUSALS_OF_FLOWS if FLOW in question.marks else REFUSALS)
+
+
+async def _note(run: LiveRun, writing: Awaitable[Any]) -> None:
     """Await a write of an answer's outcome, and log its error, which does not change whether the answer was sent."""
     try:
-        return await writing
+        await writing
     except (*PREFECT_ERRORS, CrewError) as error:
         run_logger().warning("The outcome of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
-        return None
 
 
 def uncertain_error(run: LiveRun, last: Review) -> CrewError:
@@ -326,6 +362,19 @@ def uncertain_error(run: LiveRun, last: Review) -> CrewError:
         "the run still waits, answer on that page. If it goes on under another id, run: prefect-crew runs resolve "
         f"{shlex.quote(run.idempotency_key or run.kickoff_id)} --kickoff-id ID. Then wait for the run again under the "
         "same key."
+    )
+
+
+def _answered(asked: Asked, where: str, run: LiveRun) -> CrewError:
+    """Return the error of an answer to a question that has one."""
+    last = reviews_of(asked.questions, asked.now)[-1]
+    if asked.state == "uncertain":
+        return uncertain_error(run, last)
+    verb = "approved" if last.approve else "rejected"
+    still = ", but the crew's server still shows the same question" if asked.state == "answered" else ""
+    return AlreadyAnsweredError(
+        f"{where} question {last.round} was already {verb} (by {describe_answer(last)}){still}. Nothing was sent. Look "
+        "again in a moment: prefect-crew reviews ls."
     )
 
 

@@ -22,6 +22,10 @@ ReviewChoice = ReviewFunction | Literal["form"]
 """The source of answers to the questions of a run: a function, or a person in Prefect's input form."""
 MOST_TEXT = 200_000
 """Characters of a text to judge. A longer one is not stored: nobody can judge a part of it."""
+LEFT_AFTER = 5.0
+"""Seconds after which an answer without a sender was left behind: its giver sends it at once."""
+WITHHELD_FOR = 60.0
+"""The same for an answer whose text is not stored, so that nobody else can send it."""
 
 
 def waiting_task(status: CrewStatus) -> str | None:
@@ -56,16 +60,19 @@ def marks_of(status: CrewStatus) -> Marks:
     return {name: digest(fact) for name, fact in facts.items() if fact is not None}
 
 
-State = Literal["open", "answering", "answered", "uncertain"]
+State = Literal["open", "left", "answering", "answered", "uncertain"]
 
 
 def state_of(question: Question, now: float) -> State:
-    """Return how far a question is: without an answer; with one that is being sent; answered; or uncertain: nobody
-    knows whether the answer arrived."""
+    """Return how far a question is: without an answer; with one that its giver left behind, or sends now; answered; or
+    uncertain, since nobody knows whether the answer arrived."""
     if question.answer is None:
         return "open"
     if question.sent_at is not None:
         return "answered"
+    if question.sender is None:
+        pause = WITHHELD_FOR if "withheld" in question.answer else LEFT_AFTER
+        return "left" if now > (question.answered_at or now) + pause else "answering"
     return "uncertain" if now >= (question.send_deadline or now) else "answering"
 
 

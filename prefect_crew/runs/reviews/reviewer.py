@@ -23,7 +23,13 @@ from prefect_crew.exceptions import (
     StoreError,
 )
 from prefect_crew.runs.news import Subscription
-from prefect_crew.runs.reviews.answer import answer_question, look, uncertain_error
+from prefect_crew.runs.reviews.answer import (
+    answer_question,
+    is_refusal,
+    look,
+    send_left,
+    uncertain_error,
+)
 from prefect_crew.runs.reviews.form import Form, masked_options
 from prefect_crew.runs.reviews.links import notify_people
 from prefect_crew.runs.reviews.questions import (
@@ -48,8 +54,8 @@ NOBODY = "nobody, in time"
 """The giver of a rejection by `on_human_timeout`."""
 GOES_ON_WITHIN = 20.0
 """Seconds for the crew to continue after an answer that came as people's time ended."""
-REFUSALS = (400, 404, 409)
-"""Status codes of `/resume` if the run does not wait for this answer."""
+REQUEST_WITHIN = 60.0
+"""Seconds within which the question of a Flow may arrive after `/resume` has refused an answer to it."""
 OUTPUT_WITHIN = 5.0
 """Seconds for which a question without an output waits for the output that its webhook brings."""
 STOP_WITHIN = 5.0
@@ -93,7 +99,7 @@ class People:
         self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
         self._notifying: asyncio.Task[None] | None = None
         self._held_until: float | None = None  # a question without an output waits until then; monotonic
-        self._has_extra_time = self._has_warned = False
+        self._has_extra_time = self._has_warned = self._was_refused = False
         self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
 
     # The open question
@@ -141,10 +147,13 @@ class People:
 
     def _is_held(self, asked: Asked) -> bool:
         """Return whether to wait some seconds for the webhook with the output, or with a Flow's question."""
-        is_full = asked.shown is not None or asked.question.text is not None
-        comes_later = (self.run.has_webhooks and not is_full) or CrewSettings().review_secret is not None
-        if asked.state != "open" or FLOW in asked.question.marks or not comes_later:
+        is_full = asked.shown is not None or asked.question.text is not None or FLOW in asked.question.marks
+        has_webhook = self.run.has_webhooks and not is_full
+        if asked.state != "open" or not (has_webhook or self._was_refused or CrewSettings().review_secret):
             self._held_until = None
+            return False
+        if FLOW in asked.question.marks:
+            self._held_until, self._was_refused = None, False
             return False
         if self._held_until is None:
             self._held_until = time.monotonic() + OUTPUT_WITHIN
@@ -217,16 +226,19 @@ class People:
     # Answers
 
     async def answer(self) -> bool:
-        """Send an answer of the function or the form to the open question. Return whether one was sent.
+        """Send the answer of the function or the form to the open question, if there is one; or an answer that its
+        giver left behind. Return whether one was sent.
 
         Raises:
             CrewError: The function failed, or the answer could not be sent. A submitted form stays for the next
                 attempt.
         """
-        question = self.question
-        if self._function is None and self._form is None:
-            return False
+        asked, question = self._asked, self.question
         try:
+            if asked is not None and asked.state == "left":
+                return await send_left(self.run, asked) is not None
+            if self._function is None and self._form is None:
+                return False
             if question is not None and (unsure := self._unsure) is not None:
                 raise uncertain_error(self.run, unsure)
             if self._form is not None:
@@ -286,14 +298,15 @@ class People:
 
     async def _send(self, question: ReviewRequest, review: Review) -> bool:
         """Send an answer to a question. Return False if the question takes no answer now: the next status shows why."""
-        run = self.run
+        run, asked = self.run, self._asked
         if self._form is not None:
             await self._form.take_down()
         try:
             _, answer = await answer_question(run, review, seen=question, looks=0)
         except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
-            # With a form, a person sees the question before the next answer.
-            if isinstance(error, CrewAPIError) and (self._form is None or error.status_code not in REFUSALS):
+            if isinstance(error, CrewAPIError) and not (
+                asked and is_refusal(asked.question, error) and self._waits_on()
+            ):
                 raise
             run_logger().warning(
                 "Crew run %s: the answer of %s was not sent: %s", run.kickoff_id, review.by, run.redact(str(error))
@@ -310,6 +323,19 @@ class People:
             "Crew run %s: task %s, question %d: %s by %s.",
             *(run.kickoff_id, answer.task_id, answer.round, verdict, answer.by),
         )
+        return True
+
+    def _waits_on(self) -> bool:
+        """Return whether to look for the open question again after the server has refused an answer.
+
+        With a form, a person sees the question before the next answer. A Flow takes its answer at another URL, and the
+        webhook with its question may be on its way.
+        """
+        if self._form is not None:
+            return True
+        if CrewSettings().review_secret is None or self._was_refused:
+            return False
+        self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
         return True
 
     async def _drop_answer(self) -> None:

@@ -17,9 +17,10 @@ from prefect_crew._internal.clock import utcnow
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.database import in_store
+from prefect_crew.runs.reviews import questions as questions_module
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.run import LiveRun
-from prefect_crew.store import attempts
+from prefect_crew.store import attempts, questions
 from prefect_crew.tasks import kickoff_crew, resume_crew, wait_for_crew
 from prefect_crew.testing import CrewServerFactory
 from prefect_crew.webhooks import read_token
@@ -27,6 +28,7 @@ from support.asking import AskingServer, judging
 from support.flow_runs import acall_in_flow
 from support.links import answers_of
 from support.scripts import script
+from support.waiting import until
 from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -201,3 +203,22 @@ async def test_the_log_says_where_the_output_is(crew_server: Any, key: str, is_s
     assert (f"Look at the crew's page: {PAGE}" in said) is not is_shown
     assert ("See what is to be judged: prefect-crew reviews inspect" in said) is is_shown
     assert f"--crew {server.url}" in said, "the crew is not a stored block"
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+async def test_an_answer_that_was_left_behind_is_sent_or_asked_for_again(
+    is_stored: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its giver died before `/resume`. Where its text is not stored, nobody else can send it."""
+    monkeypatch.setattr(questions_module, "LEFT_AFTER", 0.3)
+    monkeypatch.setattr(questions_module, "WITHHELD_FOR", 0.3)
+    async with asking() as (server, crew):
+        waiting = asyncio.create_task(run_of(crew))
+        opened = await until(lambda: in_store(questions.open_questions), "the question")
+        left = {"feedback": "Good."} if is_stored else {"withheld": True}
+        assert await in_store(questions.answer, opened[0].id, {"approve": True, **left}, "Ada")
+        if not is_stored:
+            await until(lambda: in_store(questions.open_questions), "the question is open again")
+            await approve(crew, None, "Better.")
+        assert await waiting == "done"
+        assert [sent["human_feedback"] for sent in server.resumes] == ["Good." if is_stored else "Better."]

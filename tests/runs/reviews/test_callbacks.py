@@ -1,5 +1,6 @@
 """Review by callback: a Flow asks by a signed webhook, and takes its answer once at the callback URL. All over HTTP."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -13,12 +14,13 @@ import httpx
 import pytest
 from prefect.blocks.system import Secret
 from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._callbacks import FlowQuestion, parse_question
 from prefect_crew.devserver import CrewServer, ReviewWebhook
-from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 from prefect_crew.receiver import app
 from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.database import in_store
@@ -30,6 +32,7 @@ from prefect_crew.runs.reviews.questions import digest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.questions import FLOW, Question
+from support.asking import judging
 from support.flow_runs import acall_in_flow
 from support.links import answers_of
 from support.scripts import script
@@ -74,6 +77,39 @@ async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: st
     assert [(one.outcome, one.option) for one in given] == [("sent", OPTIONS[1]), ("sent", OPTIONS[0])]
     (attempt,) = await in_store(attempts.of_key, key)
     assert not [each for each in await in_store(questions.questions_of, attempt.id) if await has_url(each)]
+
+
+@pytest.mark.parametrize("comes", [True, False])
+async def test_a_refused_resume_waits_once(
+    comes: bool, prefect_api: Any, instant_polling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it does not come, the function is not asked for hours, at each look or minute."""
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", REVIEW_SECRET)
+    monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)
+    monkeypatch.setattr(reviewer, "REQUEST_WITHIN", 60.0 if comes else 0.2)
+    receiver, may_come, asked = create_receiver(SECRET), asyncio.Event(), list[ReviewRequest]()
+
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == "/requests":
+            await may_come.wait()
+        await receiver(scope, receive, send)
+
+    async with served(late) as url, asyncio.timeout(60):
+        hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
+        with unseen(CrewServer(SCRIPT, review_webhook=hook)) as server:
+            running = asyncio.create_task(run_with(server, judging(asked)))
+            await until(lambda: server.requests["resume"], "the first answer is refused")
+            if not comes:
+                with pytest.raises(CrewAPIError, match="/resume answered 4"):
+                    await running
+                assert server.requests["resume"] == 2
+            else:
+                await asyncio.sleep(0.5)  # it is asked no second time meanwhile
+                assert [one.options for one in asked] == [()]
+                may_come.set()
+                assert await running == "Draft. "
+            may_come.set()
+    assert [one.options for one in asked] == [(), OPTIONS if comes else ()]
 
 
 async def kept(kickoff_id: str) -> Question | None:
@@ -147,7 +183,7 @@ async def test_the_url_for_an_answer_goes_with_the_run_that_ended_while_nobody_w
         kickoff_id = await _kicked_off(server.crew(), key)
         question = await kept(kickoff_id)
         assert question is not None
-        await until(lambda: has_url(question), "its URL, a moment after it")
+        assert await has_url(question)
         async with httpx.AsyncClient(trust_env=False) as client:
             await client.post(await callback_of(kickoff_id), json={"feedback": "approve"})
         await until(lambda: server.run(kickoff_id).state.ended, "the end")
