@@ -54,7 +54,7 @@ BOTH = ("documented", "live")
 RESOLVE = ("{key}", "prefect-crew runs resolve")
 UNCERTAIN = Call(KickoffUncertainError, run=None, says=RESOLVE)
 REFUSED = Call(CrewAPIError, run=None)
-CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}", "the inputs 'text'"))
+CONFLICT = Call(IdempotencyConflictError, run=None, text="coffee", says=("{key}", "other values of 'text'"))
 FAILED = Call(CrewFailedError, says=("{run1}", "the search engine is down"))
 SHORT = {"wait": {"timeout": 0.5}}
 LATE = Call(CrewTimeoutError, options=SHORT, says=("{key}", "{run1}"))
