@@ -40,14 +40,6 @@ def keys_to_prune(transaction: Transaction, before: float) -> list[str]:
     return [*transaction.connection.scalars(_old_keys(before).limit(PIECE))]
 
 
-@transaction("read")
-def count_old(transaction: Transaction, before: float) -> tuple[int, int]:
-    """Return the number of attempts and of batches that pruning would delete."""
-    runs = sa.select(sa.func.count()).select_from(attempts).where(A.key.in_(_old_keys(before)))
-    going = sa.select(sa.func.count()).select_from(batches).where(*_is_old_batch(before))
-    return transaction.connection.scalar(runs) or 0, transaction.connection.scalar(going) or 0
-
-
 @transaction("write")
 def prune_keys(transaction: Transaction, keys: list[str], before: float) -> int:
     """Delete the attempts of keys, with their results and questions. A key that has changed since stays. Return the

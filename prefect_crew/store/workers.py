@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import sqlalchemy as sa
 
 from prefect_crew.store.database import Transaction, transaction
@@ -12,17 +10,6 @@ from prefect_crew.store.schema import held, workers
 W = workers.c
 DEAD_AFTER = 3
 """Heartbeats without a sign of life after which others take a worker's flow runs over: 90 s with Prefect's 30 s."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Worker:
-    """One start of a worker, and the number of flow runs that it holds. `boot` is its nonce."""
-
-    boot: str
-    name: str
-    host: str
-    is_dead: bool
-    flow_runs: int
 
 
 def _has_successor() -> sa.ColumnElement[bool]:
@@ -98,14 +85,3 @@ def holder(transaction: Transaction, flow_run_id: str) -> str | None:
 
 def _holder(transaction: Transaction, flow_run_id: str) -> str | None:
     return transaction.connection.scalar(sa.select(held.c.boot).where(held.c.flow_run_id == flow_run_id))
-
-
-@transaction("read")
-def workers_of(transaction: Transaction, pool: str) -> list[Worker]:
-    """Return the workers of a pool that live, or hold flow runs."""
-    is_dead = sa.or_(W.dead_at <= transaction.now(), _has_successor())
-    count = sa.select(sa.func.count()).where(held.c.boot == W.boot).scalar_subquery()
-    query = sa.select(W.boot, W.name, W.host, is_dead.label("is_dead"), count.label("flow_runs"))
-    rows = transaction.connection.execute(query.where(W.pool == pool).order_by(W.name, W.begun_at)).mappings()
-    found = [Worker(**row) for row in rows]
-    return [worker for worker in found if worker.flow_runs or not worker.is_dead]

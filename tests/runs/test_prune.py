@@ -1,4 +1,4 @@
-"""Pruning: what ended long ago goes, by hand or in passing, and what is open stays."""
+"""Pruning: what ended long ago goes in passing, and what is younger stays."""
 
 from datetime import timedelta
 
@@ -22,24 +22,14 @@ async def ended(days: float) -> str:
     return (await aput(new_attempt(state=AttemptState.COMPLETED, begun_at=at, ended_at=at))).key
 
 
-async def test_what_ended_long_ago_goes(monkeypatch: pytest.MonkeyPatch):
-    old, young = [await ended(days) for days in (31, 29)]
-    assert (await pruning.prune(dry_run=True)).runs == 1
-    with monkeypatch.context() as patch:
-        patch.setenv("PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS", "60")
-        assert (await pruning.prune()).runs == 0, "the setting says longer"
-    assert (await pruning.prune(older_than=timedelta(days=32))).runs == 0
-    assert (await pruning.prune()).runs == 1
-    assert not await in_store(of_key, old)
-    assert await in_store(of_key, young)
-    assert (await pruning.prune(older_than=timedelta(0))).runs == 1
-
-
 async def test_a_process_that_ends_runs_prunes_in_passing(scripted_crew: CrewServer, monkeypatch: pytest.MonkeyPatch):
-    old = await ended(31)
-    monkeypatch.setattr(pruning, "_next_look", 0.0)
-    await arun_crew(scripted_crew.crew(), {"text": "a"}, idempotency_key="new")
-    assert not await in_store(of_key, old)
+    old, young = [await ended(days) for days in (31, 29)]
+    for keep, key, is_kept in ((60, "long", True), (30, "new", False)):
+        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_KEEP_RECORDS_DAYS", str(keep))
+        monkeypatch.setattr(pruning, "_next_look", 0.0)
+        await arun_crew(scripted_crew.crew(), {"text": "a"}, idempotency_key=key)
+        assert bool(await in_store(of_key, old)) is is_kept
+    assert await in_store(of_key, young)
     later = await ended(31)
     await arun_crew(scripted_crew.crew(), {"text": "b"}, idempotency_key="newer")
     await arun_crew(scripted_crew.crew(), {"text": "b"}, idempotency_key="newest")
