@@ -286,6 +286,7 @@ def test_a_rolling_restart_under_load(cluster: Cluster, notes: list[str]):
         took.append(time.monotonic() - start)
         assert "flow runs go back to the pool" in worker.process.output
         assert "flow runs that did not end" not in worker.process.output
+        assert name not in {holder for holder, _ in cluster.pool.holders().values()}, "all went back to the pool"
         cluster.start_worker(name)
     cluster.seconds_until_all_ended(300)
     ends = cluster.check()
