@@ -183,7 +183,7 @@ async def test_the_url_for_an_answer_goes_with_the_run_that_ended_while_nobody_w
         kickoff_id = await _kicked_off(server.crew(), key)
         question = await kept(kickoff_id)
         assert question is not None
-        assert await has_url(question)
+        await until(lambda: has_url(question), "the URL, which the receiver stores a moment after the question")
         async with httpx.AsyncClient(trust_env=False) as client:
             await client.post(await callback_of(kickoff_id), json={"feedback": "approve"})
         await until(lambda: server.run(kickoff_id).state.ended, "the end")
