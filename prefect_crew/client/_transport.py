@@ -23,7 +23,7 @@ import anyio
 import httpx
 from pydantic import SecretStr
 
-from prefect_crew._internal.httpx_connections import has_unread_bytes
+from prefect_crew._internal.httpx_connections import is_usable, open_connection
 from prefect_crew.client._retry_safety import POST_DEADLINE
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
@@ -196,14 +196,14 @@ class _Server:
 
     def __init__(self, origin: httpx.URL) -> None:
         self.users = 0
-        self._proxy = _proxy_for(origin)
+        self._origin, self._proxy = origin, _proxy_for(origin)
+        self._open()  # a proxy that cannot be used is an error of the client, not of its first request
         # The one used last at the end, each with the time at which its last answer was read.
-        self._idle = deque([(time.monotonic(), self._open())])
+        self._idle = deque[tuple[float, httpx.AsyncHTTPTransport]]()
 
     def _open(self) -> httpx.AsyncHTTPTransport:
-        limits = httpx.Limits(max_connections=1, keepalive_expiry=POLL_KEEPALIVE)
         try:
-            return httpx.AsyncHTTPTransport(verify=tls_context(), limits=limits, proxy=self._proxy)
+            return open_connection(self._origin, tls_context(), self._proxy)
         except (ValueError, ImportError) as error:  # an unknown scheme, or SOCKS without its package
             raise ConfigurationError(f"The proxy cannot be used: {type(error).__name__}. Check its URL.") from None
         except OSError as error:  # the files of SSL_CERT_FILE or SSL_CERT_DIR
@@ -212,26 +212,33 @@ class _Server:
     @contextlib.asynccontextmanager
     async def connection(self, keepalive: float) -> AsyncGenerator[httpx.AsyncHTTPTransport]:
         """Lend the connection used last, or a new one if that one was idle for longer than `keepalive` seconds."""
-        is_fresh = self._idle and time.monotonic() - self._idle[-1][0] < keepalive
-        connection = self._idle.pop()[1] if is_fresh else self._open()
+        connection = None
+        if self._idle and time.monotonic() - self._idle[-1][0] < keepalive:
+            connection = self._idle.pop()[1]
+            if not is_usable(connection):
+                await _close(connection)
+                connection = None
+        connection = connection or self._open()
         try:
             yield connection
         except BaseException:
-            await connection.aclose()
+            await _close(connection)
             raise
-        if has_unread_bytes(connection):
-            await connection.aclose()
-        else:
-            self._idle.append((time.monotonic(), connection))
+        self._idle.append((time.monotonic(), connection))
         while self._idle and (len(self._idle) > KEPT or time.monotonic() - self._idle[0][0] > POLL_KEEPALIVE):
-            await self._idle.popleft()[1].aclose()
+            await _close(self._idle.popleft()[1])
         if not self.users:  # all clients were closed while the request was under way
             await self.aclose()
 
     async def aclose(self) -> None:
         """Close the idle connections, one after the other: a cancellation would end tasks before they begin."""
         while self._idle:
-            await self._idle.pop()[1].aclose()
+            await _close(self._idle.pop()[1])
+
+
+async def _close(connection: httpx.AsyncHTTPTransport) -> None:
+    with anyio.CancelScope(shield=True):
+        await connection.aclose()
 
 
 _shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[str, bytes], _Server]] = (

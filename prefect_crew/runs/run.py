@@ -434,9 +434,9 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
     if ended.human_since is not None or ended.human_seconds:  # most runs never ask
         await forget_callbacks(ended)
     end_run(ended)
-    emit(
-        str(status.state), ended, once=True, state=str(status.state), error=error, execution_time=status.execution_time
-    )
+    if ended.batch is None or status.state is not CrewState.COMPLETED:  # thousands of rows complete
+        facts = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
+        emit(str(status.state), ended, once=True, **facts)
     await prune_in_passing()
     return True
 

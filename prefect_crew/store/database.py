@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -46,7 +46,7 @@ LOCK_WITHIN = 20.0
 IDLE = 10.0
 """Seconds after which an unused connection is closed: hundreds of containers may share one PostgreSQL."""
 GROUP = 100
-"""Transactions of one process that SQLite commits together."""
+"""Transactions of one process that are committed together, at most."""
 THREADS = 4
 """Of PostgreSQL: so many for `begin`, which may wait for locks, and so many for all else."""
 CLOSE_WITHIN = 5.0
@@ -191,17 +191,48 @@ def mount_kind(path: str, mountinfo: str) -> str:
 
 @dataclass(eq=False)
 class _Job:
+    """A function of the store and its caller's future. Whoever acquires `turn` first, thread or caller, decides whether
+    the function runs."""
+
     work: Callable[[Transaction], Any]
     operation: str
     started: Started
-    done: Future[Any] = field(default_factory=Future[Any])
+    future: asyncio.Future[Any]
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, value: Any, error: Exception | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
+            self.future.set_result(value)
+        else:
+            self.future.set_exception(error)
+            self.future.exception()  # nobody may ask for it
+
+
+_Answer = tuple[_Job, Any, Exception | None]
+
+
+def _tell(answers: Sequence[_Answer]) -> None:
+    """Give callers their answers, with one call for each of their event loops."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Answer]] = {}
+    for answer in answers:
+        loops.setdefault(answer[0].future.get_loop(), []).append(answer)
+
+    def tell(own: Sequence[_Answer]) -> None:
+        for job, value, error in own:
+            job.answer(value, error)
+
+    for loop, own in loops.items():
+        with suppress(RuntimeError):  # the loop was closed, and its callers are gone
+            loop.call_soon_threadsafe(tell, own)
 
 
 class _Lane:
     """A queue of jobs and the threads that take them, up to `most` and begun as they are needed."""
 
-    def __init__(self, serve: Callable[[_Lane], None], *, most: int, group: int = 1, writes: bool = True) -> None:
-        self.serve, self.most, self.group, self.writes = serve, most, group, writes
+    def __init__(self, serve: Callable[[_Lane], None], *, most: int, writes: bool = True) -> None:
+        self.serve, self.most, self.writes = serve, most, writes
         self.threads: list[threading.Thread] = []
         self._jobs = deque[_Job]()
         self._waiting = 0
@@ -220,14 +251,14 @@ class _Lane:
                 thread.start()
 
     def take(self, timeout: float | None) -> list[_Job] | None:
-        """Wait for jobs and return up to `group` of them, none after the timeout, None once the lane is closed."""
+        """Wait for jobs and return up to `GROUP` of them, none after the timeout, None once the lane is closed."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: self._jobs or self._is_closed, timeout)
             self._waiting -= 1
             if not self._jobs and self._is_closed:
                 return None
-            return [self._jobs.popleft() for _ in range(min(self.group, len(self._jobs)))]
+            return [self._jobs.popleft() for _ in range(min(GROUP, len(self._jobs)))]
 
     def close(self) -> None:
         with self._changed:
@@ -268,20 +299,18 @@ class Store:
             StoreError: The database cannot be used. Of a lost answer to a commit nobody knows whether it happened.
         """
         lane, started = work.__dict__["crew_store"]
-        job = _Job(lambda transaction: work(transaction, *args, **kwargs), work.__name__, started)
+        future = asyncio.get_running_loop().create_future()
+        job = _Job(lambda transaction: work(transaction, *args, **kwargs), work.__name__, started, future)
         with self._lock:
             if self._lanes is None:
                 self._lanes = self._create_lanes()
             self._lanes[lane].put(job)
-        future = asyncio.wrap_future(job.done)
-        future.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody may ask for it
         try:
-            await asyncio.wait([future])
+            return await asyncio.shield(future)
         except asyncio.CancelledError:
-            if not job.done.cancel():
+            if not job.turn.acquire(blocking=False):
                 await asyncio.wait([future])
             raise
-        return future.result()
 
     async def registration(self) -> Registration:
         """Return the value that names this store for a Prefect server. Raises StoreError."""
@@ -324,7 +353,7 @@ class Store:
             other = _Lane(self._serve, most=THREADS)
             return {"begin": _Lane(self._serve, most=THREADS), "write": other, "read": other}
         # Two writers of one process would only wait for each other.
-        writer = _Lane(self._serve, most=1, group=GROUP)
+        writer = _Lane(self._serve, most=1)
         return {"begin": writer, "write": writer, "read": _Lane(self._serve, most=1, writes=False)}
 
     def _serve(self, lane: _Lane) -> None:
@@ -332,14 +361,8 @@ class Store:
         while (jobs := lane.take(None if connection is None else IDLE)) is not None:
             if not jobs:
                 connection = _closed(connection)
-            elif jobs := [job for job in jobs if job.done.set_running_or_notify_cancel()]:
-                try:
-                    connection = self._do(jobs, connection, lane)
-                except BaseException as error:  # noqa: BLE001  a caller whose job nobody answers waits for ever
-                    connection = _closed(connection)
-                    for job in jobs:
-                        if not job.done.done():
-                            job.done.set_exception(error)
+            elif jobs := [job for job in jobs if job.turn.acquire(blocking=False)]:
+                connection = self._do(jobs, connection, lane)
         _closed(connection)
 
     def _do(
@@ -350,47 +373,20 @@ class Store:
         try:
             connection = self._connect(lane) if connection is None else connection
             self._check_file()
-            answers = self._transact(connection, jobs)
-        except (DBAPIError, OSError, StoreError) as error:
+            with connection.begin():
+                values = [job.work(Transaction(connection, self._clock)) for job in jobs]
+        except BaseException as error:  # noqa: BLE001  a caller whose job nobody answers waits for ever
             _closed(connection)
             if may_repeat and (_is_conflict(error) or (may_be_old and _is_gone(error))):
                 return self._do(jobs, None, lane, may_repeat=False)
-            if len(jobs) > 1 and isinstance(error, DBAPIError) and not _is_busy(error):
-                for job in jobs:  # one of them is at fault
+            if len(jobs) > 1 and not _is_busy(error):
+                for job in jobs:  # one of them is at fault; the others have not happened
                     _closed(self._do([job], None, lane))
                 return None
-            for job in jobs:
-                job.done.set_exception(self._error(error, job))
+            _tell([(job, None, self._error(error, job)) for job in jobs])
             return None
-        for job, (value, error) in zip(jobs, answers, strict=True):
-            if error is None:
-                job.done.set_result(value)
-            else:
-                job.done.set_exception(error)
+        _tell([(job, value, None) for job, value in zip(jobs, values, strict=True)])
         return connection
-
-    def _transact(self, connection: sa.Connection, jobs: Sequence[_Job]) -> list[tuple[Any, Exception | None]]:
-        """Return the value or the exception of each job, after the commit. Raises DBAPIError: nothing was committed,
-        unless the answer to the commit itself was lost."""
-        answers: list[tuple[Any, Exception | None]] = []
-        driver: Any = connection.connection.driver_connection
-        with connection.begin() as whole:
-            for job in jobs:
-                if len(jobs) > 1:
-                    driver.execute("SAVEPOINT job").close()
-                try:
-                    answers.append((job.work(Transaction(connection, self._clock)), None))
-                except DBAPIError:
-                    raise  # SQLite may have rolled back the whole transaction
-                except Exception as error:  # noqa: BLE001  of this job alone
-                    answers.append((None, error))
-                    if len(jobs) == 1:
-                        whole.rollback()
-                        return answers
-                    driver.execute("ROLLBACK TO job").close()
-                if len(jobs) > 1:
-                    driver.execute("RELEASE job").close()
-        return answers
 
     # Opening
 
@@ -482,7 +478,9 @@ class Store:
     def _refuse(self, problem: str) -> NoReturn:
         raise StoreError(problem, operation="open", started="no")
 
-    def _error(self, error: Exception, job: _Job) -> StoreError:
+    def _error(self, error: BaseException, job: _Job) -> Exception:
+        if not isinstance(error, (DBAPIError, OSError, StoreError)):
+            return error if isinstance(error, Exception) else RuntimeError(repr(error))
         if isinstance(error, StoreError):
             problem = str(error)
         elif _is_busy(error):
@@ -545,22 +543,22 @@ def _switch_to_wal(connection: sa.Connection) -> None:
             return
 
 
-def _sqlstate(error: Exception) -> str:
+def _sqlstate(error: BaseException) -> str:
     return getattr(getattr(error, "orig", None), "sqlstate", None) or ""
 
 
-def _is_busy(error: Exception) -> bool:
+def _is_busy(error: BaseException) -> bool:
     """Return whether another transaction held its locks for `LOCK_WITHIN`."""
     driver: Any = getattr(error, "orig", None) or error
     return (getattr(driver, "sqlite_errorcode", None) or 0) & 0xFF == sqlite3.SQLITE_BUSY or _sqlstate(error) == "55P03"
 
 
-def _is_conflict(error: Exception) -> bool:
+def _is_conflict(error: BaseException) -> bool:
     """Return whether PostgreSQL has ended one of two transactions that waited for each other."""
     return _sqlstate(error) in ("40P01", "40001")
 
 
-def _is_gone(error: Exception) -> bool:
+def _is_gone(error: BaseException) -> bool:
     """Return whether the server has ended the connection, such as by a restart or an idle timeout."""
     return isinstance(error, DBAPIError) and (error.connection_invalidated or _sqlstate(error)[:3] in ("57P", "25P"))
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,9 +138,10 @@ async def test_a_caller_that_is_cancelled_before_its_transaction_writes_nothing(
     blocker = Blocker(database_url, "daily")
     await timed_store.run(look, request())
     await blocker.start()
-    # Each thread that may run it waits.
-    waiting = [asyncio.create_task(timed_store.run(begin, request())) for _ in range(4)]
-    await asyncio.sleep(0.3)
+    waiting = list[asyncio.Task[Any]]()
+    for _ in range(4):  # each thread that may run it waits
+        waiting.append(asyncio.create_task(timed_store.run(begin, request())))
+        await asyncio.sleep(0.1)
     task = asyncio.create_task(timed_store.run(begin, request("other")))
     await asyncio.sleep(0.1)
     task.cancel()
