@@ -14,7 +14,7 @@ def open_connection(origin: httpx.URL, context: ssl.SSLContext, proxy: str | Non
     transport = httpx.AsyncHTTPTransport(verify=context, limits=httpx.Limits(max_connections=1), proxy=proxy)
     if proxy is None:  # a pool of one connection takes a third of a request's CPU time
         own: Any = httpcore.AsyncHTTPConnection(httpcore.URL(str(origin)).origin, context)
-        transport._pool = own  # noqa: SLF001
+        cast("Any", transport)._pool = own  # noqa: SLF001
     return transport
 
 
