@@ -1,7 +1,8 @@
 """The flow runs that a deployment lacks for past times, such as the days before it had a schedule.
 
-A flow run has the past time as its scheduled time. So an idempotency key such as "daily-{scheduled_start:%Y-%m-%d}"
-means that day, and a day whose crew has run gives the result that it had. A second call creates no flow run twice.
+A flow run has the past time as its scheduled time, and the parameters of the deployment's first schedule. So an
+idempotency key such as "daily-{scheduled_start:%Y-%m-%d}" means that day, and a day whose crew has run gives the result
+that it had. A second call creates no flow run twice.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime, timedelta
 
-from prefect import flow
+from prefect import flow, get_client
 from prefect.deployments import arun_deployment
 
 
@@ -27,11 +28,14 @@ async def backfill(deployment: str, first: datetime, last: datetime, every_hours
     first, last = (time if time.tzinfo else time.replace(tzinfo=UTC) for time in (first, last))
     step, slots = timedelta(hours=every_hours), asyncio.Semaphore(at_once)
     times = [first + number * step for number in range((last - first) // step + 1)]
+    async with get_client() as client:
+        schedules = (await client.read_deployment_by_name(deployment)).schedules
+    options = {"parameters": schedules[0].parameters if schedules else None, "tags": ["backfill"]}
 
     async def run(time: datetime) -> bool:
         key = f"backfill {deployment} {time.isoformat()}"  # of Prefect: for a key that it knows, it creates no flow run
         async with slots:
-            flow_run = await arun_deployment(deployment, scheduled_time=time, tags=["backfill"], idempotency_key=key)
+            flow_run = await arun_deployment(deployment, scheduled_time=time, idempotency_key=key, **options)
         return flow_run.state is not None and flow_run.state.is_completed()
 
     completed = await asyncio.gather(*map(run, times))

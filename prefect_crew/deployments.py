@@ -66,7 +66,8 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
     """A flow whose run form asks for the inputs of one crew or one pipeline.
 
     Prefect reads the form when it makes a deployment: an import, a call and a flow run send no request for it. In the
-    `parameters` of a deployment, `inputs` has the defaults, and `idempotency_key` may be a template over the time.
+    `parameters` of a deployment, `inputs` has the defaults, and `idempotency_key` may be a template over the time: with
+    a schedule it is the key of the flow runs that the schedule makes, and not of those that a person starts.
     """
 
     def __init__(
@@ -119,7 +120,12 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         options["entrypoint_type"] = EntrypointType.MODULE_PATH  # Prefect's methods always give one
         options["tags"] = [TAG, *(tag for tag in options.get("tags") or () if tag != TAG)]
         deployment = await super(InputsFlow, self._copy(_form=form)).ato_deployment(name or self.label, **options)
-        for schedule in deployment.schedules or ():  # Prefect stores these inputs too: a secret one names its block
+        schedules, key = deployment.schedules or [], (deployment.parameters or {}).get("idempotency_key") or ""
+        if schedules and "{" in key:  # the form would fill it in, for any inputs, and take the key of the scheduled run
+            deployment.parameters = {name: value for name, value in deployment.parameters.items() if value is not key}
+            for schedule in schedules:
+                schedule.parameters = {"idempotency_key": key, **(schedule.parameters or {})}
+        for schedule in schedules:  # Prefect stores these inputs too: a secret one names its block
             await form.with_defaults((schedule.parameters or {}).get("inputs") or {})
         return deployment
 

@@ -69,7 +69,7 @@ async def deploy(
         pipeline: A file with a pipeline, YAML or JSON.
         pool: The work pool whose workers run it, with this package installed; if left out, the pool that the deployment
             has, or Prefect's default pool.
-        cron: A cron schedule. Its runs have the inputs that are given here.
+        cron: A cron schedule. Its runs have the inputs that are given here, and they alone the key.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
         session: A session of a CrewAI Flow: each run starts from the state of the session's last completed run.
@@ -119,7 +119,8 @@ async def deploy(
 def _gone(earlier: DeploymentResponse, stored: DeploymentResponse) -> list[str]:
     """Return what a deployment had before it was deployed again, and has no more."""
     lost = [word for word, field in REPLACED.items() if getattr(earlier, field) and not getattr(stored, field)]
-    names = sorted(earlier.parameters.keys() - stored.parameters.keys())
+    kept = {*stored.parameters, *(name for schedule in stored.schedules for name in schedule.parameters or ())}
+    names = sorted(earlier.parameters.keys() - kept)
     tags = sorted({*earlier.tags} - {*stored.tags})
     return [*lost, *(f"parameter {name}" for name in names), *(f"tag {tag}" for tag in tags)]
 
