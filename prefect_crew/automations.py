@@ -34,12 +34,23 @@ RECOVERED = {
     "match": {"prefect.resource.id": "prefect.flow-run.*"},
     "match_related": {"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{RECOVERED_TAG}"},
 }
+
+
+def _quoted(field: str) -> str:
+    """Return a field of an event's payload as a shell takes it, whatever is in it: people paste what an alert says."""
+    return "'{{ event.payload." + field + """ | replace("'", '\\'"\\'"\\'') }}'"""
+
+
 CREW_RUNS = {"match": {"prefect.resource.id": "prefect-crew.run.*"}}
-# As a shell takes it, whatever is in it: people paste what an alert says.
-QUOTED_KEY = """'{{ event.payload.idempotency_key | replace("'", '\\'"\\'"\\'') }}'"""
+CREW_BATCHES = {"match": {"prefect.resource.id": "prefect-crew.batch.*"}}
+FLOW_RUN = "{% if flow_run %}, in flow run {{ flow_run.name }} {{ flow_run | ui_url or '' }}{% endif %}\n\n"
 HEAD = (
-    "Run {{ event.payload.kickoff_id or 'without an id' }}, key {{ event.payload.idempotency_key }}"
-    "{% if flow_run %}, in flow run {{ flow_run.name }} {{ flow_run | ui_url or '' }}{% endif %}\n\n"
+    f"Run {{{{ event.payload.kickoff_id or 'without an id' }}}}, key {{{{ event.payload.idempotency_key }}}}{FLOW_RUN}"
+)
+BATCH = (
+    f"Batch {{{{ event.payload.batch }}}}{FLOW_RUN}"
+    "{{ event.payload.reason }}\n\nIts rows: prefect-crew batch inspect "
+    f"{_quoted('batch')}"
 )
 QUESTION = (
     "Task {{ event.payload.task_id }}, question {{ event.payload.round }}."
@@ -51,7 +62,7 @@ PROBLEM = (
     "{% if event.event == 'crew.failed' %}{{ event.payload.error or 'The crew gave no reason.' }}"
     "{% elif event.event == 'crew.uncertain' %}It is not known whether the kickoff started a run: "
     "{{ event.payload.reason }}. Look at the crew's page, then: prefect-crew runs resolve "
-    f"{QUOTED_KEY} --kickoff-id ID, or --never-started."
+    f"{_quoted('idempotency_key')} --kickoff-id ID, or --never-started."
     "{% elif event.event == 'crew.lost' %}The crew's server no longer knows the run. Look at its page."
     "{% else %}Its {{ event.payload.phase }} time limit of {{ event.payload.limit }} s is over. It may still run."
     "{% endif %}"
@@ -104,19 +115,24 @@ def alert_automations(block_id: UUID, *, waiting: timedelta) -> list[AutomationC
 
     def alert(name: str, when: str, trigger: dict[str, Any], subject: str, body: str) -> AutomationCore:
         subject = "Crew {{ event.resource['prefect-crew.crew'] }}: " + subject
-        action = {"type": "send-notification", "block_document_id": block_id, "subject": subject, "body": HEAD + body}
+        action = {"type": "send-notification", "block_document_id": block_id, "subject": subject, "body": body}
         return _automation(f"alert {name}", f"Sends an alert when {when}.", trigger, action)
 
     is_bad = "a run has failed, is uncertain or lost, or its time limit is over"
     word = "{{ event.event | replace('crew.', '') | replace('_', ' ') }}"
-    is_late, late = f"a crew has waited for a person for {waiting}", f"No one has answered for {waiting}. {QUESTION}"
+    is_late, late = (
+        f"a crew has waited for a person for {waiting}",
+        f"{HEAD}No one has answered for {waiting}. {QUESTION}",
+    )
+    half = "a batch has ended and not every row of it has completed"
     asked = {"match": {**CREW_RUNS["match"], LINK: "no"}}
     question = _when(asked, ["crew.waiting"])
     unanswered = _unless(CREW_RUNS, WAIT_ENDS, after="crew.waiting", within=waiting.total_seconds())
     return [
-        alert("problem", is_bad, _when(CREW_RUNS, PROBLEMS), word, PROBLEM),
-        alert("asked", "a crew asks a person, once a question", question, "asks a person", QUESTION),
+        alert("problem", is_bad, _when(CREW_RUNS, PROBLEMS), word, HEAD + PROBLEM),
+        alert("asked", "a crew asks a person, once a question", question, "asks a person", HEAD + QUESTION),
         alert("waiting", is_late, unanswered, "waiting for a person", late),
+        alert("batch", half, _when(CREW_BATCHES, ["crew.batch.failed"]), "batch failed", BATCH),
     ]
 
 

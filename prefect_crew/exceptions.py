@@ -370,7 +370,7 @@ class BudgetExceededError(_FactsError):
 
     `measure` is "cost", "tokens" or "kickoffs". `used` includes the estimates of runs in flight; `estimate` is the
     expected use of another run. `resets_at` is the start of the next day or month, UTC; None for a batch. `counter`
-    names the sum.
+    names the sum, and `row_of` the batch whose row had no room.
     """
 
     budget: str
@@ -381,12 +381,16 @@ class BudgetExceededError(_FactsError):
     estimate: float
     resets_at: datetime | None = None
     on_limit: str = "refuse"
+    row_of: str | None = None
 
     def _text(self) -> str:
         when, then = "", f"Nothing was started. Raise max_{self.measure} and make the same call again."
         if self.resets_at:
             when = f". The budget begins again at {self.resets_at:%Y-%m-%d %H:%M} UTC"
-            then = f"Nothing was started. Run again then with the same key, or raise max_{self.measure}."
+            again = "Run again then with the same key"
+            if self.row_of is not None:
+                again = f"To go on then, run: prefect-crew batch resume {shlex.quote(self.row_of)}"
+            then = f"Nothing was started. {again}, or raise max_{self.measure}."
         then = "The run starts anyway, since on_limit is 'warn'." if self.on_limit == "warn" else then
         return (
             f"Budget {self.budget!r} has no room for another run, which takes about {self.estimate:,.4g}: "

@@ -1,4 +1,4 @@
-"""Events about runs for automations, with the run, the crew, the flow run and the step as resources.
+"""Events about runs and batches for automations, with the run, the crew, the flow run and the step as resources.
 
 docs/reference/events.md lists them. `emit` passes an event to Prefect's own background thread (0.15 ms) and raises
 nothing if the API cannot be reached.
@@ -70,4 +70,19 @@ def emit(
             **payload,
         },
         id=uuid5(NAMESPACE_URL, f"prefect-crew/{attempt.id}/{event}") if once else None,
+    )
+
+
+def emit_batch(end: str, name: str, crew: str, **payload: Any) -> None:
+    """Emit `crew.batch.{end}` about a batch, from inside its flow run. The payload has plain values, already masked."""
+    emit_event(
+        event=f"crew.batch.{end}",
+        resource={
+            "prefect.resource.id": f"prefect-crew.batch.{name}",
+            "prefect.resource.name": f"batch {name}",
+            "prefect-crew.batch": name,
+            "prefect-crew.crew": crew,
+        },
+        related=[{"prefect.resource.id": f"prefect-crew.crew.{crew}", "prefect.resource.role": "crew"}],
+        payload={"batch": name, **payload},
     )

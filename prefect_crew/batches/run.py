@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from prefect import flow
 from prefect.context import FlowRunContext, TaskRunContext
+from prefect.states import Failed
 from pydantic import BaseModel
 
 from prefect_crew._internal.asyncio_tasks import cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
+from prefect_crew.artifacts.events import emit_batch
 from prefect_crew.batches.batch import pages_of, since_pass
 from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
 from prefect_crew.batches.hold import Hold
@@ -41,6 +43,7 @@ from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
     BadRowsError,
     BatchBusyError,
+    BatchCancelledError,
     BatchChangedError,
     ConfigurationError,
     CrewError,
@@ -153,17 +156,21 @@ async def arun_batch(
     job = await _batch_job(crew, dataset, options, name, export, **file)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        return await _run_job(job, on_progress)
+    reports = list[BatchReport]()
+
     # Prefect stores parameters. This function carries all that must not or cannot be stored.
     @wraps(run_batch_flow.fn)
-    async def run(*_: Any, **__: Any) -> BatchReport:
-        return await _run_job(job, on_progress)
+    async def run_as_flow(*_: Any, **__: Any) -> Any:
+        reports.append(await _run_job(job, on_progress))
+        return reports[0] if reports[0].ok else Failed(message=str(reports[0]))
 
-    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run()
     own_flow = run_batch_flow.with_options()
-    own_flow.fn = run
+    own_flow.fn = run_as_flow
     names = {"crew": job.crew.label, "dataset": job.dataset.name, "export": shown_address(job.export)}
-    return await cast("Any", own_flow)(batch=job.name, **names)
+    state = await cast("Any", own_flow)(batch=job.name, **names, return_state=True)
+    return reports[0] if reports else await state.result()
 
 
 run_batch = sync_version(arun_batch)
@@ -181,10 +188,24 @@ async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> Ba
 
 @cancelled_once
 async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
-    async with AsyncExitStack() as stack:
-        batch = _Batch(job, on_progress)
-        await batch.open(stack)
-        return await batch.run()
+    try:
+        async with AsyncExitStack() as stack:
+            batch = _Batch(job, on_progress)
+            await batch.open(stack)
+            report = await batch.run()
+    except BatchCancelledError as error:
+        emit_batch("cancelled", job.name, job.crew.label, reason=str(error))
+        raise
+    except BatchBusyError:  # it has not ended
+        raise
+    except CrewError as error:
+        emit_batch("failed", job.name, job.crew.label, reason=str(error))
+        raise
+    facts = {
+        name: getattr(report, name) for name in ("total", "completed", "failed", "uncertain", "skipped", "stopped")
+    }
+    emit_batch("completed" if report.ok else "failed", job.name, job.crew.label, reason=str(report), **facts)
+    return report
 
 
 @naming_prefect_away("Nothing was started.")

@@ -62,10 +62,10 @@ def scope_of(crew: Crew, budget: Budget, batch: str) -> str:
     return f"{name} of {batch}" if budget.per == "batch" else name
 
 
-def budget_error(crew: Crew, decision: Decision, batch: str) -> BudgetExceededError:
-    """Emit the event about a budget without room, and return the error."""
+def budget_error(crew: Crew, decision: Decision, batch: str, *, row_of: str | None) -> BudgetExceededError:
+    """Emit the event about a budget without room, and return the error. `row_of`: the batch whose row had no room."""
     refusing = next(overrun for overrun in decision.overruns if not overrun.is_warning)
-    error = _error(crew, refusing, batch, decision.now)
+    error = _error(crew, refusing, batch, decision.now, row_of)
     _emit(error, crew)
     return error
 
@@ -80,7 +80,7 @@ def warn_of_budgets(crew: Crew, decision: Decision, batch: str) -> None:
             _emit(error, crew)
 
 
-def _error(crew: Crew, overrun: Overrun, batch: str, now: float) -> BudgetExceededError:
+def _error(crew: Crew, overrun: Overrun, batch: str, now: float, row_of: str | None = None) -> BudgetExceededError:
     measure = {"runs": "kickoffs"}.get(overrun.measure, overrun.measure)
     name = f"max_{measure}"
     budget = next(
@@ -99,6 +99,7 @@ def _error(crew: Crew, overrun: Overrun, batch: str, now: float) -> BudgetExceed
         estimate=estimates[measure],
         resets_at=_resets_at(budget, now),
         on_limit=budget.on_limit,
+        row_of=row_of,
     )
 
 

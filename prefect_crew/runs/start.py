@@ -181,7 +181,8 @@ class _Start:
                 kickoff_id=str(attempt.first_id), crew=attempt.crew, idempotency_key=key, advice=advice
             )
         if step is Step.OVER_BUDGET:
-            raise budget_error(self.request.crew, decision, self.request.budget_batch(self.identity))
+            batch, row = self.request.budget_batch(self.identity), self.request.row
+            raise budget_error(self.request.crew, decision, batch, row_of=None if row is None else row.batch)
         if step is Step.NOT_HELD and self.request.row is not None:
             raise BatchBusyError(name=self.request.row.batch)
         if step is Step.TURN and attempt is not None:

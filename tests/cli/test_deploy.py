@@ -173,7 +173,7 @@ def test_a_pipeline_asks_for_its_inputs_and_runs(
 # Automations
 
 RECOVERY = ["prefect-crew: no heartbeat", "prefect-crew: recover"]
-ALERTS = [f"prefect-crew: alert {event}" for event in ("asked", "problem", "waiting")]
+ALERTS = [f"prefect-crew: alert {event}" for event in ("asked", "batch", "problem", "waiting")]
 
 
 def automations() -> list[dict[str, Any]]:

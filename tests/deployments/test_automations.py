@@ -2,12 +2,13 @@
 receiver."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-from prefect_crew import CrewError, WaitPolicy, run_crew
+from prefect_crew import CrewError, WaitPolicy, run_batch, run_crew
 from prefect_crew.devserver import CrewServer
 from support.prefect_server import connected, drain
 from support.receiver import Receiver
@@ -15,7 +16,7 @@ from support.site import Site
 from support.waiting import wait_until
 
 APPLY = ("prefect-crew", "automations", "apply")
-ALERTS = {f"prefect-crew: alert {what}" for what in ("problem", "asked", "waiting")}
+ALERTS = {f"prefect-crew: alert {what}" for what in ("problem", "asked", "waiting", "batch")}
 RECOVERY = {"prefect-crew: no heartbeat", "prefect-crew: recover"}
 BROKEN = "name: broken\ntasks: [{name: t, fail: the well is dry}]\n"
 REVIEWED = "name: reviewed\ntasks: [{name: t, output: the draft, human: true}]\n"
@@ -104,6 +105,16 @@ def test_an_end_without_a_result_is_reported(end: str, site: Site, alerted: Rece
     for text in texts:
         assert text in body
     assert end == "uncertain" or run.id in body
+
+
+def test_a_batch_that_is_not_whole_is_reported(site: Site, alerted: Receiver, tmp_path: Path):
+    with CrewServer(BROKEN) as crew, connected(site.server, site.folder / "home"):
+        options: dict[str, Any] = {"name": "tonight's", "export": str(tmp_path / "out.jsonl")}
+        run_batch(crew.crew(), [{"text": "ciao"}], **options)
+    body = wait_for_alert(alerted, f"Crew {crew.url.removeprefix('http://')}: batch failed")
+    for text in ("Batch tonight's, in flow run tonight's", "0 of 1 rows completed, 1 failed"):
+        assert text in body
+    assert """prefect-crew batch inspect 'tonight'"'"'s'""" in body
 
 
 @pytest.mark.slow
