@@ -130,11 +130,12 @@ class Crew:
     def redactor(self, inputs: Inputs | None = None) -> Redactor:
         """Return the redactor that masks the tokens and the secrets of these inputs."""
         tokens = [token.get_secret_value() for token in (self.token, *self.old_tokens)]
-        return Redactor(() if inputs is None else inputs.secret_values, tokens=tokens)
+        return Redactor(() if inputs is None else inputs.secret_values.values(), tokens=tokens)
 
     def title(self, inputs: Inputs, key: str | None = None) -> str:
         """Return the title of a run on Prefect's pages."""
-        return titled(self.label, key, inputs.words(self.redactor(inputs)) if self.show == "full" else {})
+        shown = inputs.shown(self.redactor(inputs)) if self.show == "full" else {}
+        return titled(self.label, key, {name: shown[name] for name in shown if name not in inputs.secret_names})
 
     def with_token(self, token: SecretStr) -> Crew:
         """Return a copy with a renewed token; the old token stays secret. Return this crew if the token is the same."""

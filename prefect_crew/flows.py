@@ -159,7 +159,7 @@ async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, option
 
     own_flow = copy(run_deployed_crew)  # `with_options` would read the signature again, which takes 15 ms
     own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, options.idempotency_key)
-    stored = inputs.storable(crew.redactor(inputs))
+    stored = inputs.shown(crew.redactor(inputs))
     return await cast("Any", own_flow)(
         crew=crew.label,
         inputs=stored if len(json.dumps(stored)) <= STORED_BYTES else dict.fromkeys(stored, TOO_LARGE),

@@ -106,7 +106,7 @@ async def _with_result(row: Row, session: CrewSession) -> Row:
     with suppress(CrewError), withholding(run.redact_text):
         status = await read_status(run)
         if status.state is CrewState.COMPLETED:
-            result = run.redact.model(StoredResult.of(status.result()))
+            result = StoredResult.of(run.redact_status(status).result())
             return replace(row, result=result.model_dump(mode="json"))
     return row
 

@@ -205,7 +205,7 @@ class RowPlan:
         return RowJob(number, key, inputs)
 
     def _check_shown(self, inputs: Inputs, what: str, text: str) -> None:
-        if inputs.secret_names and Redactor(inputs.secret_values).hides(text):
+        if inputs.secret_names and Redactor(inputs.secret_values.values()).hides(text):
             raise ConfigurationError(f"its {what} holds a secret input, but {_SHOWN[what]}")
 
     def _session_of(self, values: Values) -> str | None:

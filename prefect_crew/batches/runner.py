@@ -276,7 +276,7 @@ class Runner:
                 NewRow(
                     row_key=job.key,
                     position=job.number,
-                    inputs=job.inputs.storable(crew.redactor(job.inputs)),
+                    inputs=job.inputs.shown(crew.redactor(job.inputs)),
                     inputs_digest=job.inputs.digest,
                 )
                 for job in page

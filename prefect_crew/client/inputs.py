@@ -17,8 +17,6 @@ from prefect_crew.exceptions import ConfigurationError
 STATE_ID = "id"
 """The name of the input that a Flow uses as the id of its state. An id that was used before leads to the existing
 state, so two runs must not share it by accident."""
-NEVER_UNKNOWN = frozenset({STATE_ID, "crewai_trigger_payload"})
-"""Inputs that a crew takes but `GET /inputs` does not list. The platform gives the second one to a triggered run."""
 
 
 class Unshown(dict[Any, Any]):
@@ -74,41 +72,45 @@ class Inputs:
         """Return a copy with further secret inputs."""
         return replace(self, secret=self.secret.union(names))
 
-    def hidden(self) -> Inputs:
-        """Return a copy of which nothing is shown."""
-        return replace(self, is_hidden=True)
-
     @cached_property
-    def encoded(self) -> Mapping[str, Any]:
-        """The inputs encoded for the crew API, without inputs that are None.
+    def plain(self) -> Mapping[str, Any]:
+        """The inputs as JSON values, without inputs that are None.
 
         Raises:
             ConfigurationError: A value cannot be sent.
         """
-        return self._encode(as_json=self.as_json)
-
-    def _encode(self, *, as_json: bool) -> Mapping[str, Any]:
         try:
-            return Unshown(encode_inputs(self.values, as_json=as_json))
-        except (TypeError, ValueError) as error:
+            return Unshown(encode_inputs(self.values, as_json=True))
+        except ConfigurationError as error:
             problem = str(error)
         raise ConfigurationError(f"{problem} Nothing was started.")  # outside: the frames of `error` contain values
 
     @cached_property
-    def _secret_inputs(self) -> Mapping[str, Any]:
-        """The encoded inputs that are secret by their name or their type."""
-        names = (name for name in self.encoded if name in self.secret or holds_secret(self.values[name]))
-        return Unshown({name: self.encoded[name] for name in names})
-
-    @cached_property
-    def secret_names(self) -> tuple[str, ...]:
-        """The names of the inputs that are not shown."""
-        return tuple(self.encoded if self.is_hidden else self._secret_inputs)
+    def texts(self) -> Mapping[str, str]:
+        """The inputs as text."""
+        return Unshown({name: as_text(value) for name, value in self.plain.items()})
 
     @property
-    def secret_values(self) -> list[Any]:
-        """The values to mask everywhere: the values of the secret inputs."""
-        return [*self._secret_inputs.values()]
+    def encoded(self) -> Mapping[str, Any]:
+        """The inputs as the crew takes them."""
+        return self.plain if self.as_json else self.texts
+
+    @cached_property
+    def secret_values(self) -> Mapping[str, Any]:
+        """The inputs that are secret by their name or their type, whose values are masked everywhere."""
+        names = (name for name in self.plain if name in self.secret or holds_secret(self.values[name]))
+        return Unshown({name: self.plain[name] for name in names})
+
+    @property
+    def secret_names(self) -> tuple[str, ...]:
+        """The names of the inputs that are not shown."""
+        return tuple(self.plain if self.is_hidden else self.secret_values)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """A short digest of each input that is not secret, by its name: a conflict names the inputs that differ."""
+        shown = {name: text for name, text in self.texts.items() if name not in self.secret_values}
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:8] for name, text in shown.items()}
 
     @cached_property
     def digest(self) -> str:
@@ -117,36 +119,17 @@ class Inputs:
 
         It contains no secrets, so that a flow that fetches a new token for each attempt reattaches to its run.
         """
-        plain = {name: as_text(value) for name, value in self.encoded.items() if name not in self._secret_inputs}
-        text = json.dumps(plain, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+        shown = {name: self.texts[name] for name in self.digests}
+        text = json.dumps(shown, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         if self.restore_from is not None:
             text += f"\nrestoreFromStateId:{self.restore_from}"  # JSON without indentation contains no line break
         if self.session is not None:
             text += f"\nsession:{self.session}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """A short digest of each input that is not secret, by its name: a conflict names the inputs that differ."""
-        return {
-            name: hashlib.sha256(as_text(value).encode()).hexdigest()[:8]
-            for name, value in self.encoded.items()
-            if name not in self._secret_inputs
-        }
-
     def shown(self, redact: Redactor) -> dict[str, Any]:
-        """Return the encoded inputs with every secret masked, also where another input repeats it."""
-        return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in self.encoded.items()}
-
-    def words(self, redact: Redactor) -> dict[str, str | int]:
-        """Return the inputs that may name a run on Prefect's pages: words and numbers that are not secret."""
-        plain = {name: self.values[name] for name in self.encoded if name not in self.secret_names}
-        return {name: redact.tree(value) for name, value in plain.items() if isinstance(value, str | int)}
-
-    def storable(self, redact: Redactor) -> dict[str, Any]:
-        """Return the inputs as Prefect may store them: JSON values with every secret masked, as in `shown`."""
-        plain = self._encode(as_json=True)
-        return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in plain.items()}
+        """Return the inputs as JSON values with every secret masked, also where another input repeats it."""
+        return {name: MASK if name in self.secret_names else redact.tree(value) for name, value in self.plain.items()}
 
 
 def missing_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> list[str]:
@@ -156,5 +139,6 @@ def missing_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> 
 
 def unknown_inputs(expected: Iterable[CrewInput], inputs: Mapping[str, Any]) -> list[str]:
     """Return the names in `inputs` that the crew does not name, in their order; an empty list if it names no inputs."""
-    names = {item.name for item in expected}
-    return [name for name in inputs if name not in names and name not in NEVER_UNKNOWN] if names else []
+    # A crew takes these, but `GET /inputs` does not list them. The platform gives the second one to a triggered run.
+    names = {item.name for item in expected} or {*inputs}
+    return [name for name in inputs if name not in {*names, STATE_ID, "crewai_trigger_payload"}]

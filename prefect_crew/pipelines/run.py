@@ -272,7 +272,7 @@ class _Run:
         crew = replace(self.pipeline.crews[step.name], on_status=partial(self._on_run, step.name))
         if self.is_secret:
             crew = replace(crew, show="none")
-            inputs = inputs.keep_secret(self.pipeline.secret_inputs_of(step)).hidden()
+            inputs = replace(inputs.keep_secret(self.pipeline.secret_inputs_of(step)), is_hidden=True)
         key = step_key(self.idempotency_key, step)
         return await run_tasks(
             *(crew, inputs, step.options(name=step.name, idempotency_key=key, session=session)),

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew.client.models import CrewResult, TaskResult, TokenUsage
 from prefect_crew.client.redaction import MASK, SHORTEST, Redactor, holds_secret
 
 SECRETS = st.text(min_size=SHORTEST, max_size=12).filter(lambda secret: secret not in MASK and "*" not in secret)
@@ -56,28 +55,8 @@ def test_a_tree_is_masked_in_keys_and_values(secret: str, value: Any):
     assert not redact.hides(masked)
 
 
-def test_a_model_is_masked_in_all_its_parts():
+def test_a_secret_number_is_masked_as_a_number():
     assert of(pin="4711").tree({"a": 4711, "b": None, "d": (1.5, 47112)}) == {"a": MASK, "b": None, "d": [1.5, 47112]}
-    task = TaskResult(name="as hunter22", output="hunter22", data={"pin": ["hunter22"]})
-    masked = of(password="hunter22").model(task)
-    assert masked == TaskResult(name=f"as {MASK}", output=MASK, data={"pin": [MASK]})
-    assert of(password="another").model(task) is task
-
-
-@pytest.mark.parametrize("secret", ["1234", 12.5, "name", "output", "data", "tasks"])
-def test_a_secret_like_a_count_or_a_field_masks_a_model(secret: Any):
-    usage = TokenUsage(total_tokens=1234)
-    tasks = [TaskResult(name=f"as {secret}", data=[1234], execution_time=12.5)]
-    result = CrewResult(
-        kickoff_id="k1", output=f"{secret}", data={"pin": secret}, tasks=tasks, execution_time=12.5, usage=usage
-    )
-    masked = of(pin=secret).model(result)
-    assert masked.output == MASK
-    assert masked.data == {"pin": MASK}
-    assert masked.usage == usage
-    assert masked.execution_time == 12.5
-    task = TaskResult(name=f"as {MASK}", data=[MASK if secret == "1234" else 1234], execution_time=12.5)
-    assert masked.tasks == [task]
 
 
 @pytest.mark.parametrize(
@@ -119,6 +98,6 @@ class Login(BaseModel):
 
 def test_pydantic_secrets_are_found_anywhere():
     secret = SecretStr("x")
-    held = [secret, [1, {"a": [secret]}], {secret}, {secret: 1}, Answer(secret, 1), deque([secret])]
+    held = [secret, [1, {"a": [secret]}], {secret}, Answer(secret, 1), deque([secret])]
     assert all(holds_secret(value) for value in (*held, Login(user="a", password=secret)))
     assert not any(holds_secret(value) for value in ("x", [1, {"a": ("b", None)}]))
