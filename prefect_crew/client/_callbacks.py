@@ -54,11 +54,9 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
     if abs(now - int(timestamp)) > MAX_AGE:
         return False
     mac = signature.strip().encode("utf-8", "surrogateescape")
-    fits = False
-    for key in secret.get_secret_value().split():
-        digest = hmac.new(key.encode("utf-8", "surrogatepass"), timestamp.encode() + b"." + body, hashlib.sha256)
-        fits |= hmac.compare_digest(mac, b"sha256=" + digest.hexdigest().encode())
-    return fits
+    keys = [key.encode("utf-8", "surrogatepass") for key in secret.get_secret_value().split()]
+    digests = [hmac.new(key, timestamp.encode() + b"." + body, hashlib.sha256).hexdigest() for key in keys]
+    return sum(hmac.compare_digest(mac, b"sha256=" + digest.encode()) for digest in digests) > 0
 
 
 def parse_question(body: bytes) -> FlowQuestion | None:
@@ -67,16 +65,15 @@ def parse_question(body: bytes) -> FlowQuestion | None:
     Raises:
         ResponseFormatError: The webhook names no run, or has no valid callback URL.
     """
-    expected = "a question to a person"
-    value = decode(body, expected=expected)
-    source = as_object(value)
-    if pick(as_text, source, "event_type", "event", "type") not in ("new_request", "escalation"):
+    source = as_object(decode(body.decode("utf-8", "replace")))
+    if source and pick(as_text, source, "event_type", "event", "type") not in ("new_request", "escalation"):
         return None
     kickoff_id = pick(as_id, source, *RUN_KEYS, "flow_execution_id", "flow_id")
-    url = as_text(source.get("callback_url")) or ""
+    url = pick(as_text, source, "callback_url") or ""
     id_ = pick(as_id, source, "id") or pick(as_text, source, "response_token")
-    if kickoff_id is None or id_ is None or _read_url(url) is None:
-        raise ResponseFormatError(expected=expected, body=f"the keys {', '.join(sorted(source)[:20])}")
+    if kickoff_id is None or id_ is None or not _is_url(url):
+        keys = ", ".join(sorted(source)[:20])
+        raise ResponseFormatError(expected="a question to a person", body=f"the keys {keys}")
     options = map(as_text, as_list(next(values_at(source, "emit_options", "emit"), None)))
     return FlowQuestion(
         # A digest: the id may be a response token, which is a secret and must not be in a name.
@@ -84,8 +81,8 @@ def parse_question(body: bytes) -> FlowQuestion | None:
         kickoff_id=kickoff_id,
         task_id=pick(as_text, source, "method_name", "flow_class") or "review",
         callback_url=SecretStr(url),
-        message=as_text(source.get("message")),
-        output=as_text(source.get("output")),
+        message=pick(as_text, source, "message"),
+        output=pick(as_text, source, "output"),
         options=tuple(dict.fromkeys(filter(None, options)))[:MOST_OPTIONS],
     )
 
@@ -94,25 +91,20 @@ async def post_answer(question: FlowQuestion, review: Review, *, allow_http: boo
     """Send an answer once, to the callback URL of a Flow's question. The request has no token but the URL's.
 
     Raises:
-        ConfigurationError: The URL is not valid, or the Flow has no such outcome. Nothing was sent.
+        ConfigurationError: The URL is plain http, or the Flow has no such outcome. Nothing was sent.
         CrewAPIError, CrewConnectionError: The errors of `CrewClient`. `kickoff_fate` returns their meaning.
     """
-    url = question.callback_url.get_secret_value()
-    where = _read_url(url)
-    if where is None:
-        raise ConfigurationError(
-            "The callback URL of the review is not an http or https URL. Answer on the Flow's page."
-        )
-    label = f"the callback at {where.host}"
-    if where.scheme == "http" and not (allow_http or is_loopback(where.host)):
+    url = httpx.URL(question.callback_url.get_secret_value())
+    label = f"the callback at {url.host}"
+    if url.scheme == "http" and not (allow_http or is_loopback(url.host)):
         raise ConfigurationError(
             f"{label.capitalize()} is plain http, so the answer's token would cross the network in plain text. Nothing "
             "was sent. Answer on the Flow's page on the CrewAI platform, or set allow_http if you trust the network."
         )
     content = json.dumps({"feedback": answer_text(question.options, review), "source": review.by}).encode()
-    call = Call("POST", "", question.kickoff_id, Redactor((url, *where.params.values())), content)
-    connections = Connections(url, label=label, timeout=ANSWER_WITHIN / 2)  # a whole POST takes twice that
-    del url, where, content  # error reporters show the local variables of all frames
+    call = Call("POST", "", question.kickoff_id, Redactor((str(url), *url.params.values())), content)
+    connections = Connections(str(url), label=label, timeout=ANSWER_WITHIN / 2)  # a whole POST takes twice that
+    del url, content  # error reporters show the local variables of all frames
     try:
         answer = await connections.exchange(call)
     finally:
@@ -125,14 +117,14 @@ async def post_answer(question: FlowQuestion, review: Review, *, allow_http: boo
     return ResumeAnswer(kickoff_id=question.kickoff_id, status="accepted")
 
 
-def _read_url(url: str) -> httpx.URL | None:
-    """Return a valid http or https URL, else None."""
+def _is_url(url: str) -> bool:
+    """Return whether a text is a valid http or https URL."""
     try:
         urlsplit(url)  # refuses an open bracket, which httpx accepts as a part of the host's name
         address = httpx.URL(url)
     except (httpx.InvalidURL, ValueError):
-        return None
-    return address if address.host and address.scheme in ("http", "https") else None
+        return False
+    return bool(address.host) and address.scheme in ("http", "https")
 
 
 def approves(options: Sequence[str], option: str) -> bool:

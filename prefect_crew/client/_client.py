@@ -125,16 +125,13 @@ class CrewClient:
 
         `GET /inspect` is in no OpenAPI. Its source is the AGENTS.md that CrewAI's command line writes into each project
         (crewai-cli 1.15.30). So every error and every answer but a JSON object counts as unknown. Nothing keeps the
-        definition, which holds prompts. The call takes at most `VERSION_WITHIN`, and raises InvalidCallError alone.
+        definition, which holds prompts. The call takes at most `VERSION_WITHIN`, and raises nothing.
         """
         call = self._call("GET", "/inspect")
-        try:
+        with contextlib.suppress(CrewError, TimeoutError):
             async with asyncio.timeout(VERSION_WITHIN):
                 return await self._parsed(call, await self._send(call), "a definition", _digest_of)
-        except InvalidCallError:
-            raise
-        except (CrewError, TimeoutError):
-            return None
+        return None
 
     async def kickoff(
         self,
@@ -183,8 +180,8 @@ class CrewClient:
                 self._status_path = template
                 return status
             text = call.hide(answer.text)
-        facts = _parsing.parse_error(text)
-        return CrewStatus(kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=facts.message, raw=facts.raw)
+        body, message = _parsing.decode(text), _parsing.parse_error(text)[0]
+        return CrewStatus(kickoff_id=kickoff_id, state=CrewState.UNKNOWN, message=message, raw=body)
 
     async def resume(
         self, kickoff_id: str, task_id: str, feedback: str, approve: bool, *, webhooks: Webhooks | None = None
@@ -223,33 +220,13 @@ class CrewClient:
         """
         call = self._call("POST", f"/stop/{encoded_id(kickoff_id)}", kickoff_id)
         answer = await self._send(call)
-        if httpx.codes.is_success(answer.status):
-            parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
-            stop_answer = await self._parsed(call, answer, "the answer to a stop", parse)
-        elif (stop_answer := _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status)) is None:
-            raise self._error(call, answer)
-        # Nobody needs the texts of this answer, so they are masked, and left out where the mask leaves no JSON; the
-        # texts of other answers are not masked. The whole text is masked first: a cut text may end with half a secret.
-        facts = _parsing.parse_error(call.shown(answer.text))
-        masked: dict[str, Any] = {"raw": facts.raw, "message": facts.message}
-        if httpx.codes.is_success(answer.status):
-            masked["message"] = stop_answer.message and call.shown(stop_answer.message)
-        if stop_answer.raw_state is not None and stop_answer.state is None:
-            masked["raw_state"] = call.shown(stop_answer.raw_state)
-        return stop_answer.model_copy(update=masked)
-
-    async def health(self) -> bool:
-        """Return whether `GET /inputs` is answered with the inputs of a crew. Hosted crews have no `GET /`.
-
-        Raises only AuthenticationError and CrewConnectionError.
-        """
-        try:
-            await self.inputs()
-        except (CrewAPIError, ResponseFormatError) as error:
-            if isinstance(error, AuthenticationError):
-                raise
-            return False
-        return True
+        parse = partial(_parsing.parse_stop, kickoff_id=kickoff_id)
+        is_refused = not httpx.codes.is_success(answer.status)
+        stop_answer = _parsing.parse_refused_stop(answer.text, kickoff_id, answer.status) if is_refused else None
+        stop_answer = stop_answer or await self._parsed(call, answer, "the answer to a stop", parse)
+        # Nobody needs the texts of this answer, so they are masked. The texts of other answers are not masked.
+        texts = {"message": stop_answer.message, "raw_state": stop_answer.raw_state}
+        return stop_answer.model_copy(update={name: text and call.shown(text) for name, text in texts.items()})
 
     def _call(
         self,
@@ -284,34 +261,28 @@ class CrewClient:
             raise self._error(call, answer)
 
         def read() -> T | None:
-            is_empty = answer.body.strip() == b""
-            return parse(None if is_empty else _parsing.decode(answer.body, expected=expected))
+            return parse(_parsing.decode(answer.text))
 
-        with contextlib.suppress(ResponseFormatError):
-            parsed = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
-            if parsed is not None:
-                return parsed
+        parsed = await asyncio.to_thread(read) if len(answer.body) > AT_ONCE else read()
+        if parsed is not None:
+            return parsed
         # Mask the whole text first, then cut it: the redactor would not find half a secret.
         body = call.shown(answer.text)[: 4 * EXCERPT]
         raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
 
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         """Return the error for an answer whose status is not 2xx."""
-        body = call.shown(answer.text)
-        facts = _parsing.parse_error(body)
-        message = facts.message or ""
+        message, missing = _parsing.parse_error(answer.text)
         if 300 <= answer.status < 400:
             message = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
         kind = kind or _KINDS.get(answer.status) or (ServerError if 500 <= answer.status < 600 else CrewAPIError)
-        more: dict[str, Any] = {}
-        if issubclass(kind, InvalidInputsError):
-            more["missing_inputs"] = [call.shown(name) for name in facts.missing_inputs]
+        more: dict[str, Any] = {"missing_inputs": [*map(call.shown, missing)]} if kind is InvalidInputsError else {}
         return kind(
             status_code=answer.status,
             method=call.method,
             path=f"{urlsplit(self.url).path}{call.path}",
-            message=call.shown(message),  # again: a secret that was escaped in the body is plain text here
-            body=body,
+            message=call.shown(message or ""),
+            body=call.shown(answer.text),
             kickoff_id=call.kickoff_id,
             retry_after=_parsing.parse_retry_after(answer.headers.get("retry-after")),
             **more,

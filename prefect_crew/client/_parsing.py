@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar, cast
 
-from prefect_crew._text import EXCERPT
 from prefect_crew.client.models import (
     CrewInput,
     CrewStatus,
@@ -23,7 +22,6 @@ from prefect_crew.client.models import (
     TaskResult,
     TokenUsage,
 )
-from prefect_crew.exceptions import ResponseFormatError
 from prefect_crew.states import CrewState, known_state
 
 T = TypeVar("T")
@@ -32,36 +30,48 @@ T = TypeVar("T")
 
 MAX_CONTAINERS = 2_000_000
 """The most lists and objects in a body. Each takes up to 200 bytes of memory, and only two bytes of text."""
+MAX_DEPTH = 100
+"""The most levels of a structured result: pydantic writes about 250, so a much deeper result could not be stored."""
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def decode(body: bytes, *, expected: str) -> Any:
-    """Return the JSON value of a body. Raise ResponseFormatError if it is no JSON, nests too deeply or is too large."""
-    try:
-        return _loads(body.decode("utf-8-sig", "replace"))
-    except (ValueError, RecursionError):
-        raise ResponseFormatError(expected=expected, body=shown(body)) from None
-
-
-def _loads(text: str) -> Any:
+def decode(text: str) -> Any:
+    """Return the JSON value of a text; None for a blank text, and the text itself if it is no JSON, nests too deeply or
+    is too large."""
     # Brackets in texts count as well: a text may contain JSON, which is then parsed too.
     if len(text) > MAX_CONTAINERS and text.count("[") + text.count("{") > MAX_CONTAINERS:
-        raise ValueError
-    # Numbers that JSON does not have, and numbers that no float holds, become null.
-    value = json.loads(
-        text,
-        parse_constant=lambda _: None,
-        parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,
-    )
+        return text
+    try:
+        # Numbers that JSON does not have, and numbers that no float holds, become null.
+        value = json.loads(
+            text.removeprefix("\ufeff"),
+            parse_constant=lambda _: None,
+            parse_float=lambda digits: number if math.isfinite(number := float(digits)) else None,
+        )
+    except (ValueError, RecursionError):
+        return text if text.strip() else None
     if not _SURROGATE_ESCAPE.search(text):  # decoded text can get a lone surrogate only from an escape
         return value
     whole = json.dumps(value, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return json.loads(whole)
 
 
-def shown(body: bytes) -> str:
-    """Return the start of a body that an error may show."""
-    return body[: 4 * EXCERPT].decode("utf-8", "replace")
+def _structured(value: Any) -> Any:
+    """Return a list or an object as it is, or decode it from text (with or without a code fence).
+
+    Return None for text that is neither, and for a value of more than `MAX_DEPTH` levels.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if text.startswith("```"):  # no regular expression: models write endless blanks, which make it slow
+            info, line_break, inside = text[3:].partition("\n")
+            text = inside[:-3].strip() if line_break and "`" not in info and inside.endswith("```") else text
+        if text[:1] not in ("{", "[") or isinstance(value := decode(text), str):  # a bare number or word is text
+            return None
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for part in level for item in (*as_object(part).values(), *as_list(part))]
+    return None if level else value
 
 
 # Values: each function returns a value of its type, or None or an empty one
@@ -70,8 +80,6 @@ RUN_KEYS = ("kickoff_id", "kickoffId", "execution_id", "executionId")
 """Keys that hold the id of a run in every answer and webhook."""
 MAX_ID = 1000
 """The most characters of an id. A longer one fits neither a URL nor the crew database."""
-MAX_DEPTH = 100
-"""The most levels of a structured result: pydantic writes about 250, so a much deeper result could not be stored."""
 MAX_COUNT = 10**12
 """A larger count counts as not reported, so that sums over millions of runs fit into the 64 bits of databases."""
 
@@ -102,13 +110,11 @@ def as_id(value: Any) -> str | None:
 
 def as_number(value: Any) -> float | None:
     """Return a finite number of at least 0, also from text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    if isinstance(value, str) and len(value) > 40:
+    if isinstance(value, bool) or (isinstance(value, str) and len(value) > 40):
         return None
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if 0 <= number < math.inf else None
 
@@ -116,11 +122,6 @@ def as_number(value: Any) -> float | None:
 def _as_count(value: Any) -> int | None:
     number = as_number(value)
     return int(number) if number is not None and number.is_integer() and number <= MAX_COUNT else None
-
-
-def as_name(value: Any) -> str | None:
-    """Return `value` as a name: text that is not blank, unchanged, or the digits of a whole number."""
-    return as_text(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
 def text_of(value: Any) -> str | None:
@@ -148,44 +149,8 @@ def pick(read: Callable[[Any], T | None], value: Any, *paths: str) -> T | None:
     return next((result for raw in values_at(value, *paths) if (result := read(raw)) is not None), None)
 
 
-def _structured(value: Any) -> Any:
-    """Return a list or an object as it is, or decode it from text (with or without a code fence).
-
-    Return None for text that is neither, and for a value that is nested too deep.
-    """
-    if not isinstance(value, str):
-        return None if _is_deep(value) else value
-    text = value.strip()
-    if text.startswith("```"):  # no regular expression: models write endless blanks, which make it slow
-        info, line_break, inside = text[3:].partition("\n")
-        text = inside[:-3].strip() if line_break and "`" not in info and inside.endswith("```") else text
-    if text[:1] not in ("{", "["):  # a bare number or word is text
-        return None
-    try:
-        structure = _loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return None if _is_deep(structure) else structure
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether a structure has more than `MAX_DEPTH` levels."""
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            item
-            for container in level
-            for item in (container.values() if isinstance(container, dict) else as_list(container))
-        ]
-        if not level:
-            return False
-    return True
-
-
 # Errors
 
-_LONG = 2000
-"""The most characters of an error's message."""
 DOCUMENTED_FIELDS = frozenset({"execution_id", "task_id", "human_feedback", "is_approve", "humanInputWebhook"})
 LIVE_FIELDS = frozenset({"executionId", "taskId", "humanFeedback", "isApprove", "humanInputWebhookUrl"})
 """The fields of `/resume` in the two spellings: of the documentation, and of hosted crews."""
@@ -193,27 +158,34 @@ _MISSING = "Missing inputs: "
 """The beginning of a hosted crew's refusal, before the names."""
 
 
-class ErrorFacts(NamedTuple):
-    """The facts in the body of an error. `raw` is the body's JSON value, None if it is no JSON."""
-
-    message: str | None
-    missing_inputs: tuple[str, ...]
-    raw: Any
-
-
-def parse_error(text: str) -> ErrorFacts:
-    """Return the facts of an error's body. Never raises."""
-    try:
-        raw = _loads(text)
-    except (ValueError, RecursionError):
-        return ErrorFacts(None, (), None)
-    parts = (pick(error_text, raw, key) for key in ("error", "message", "detail"))
-    message = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(raw) or ""
+def parse_error(text: str) -> tuple[str | None, list[str]]:
+    """Return the message and the missing inputs in the body of an error. Never raises."""
+    if (body := decode(text)) is text:  # no JSON: nobody reads a web page in a message
+        return None, []
+    parts = (pick(error_text, body, key) for key in ("error", "message", "detail"))
+    message = ": ".join(dict.fromkeys(filter(None, parts))) or error_text(body)
     places = (f"{place}missing_inputs" for place in ("details.", "", "detail.", "detail.details."))
-    listed = as_list(next(values_at(raw, *places), None))
-    if not listed and (sentence := as_text(as_object(raw).get("detail")) or "").startswith(_MISSING):
+    listed = as_list(next(values_at(body, *places), None))
+    if not listed and (sentence := pick(as_text, body, "detail") or "").startswith(_MISSING):
         listed = [name.strip() for name in sentence.removeprefix(_MISSING).split(",")]
-    return ErrorFacts(as_text(message[:_LONG]), tuple(dict.fromkeys(filter(None, map(as_text, listed)))), raw)
+    return message, list(dict.fromkeys(filter(None, map(as_text, listed))))
+
+
+def error_text(value: Any, depth: int = 5) -> str | None:
+    """Return the text of an error. It may be a text, an object with a message, or a list of these."""
+    if isinstance(value, str):
+        return as_text(value)
+    if not value or value is True:
+        return None
+    if isinstance(value, list) and depth:
+        return "; ".join(filter(None, (error_text(item, depth - 1) for item in as_list(value)))) or text_of(value)
+    source = as_object(value) if depth else {}
+    for key in ("message", "msg", "error", "detail", "title"):
+        if text := error_text(source.get(key), depth - 1):
+            # The location in a validation error of FastAPI, such as `body.inputs.budget`.
+            where = ".".join(map(str, as_list(source.get("loc")))) if key == "msg" else ""
+            return f"{where}: {text}" if where else text
+    return text_of(value)
 
 
 def other_spelling(text: str) -> frozenset[str]:
@@ -222,12 +194,8 @@ def other_spelling(text: str) -> frozenset[str]:
     The source is FastAPI, which answers with a list of `{"loc": ["body", NAME], …}` before it does anything. Any other
     answer gives no names.
     """
-    try:
-        problems = [as_object(problem) for problem in as_list(as_object(_loads(text)).get("detail"))]
-    except (ValueError, RecursionError):
-        return frozenset()
     unwanted = set[frozenset[str]]()
-    for problem in problems:
+    for problem in map(as_object, as_list(as_object(decode(text)).get("detail"))):
         match problem.get("loc"):
             case ["body", str(name)] if name in DOCUMENTED_FIELDS | LIVE_FIELDS:
                 is_asked_for = "missing" in f"{problem.get('type')}" or "required" in f"{problem.get('msg')}"
@@ -249,25 +217,6 @@ def parse_retry_after(value: str | None) -> float | None:
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
-def error_text(value: Any, depth: int = 5) -> str | None:
-    """Return the text of an error. It may be a text, an object with a message, or a list of these."""
-    if isinstance(value, str):
-        return as_text(value)
-    if value is None or isinstance(value, bool) or not value:
-        return None
-    if isinstance(value, list) and depth:
-        texts = (error_text(item, depth - 1) for item in as_list(value))
-        return "; ".join(filter(None, texts)) or text_of(value)
-    if isinstance(value, dict) and depth:
-        source = as_object(value)
-        for key in ("message", "msg", "error", "detail", "title"):
-            if text := error_text(source.get(key), depth - 1):
-                # The location in a validation error of FastAPI, such as `body.inputs.budget`.
-                where = ".".join(map(str, as_list(source.get("loc")))) if key == "msg" else ""
-                return f"{where}: {text}" if where else text
-    return text_of(value)
-
-
 # Parts of a status and of webhooks
 
 _IN_RESULT = ("result.output", "result.raw", "result.result")
@@ -283,22 +232,23 @@ _RESULT_KEYS = {"output", "raw", "result", *_TASK_LISTS, "json_dict", "pydantic"
 _ERROR_KEYS = {"error", "error_message", "message", "detail", "details", "type", "code", "status", "state", "traceback"}
 
 
-class _State(NamedTuple):
-    state: CrewState
+class StateWord(NamedTuple):
+    """The server's word for the state of a run; `state` is None for an unknown word.
+
+    `sentence` is the `status`, if there is a `state` too and `status` is a sentence for people.
+    """
+
     word: str
-    is_known: bool
+    state: CrewState | None
     sentence: str | None
-    """`status`, if there is a `state` too and `status` is a sentence for people."""
 
 
-def state_of(body: Mapping[str, Any]) -> _State | None:
-    """Return the state from `state`, else `status`; None if neither is a word. An unknown word counts as running."""
+def state_of(body: Mapping[str, Any]) -> StateWord | None:
+    """Return the state from `state`, else `status`; None if neither is a word."""
     word, status = as_text(body.get("state")), as_text(body.get("status"))
     sentence = status if word and status and known_state(status) is None else None
-    if not (word := word or status):
-        return None
-    state = known_state(word)
-    return _State(state or CrewState.RUNNING, word, state is not None, sentence)
+    word = word or status
+    return StateWord(word, known_state(word), sentence) if word else None
 
 
 def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
@@ -315,34 +265,32 @@ def _agreed_state(body: Mapping[str, Any], state: CrewState) -> CrewState:
 
 
 def _result_of(body: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the text of a completed run, "" if the server left it empty, and its structured result, or None."""
+    """Return the text of a completed run, "" if the server left it empty, and its structured result, or None.
+
+    Fields for structured results come first, then texts that contain JSON.
+    """
     result = body.get("result")
-    places = [value for value in values_at(body, *_OUTPUT) if value is not result or not as_object(value)]
-    texts = [value for value in places if isinstance(value, str)]
-    # From the best place to the last one: fields for structured results, then objects, then texts that contain JSON.
-    values = [*values_at(body, *_DATA)]
-    values += [value for value in values_at(body, "result.output", "output") if isinstance(value, dict | list)]
-    if not isinstance(result, str) and not (as_object(result).keys() & _RESULT_KEYS):
-        values.append(result)
-    structures = [value for value in map(_structured, [*values, *texts]) if value is not None]
+    is_envelope = bool(as_object(result).keys() & _RESULT_KEYS)
+    places = [value for value in values_at(body, *_OUTPUT) if not (is_envelope and value is result)]
+    structures = [data for data in map(_structured, [*values_at(body, *_DATA), *places]) if data is not None]
     # A full object in a later place is better than an empty one in an earlier place.
     data = next((value for value in structures if value not in ({}, [])), structures[0] if structures else None)
-    others = (value for value in (*places, data) if value is not None and not isinstance(value, str))
-    text = next((text for text in texts if text.strip()), None) or next(filter(None, map(text_of, others)), None)
-    return text or next(iter(texts), ""), data
+    texts = [value for value in places if isinstance(value, str)]
+    others = (text_of(value) for value in (*places, data) if not isinstance(value, str))
+    return next(filter(None, (*map(as_text, texts), *others)), None) or next(iter(texts), ""), data
 
 
 def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
     """Return the ended tasks, in the server's order. An item is an object, or the text of its output."""
     tasks: list[TaskResult] = []
     for item in pick(lambda value: as_list(value) or None, body, *_TASKS) or []:
-        task = {"output": item} if isinstance(item, str) else as_object(item)
         if not isinstance(item, str | dict):
             continue
+        task = {"output": item} if isinstance(item, str) else as_object(item)
         output = next(values_at(task, "output", "raw", "result", "summary"), None)
         fields: dict[str, Any] = {
-            "name": pick(as_name, task, "task_id", "name", "task_name"),
-            "agent": pick(as_name, task, *AGENT),
+            "name": pick(as_id, task, "task_id", "name", "task_name"),
+            "agent": pick(as_id, task, *AGENT),
             "output": text_of(output),
             "data": _structured(next(values_at(task, "output_json", "json_dict", "pydantic"), output)),
             "execution_time": pick(as_number, task, SECONDS),
@@ -352,18 +300,9 @@ def _tasks_of(body: Mapping[str, Any]) -> list[TaskResult]:
     return tasks
 
 
-_OTHER_COUNTS = {
-    "prompt_tokens": "input_tokens",
-    "completion_tokens": "output_tokens",
-    "cached_prompt_tokens": "cache_read_input_tokens",
-}
-"""Other names of the counts: providers of models use them in events of single calls."""
-
-
 def tokens_of(value: Any) -> TokenUsage | None:
     """Return the token counts in an object, None if it has none."""
-    names = TokenUsage.model_fields
-    counts = {name: pick(_as_count, value, name, _OTHER_COUNTS.get(name, name)) for name in names}
+    counts = {name: pick(_as_count, value, name) for name in TokenUsage.model_fields}
     prompt, completion = counts["prompt_tokens"], counts["completion_tokens"]
     if counts["total_tokens"] is None and prompt is not None and completion is not None:
         counts["total_tokens"] = prompt + completion
@@ -379,18 +318,31 @@ def _error_of(body: Mapping[str, Any], state: CrewState, sentence: str | None) -
     return error or pick(error_text, body, *_IN_RESULT, "result", "output")
 
 
+def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
+    """Return the number of completed tasks, the number of all tasks, and the fraction 0..1."""
+    completed = pick(_as_count, source, "progress.completed_tasks", "progress.completed")
+    total = pick(_as_count, source, "progress.total_tasks", "progress.total")
+    if completed is not None and total:
+        return completed, total, min(completed / total, 1.0)
+    number = pick(as_number, source, "progress.progress", "progress.percentage", "progress.percent", "progress")
+    if number is None or number > 100:
+        return completed, total, None
+    return completed, total, number if number <= 1 else number / 100
+
+
 # Answers
 
 _TASK_KEYS = ("name", "task_name", "task_id", "id", "description")
-_CURRENT_TASK = (*(f"current_task.{key}" for key in _TASK_KEYS), "progress.current")
-_LAST_TASK = tuple(f"last_executed_task.{key}" for key in _TASK_KEYS)
+_CURRENT_TASK = ("current_task", *(f"current_task.{key}" for key in _TASK_KEYS), "progress.current")
+_LAST_TASK = ("last_executed_task", *(f"last_executed_task.{key}" for key in _TASK_KEYS))
 _STEP_KEYS = ("description", "thought", "content", "text", "output", "result", "prompt", "name", "tool")
-_LAST_STEP = ("last_step", *(f"last_step.{key}" for key in _STEP_KEYS))
+_LAST_STEP = (*(f"last_step.{key}" for key in _STEP_KEYS), "last_step")
 _TASK_IDS = ("human_task_id", "task_id", "taskId")
-_ASKED_OF = ("task_output", "output", "prompt")
-_HUMAN = ("human_input", "human_feedback", "human_input_request", "pending_human_input", "current_task")
-_HUMAN_TASK = tuple(f"{part}{key}" for part in ("", *(f"{name}." for name in _HUMAN)) for key in _TASK_IDS)
-_HUMAN_OUTPUT = tuple(f"{part}{key}" for part in (*(f"{name}." for name in _HUMAN), "") for key in _ASKED_OF)
+_HUMAN_TASK = tuple(f"{part}{key}" for part in ("", "human_input.", "current_task.") for key in _TASK_IDS)
+_HUMAN_OUTPUT = tuple(
+    f"{part}{key}" for part in ("human_input.", "current_task.", "") for key in ("task_output", "output", "prompt")
+)
+_KEY = ("meta.idempotency_key", "last_executed_task.meta.idempotency_key")
 
 
 def parse_inputs(value: Any) -> list[CrewInput] | None:
@@ -408,16 +360,12 @@ def parse_inputs(value: Any) -> list[CrewInput] | None:
     required = {item["name"] for item in needed}
     inputs: dict[str, CrewInput] = {}
     for item in (*items, *needed):
-        name, default, required_word = item["name"], item.get("default"), item.get("required")
+        name, default, word = item["name"], item.get("default"), item.get("required")
         # Any value but a clear "no" means required: to ask for one input too many is the smaller mistake.
-        is_no = required_word is False or (
-            isinstance(required_word, str) and required_word.strip().casefold() == "false"
-        )
-        is_required = listed is None and default is None if required_word is None else not is_no
+        is_required = listed is None and default is None if word is None else f"{word}".strip().casefold() != "false"
         facts = {"type": as_text(item.get("type")), "description": as_text(item.get("description"))}
-        inputs.setdefault(
-            name, CrewInput(name=name, required=is_required or name in required, default=default, **facts)
-        )
+        is_required = is_required or name in required
+        inputs.setdefault(name, CrewInput(name=name, required=is_required, default=default, **facts))
     return list(inputs.values())
 
 
@@ -450,7 +398,7 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     ids = {own.casefold() for key in RUN_KEYS if (own := as_id(source.get(key)))}
     if state_word is None or (ids and kickoff_id.casefold() not in ids):
         return None
-    state = _agreed_state(source, state_word.state)
+    state = _agreed_state(source, state_word.state or CrewState.RUNNING)
     completed, total, progress = _progress(source)
     output, data = _result_of(source) if state is CrewState.COMPLETED else (None, None)
     has_failed = state in (CrewState.FAILED, CrewState.STOPPED)
@@ -458,11 +406,11 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
         "kickoff_id": kickoff_id,
         "state": state,
         "raw_state": state_word.word,
-        "known_state": state_word.is_known,
+        "known_state": state_word.state is not None,
         "message": state_word.sentence or as_text(source.get("message")),
-        "current_task": pick(as_text, source, "current_task") or pick(as_name, source, *_CURRENT_TASK),
-        "last_task": pick(as_text, source, "last_executed_task") or pick(as_name, source, *_LAST_TASK),
-        "last_step": pick(as_name, source, *_LAST_STEP) or pick(text_of, source, "last_step"),
+        "current_task": pick(as_text, source, *_CURRENT_TASK),
+        "last_task": pick(as_text, source, *_LAST_TASK),
+        "last_step": pick(text_of, source, *_LAST_STEP),
         "completed_tasks": completed,
         "total_tasks": total,
         "progress": progress,
@@ -473,9 +421,7 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
         "error": _error_of(source, state, state_word.sentence) if has_failed else None,
         "execution_time": pick(as_number, source, SECONDS),
         "usage": pick(tokens_of, source, *USAGE),
-        "idempotency_key": pick(
-            as_text, source, *(f"{place}meta.idempotency_key" for place in ("", "last_executed_task."))
-        ),
+        "idempotency_key": pick(as_text, source, *_KEY),
         "raw": value,
     }
     # Without missing fields, to save memory: each wait keeps its last status, and pydantic keeps the names of set
@@ -483,36 +429,23 @@ def parse_status(value: Any, kickoff_id: str) -> CrewStatus | None:
     return CrewStatus(**{name: value for name, value in fields.items() if value is not None})
 
 
-def _progress(source: Mapping[str, Any]) -> tuple[int | None, int | None, float | None]:
-    """Return the number of completed tasks, the number of all tasks, and the fraction 0..1."""
-    completed = pick(_as_count, source, "progress.completed_tasks", "progress.completed")
-    total = pick(_as_count, source, "progress.total_tasks", "progress.total")
-    if completed is not None and total:
-        return completed, total, min(completed / total, 1.0)
-    number = pick(as_number, source, "progress.progress", "progress.percentage", "progress.percent", "progress")
-    if number is None or number > 100:
-        return completed, total, None
-    return completed, total, number if number <= 1 else number / 100
-
-
 def waiting_output(raw: Any) -> str | None:
     """Return the output for review in the status of a run that waits for a person, or None."""
     last = as_object(as_object(raw).get("last_executed_task"))
-    waits = pick(as_id, raw, *_HUMAN_TASK) or pick(as_text, raw, "current_task")
+    waits = pick(as_id, raw, *_HUMAN_TASK, "current_task")
     # The output of another task is not for review.
-    is_last = waits is None or waits in (pick(as_id, last, *_TASK_IDS), last.get("name"))
+    is_last = waits in (None, pick(as_id, last, *_TASK_IDS), last.get("name"))
     return pick(text_of, raw, *_HUMAN_OUTPUT) or (text_of(last.get("output")) if is_last else None)
 
 
 def parse_resume(value: Any) -> ResumeAnswer | None:
     """Return the server's answer to an accepted resume (2xx): `{status, message}`, an id, or an empty body."""
-    source = as_object(value)
-    status, message = as_text(source.get("status")), as_text(source.get("message"))
-    kickoff_id = pick(as_id, source, *RUN_KEYS)
-    is_error = status is None and bool(error_text(source.get("error")))
+    status, message = pick(as_text, value, "status"), pick(as_text, value, "message")
+    kickoff_id = pick(as_id, value, *RUN_KEYS)
+    is_error = status is None and bool(pick(error_text, value, "error"))
     if not isinstance(value, dict | None) or is_error or not (kickoff_id or "").isprintable():
         return None
-    return ResumeAnswer(kickoff_id=kickoff_id, status=status, message=message, raw=value)
+    return ResumeAnswer(kickoff_id=kickoff_id, status=status, message=message)
 
 
 _CURRENT_STATE = re.compile(r"current state:?\s*['\"]?([A-Za-z][A-Za-z _-]*)", re.IGNORECASE)
@@ -529,17 +462,10 @@ def parse_stop(value: Any, kickoff_id: str) -> StopAnswer | None:
     """Return the server's answer to an accepted `/stop` (2xx)."""
     if not isinstance(value, dict | None):
         return None
-    source = as_object(value)
-    state_word = state_of(source)
-    state = state_word.state if state_word and state_word.is_known else None
-    return StopAnswer(
-        kickoff_id=kickoff_id,
-        outcome=StopOutcome.REQUESTED if state is None else _STOP_OUTCOMES.get(state, StopOutcome.REQUESTED),
-        state=state,
-        raw_state=state_word.word if state_word else None,
-        message=(state_word and state_word.sentence) or as_text(source.get("message")),
-        raw=value,
-    )
+    word, state, sentence = state_of(as_object(value)) or (None, None, None)
+    outcome = _STOP_OUTCOMES.get(state, StopOutcome.REQUESTED) if state else StopOutcome.REQUESTED
+    message = sentence or pick(as_text, value, "message")
+    return StopAnswer(kickoff_id=kickoff_id, outcome=outcome, state=state, raw_state=word, message=message)
 
 
 def parse_refused_stop(text: str, kickoff_id: str, status_code: int) -> StopAnswer | None:
@@ -548,15 +474,14 @@ def parse_refused_stop(text: str, kickoff_id: str, status_code: int) -> StopAnsw
     A 404 means that the server has no `/stop`, unless its `error` or `detail` mentions a run: web frameworks only say
     "Not Found".
     """
-    facts = parse_error(text)
-    answer = StopAnswer(kickoff_id=kickoff_id, outcome=StopOutcome.UNSUPPORTED, message=facts.message, raw=facts.raw)
-    if status_code in (400, 409) and (match := _CURRENT_STATE.search(facts.message or text[:_LONG])):
-        word = match.group(1).strip()
-        state = {"outcome": StopOutcome.NOT_STOPPABLE, "state": known_state(word), "raw_state": word}
-        return answer.model_copy(update=state)
+    message = parse_error(text)[0]
+    if status_code in (400, 409) and (match := _CURRENT_STATE.search(message or text)):
+        word, outcome = match.group(1).strip(), StopOutcome.NOT_STOPPABLE
+        state = known_state(word)
+        return StopAnswer(kickoff_id=kickoff_id, outcome=outcome, state=state, raw_state=word, message=message)
     if status_code not in (404, 405, 410, 501):
         return None
-    message = " ".join(text for text in values_at(facts.raw, "error", "detail") if isinstance(text, str))
-    if status_code == 410 or (status_code == 404 and (_NO_RUN.search(message) or kickoff_id in message)):
-        return answer.model_copy(update={"outcome": StopOutcome.UNKNOWN_RUN})
-    return answer
+    words = " ".join(part for part in values_at(decode(text), "error", "detail") if isinstance(part, str))
+    is_unknown = status_code == 410 or (status_code == 404 and (_NO_RUN.search(words) or kickoff_id in words))
+    outcome = StopOutcome.UNKNOWN_RUN if is_unknown else StopOutcome.UNSUPPORTED
+    return StopAnswer(kickoff_id=kickoff_id, outcome=outcome, message=message)

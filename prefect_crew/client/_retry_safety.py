@@ -11,8 +11,6 @@ from prefect_crew.exceptions import (
     CrewConnectionError,
     InvalidInputsError,
     NotStartedError,
-    RateLimitedError,
-    ServerError,
     SessionBlockedError,
 )
 
@@ -41,26 +39,23 @@ def kickoff_fate(error: BaseException) -> KickoffFate:
     A 5xx often comes from a proxy that has passed the request on. Only a 503 with `Retry-After` surely started nothing:
     its server chose not to take the request. An error of an unknown kind is uncertain.
     """
-    if isinstance(error, ConfigurationError | BudgetExceededError | SessionBlockedError):
-        return KickoffFate.REFUSED
-    if isinstance(error, InvalidInputsError) and error.before_kickoff:
-        return KickoffFate.REFUSED
-    if isinstance(error, NotStartedError):
-        return KickoffFate.RETRY
-    if isinstance(error, CrewConnectionError):
-        return KickoffFate.UNCERTAIN if error.sent else KickoffFate.RETRY
-    if not isinstance(error, CrewAPIError):
-        return KickoffFate.UNCERTAIN
-    status = error.status_code
-    if status == 429 or (status == 503 and getattr(error, "retry_after", None) is not None):
-        return KickoffFate.RETRY
-    if 400 <= status < 500 and status != 408:
-        return KickoffFate.REFUSED
-    return KickoffFate.UNCERTAIN
+    match error:
+        case NotStartedError() | CrewConnectionError(sent=False) | CrewAPIError(status_code=429):
+            return KickoffFate.RETRY
+        case CrewAPIError(status_code=503, retry_after=float()):
+            return KickoffFate.RETRY
+        case ConfigurationError() | BudgetExceededError() | SessionBlockedError():
+            return KickoffFate.REFUSED
+        case InvalidInputsError(before_kickoff=True):
+            return KickoffFate.REFUSED
+        case CrewAPIError(status_code=status) if 400 <= status < 500 and status != 408:
+            return KickoffFate.REFUSED
+        case _:
+            return KickoffFate.UNCERTAIN
 
 
 def kickoff_delay(error: BaseException) -> float | None:
     """Return the seconds after which the server allows to send a kickoff again, None if the error says nothing."""
-    if not isinstance(error, (RateLimitedError, ServerError)) or kickoff_fate(error) is not KickoffFate.RETRY:
+    if not isinstance(error, CrewAPIError) or kickoff_fate(error) is not KickoffFate.RETRY:
         return None
     return min(BARE_DELAY if error.retry_after is None else error.retry_after, DELAY_CAP)

@@ -90,9 +90,10 @@ def replacement(value: Any) -> Any:
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return list(cast("Sequence[Any]", value))
     # A number or an array of NumPy: booleans, numbers, text and objects. Not times: `tolist` returns bare numbers.
-    if getattr(getattr(value, "dtype", None), "kind", None) in ("b", "i", "u", "f", "U", "O"):
-        return cast("Any", value).tolist()
-    raise TypeError(f"a value of type {type(value).__name__}")
+    other = cast("Any", value)
+    if getattr(getattr(other, "dtype", None), "kind", None) in ("b", "i", "u", "f", "U", "O"):
+        return other.tolist()
+    raise TypeError(f"a value of type {type(other).__name__}")
 
 
 def is_uuid(value: Any) -> bool:

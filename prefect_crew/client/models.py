@@ -145,7 +145,6 @@ class ResumeAnswer(_Model):
     kickoff_id: str | None = None
     status: str | None = None
     message: str | None = None
-    raw: Any = Field(default=None, repr=False)
 
 
 class StopOutcome(StrEnum):
@@ -171,7 +170,6 @@ class StopAnswer(_Model):
     state: CrewState | None = None
     raw_state: str | None = None
     message: str | None = None
-    raw: Any = Field(default=None, repr=False)
 
     @property
     def accepted(self) -> bool:

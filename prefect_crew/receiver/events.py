@@ -17,13 +17,11 @@ from prefect_crew.client._parsing import (
     USAGE,
     as_id,
     as_list,
-    as_name,
     as_number,
     as_object,
     as_text,
     decode,
     pick,
-    shown,
     state_of,
     text_of,
     tokens_of,
@@ -66,8 +64,8 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
     Raises:
         ResponseFormatError: The body is not an object, or names no run, or is of a stream and holds no events.
     """
-    expected = f"a {hook.kind} webhook's body"
-    value = decode(body, expected=expected)
+    expected, text = f"a {hook.kind} webhook's body", body.decode("utf-8", "replace")
+    value = decode(text)
     source = as_object(value)
     if hook.kind == "stream":
         stream = source.get("events", value)
@@ -75,22 +73,22 @@ def read_events(hook: Hook, body: bytes) -> list[WebhookEvent]:
         events = [as_object(item) for item in items if isinstance(item, dict)]
         is_one = any(pick(as_id, item, *RUN_KEYS) or as_text(item.get("type")) for item in events)
         if len(events) < len(items) or (events and not is_one):
-            raise ResponseFormatError(expected=expected, body=shown(body))
+            raise ResponseFormatError(expected=expected, body=text)
         return [_streamed(hook, event) for event in events[:MAX_STREAMED]]
     kickoff_id = pick(as_id, source, *RUN_KEYS)
     if kickoff_id is None or not kickoff_id.isprintable():  # no run of ours has such an id
-        raise ResponseFormatError(expected=f"{expected} that names its run", body=shown(body))
+        raise ResponseFormatError(expected=f"{expected} that names its run", body=text)
     state, usage, is_question = state_of(source), pick(tokens_of, source, *USAGE), hook.kind == "human_input"
     facts_of_body = {
         "kickoff_id": kickoff_id,
         "task_id": as_id(source.get("task_id")),
-        "state": str(state.state) if state and state.is_known else None,
+        "state": str(state.state) if state and state.state else None,
         "execution_time": pick(as_number, source, SECONDS),
         **_counts(usage),
     }
     names = {
-        "name": pick(as_name, source, "name", "task_name"),
-        "agent": pick(as_name, source, *AGENT),
+        "name": pick(as_text, source, "name", "task_name"),
+        "agent": pick(as_text, source, *AGENT),
         "tool": as_text(source.get("tool")),
         "step_type": as_text(source.get("step_type")),
     }

@@ -36,10 +36,9 @@ def test_a_request_without_a_callable_url_is_refused(url: object):
     assert "s3cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", ["http://x.example/r", "ftp://x.example/r", "http://[s3cret"])
-async def test_no_answer_goes_to_an_unsafe_url(url: str):
-    request = FlowQuestion(id="r", kickoff_id="k", task_id="t", callback_url=SecretStr(url))
-    with pytest.raises(ConfigurationError) as caught:
+async def test_no_answer_goes_to_an_unsafe_url():
+    request = FlowQuestion(kickoff_id="k", callback_url=SecretStr("http://x.example/r?token=s3cret"))
+    with pytest.raises(ConfigurationError, match="plain http") as caught:
         await post_answer(request, Review(approve=True, by="a person"))
     assert "s3cret" not in str(caught.value)
 

@@ -135,26 +135,6 @@ async def test_the_status_path_is_remembered(
     assert rest.call_count == (path == SECOND)
 
 
-@pytest.mark.parametrize(
-    ("answer", "healthy"),
-    [
-        (httpx.Response(200, json={"inputs": []}), True),
-        (httpx.Response(200, html="<h1>Healthy food</h1>"), False),
-        (httpx.Response(200, text="Healthy"), False),
-        (httpx.Response(404, json={"detail": "Not Found"}), False),
-        (httpx.Response(503, text="Healthy"), False),
-        (httpx.Response(302, text="Healthy"), False),
-    ],
-    ids=lambda value: f"{value.status_code}-{value.text}" if isinstance(value, httpx.Response) else "",
-)
-async def test_health(router: respx.MockRouter, client: CrewClient, answer: httpx.Response, healthy: bool):
-    router.get("/inputs").mock(answer)
-    assert await client.health() is healthy
-    router.get("/inputs").respond(401)
-    with pytest.raises(pc.AuthenticationError):
-        await client.health()
-
-
 async def test_version_is_a_digest_of_the_definition(router: respx.MockRouter, client: CrewClient):
     definitions = [{"name": "travel", "tasks": ["plan"]}, {"tasks": ["plan"], "name": "travel"}, {"name": "travel"}]
     others = [

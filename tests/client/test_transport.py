@@ -425,7 +425,6 @@ async def test_an_answer_of_a_wrong_size_or_encoding(handler: Handler, problem: 
         tracemalloc.stop()
         with pytest.raises(ServerError) as failed:
             await client.inputs()
-        assert not await client.health()
     assert caught.value.status_code == 200
     assert caught.value.kickoff_id == "k1"
     assert len(failed.value.body) < 600
@@ -435,9 +434,9 @@ async def test_a_large_answer_is_parsed_in_a_thread(monkeypatch: pytest.MonkeyPa
     threads: list[int] = []
     decode = _parsing.decode
 
-    def seen(body: bytes, *, expected: str) -> object:
+    def seen(text: str) -> object:
         threads.append(threading.get_ident())
-        return decode(body, expected=expected)
+        return decode(text)
 
     monkeypatch.setattr(_parsing, "decode", seen)
     for text in ("x", "Lisbon – لشبونة " * (10 * 1024**2 // 24)):

@@ -81,11 +81,10 @@ def test_the_type_of_a_streamed_event_is_a_name():
 
 @pytest.mark.parametrize("model", ["openai/gpt-4o", "the model that says a secret"])
 def test_a_call_of_a_model_tells_its_counts_and_no_text(model: str):
-    usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+    usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
     data = {"model": model, "usage": usage, "messages": [{"content": "the prompt"}], "response": "the output"}
     (event,) = read("stream", {"events": [{"execution_id": "k-1", "type": "llm_call_completed", "data": data}]})
-    counts = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-    assert event.facts == {"kickoff_id": "k-1", **counts} | ({} if " " in model else {"model": model})
+    assert event.facts == {"kickoff_id": "k-1", **usage} | ({} if " " in model else {"model": model})
 
 
 def test_a_delivery_to_the_stream_tells_so_much_and_no_more():
