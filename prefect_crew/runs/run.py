@@ -435,7 +435,7 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         await forget_callbacks(ended)
     end_run(ended)
     if ended.batch is None or status.state is not CrewState.COMPLETED:  # thousands of rows complete
-        facts = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
+        facts: dict[str, Any] = {"state": str(status.state), "error": error, "execution_time": status.execution_time}
         emit(str(status.state), ended, once=True, **facts)
     await prune_in_passing()
     return True
