@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BasicAuth",
-    "BatchBusyError", "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BatchPlan", "BatchReport",
+    "BatchBusyError", "BatchCancelledError", "BatchFailedError", "BatchPlan", "BatchReport",
     "BearerAuth", "Budget", "BudgetExceededError", "ConfigurationError", "CrewAPIError", "CrewClient",
     "CrewConnectionError", "CrewError", "CrewFailedError", "CrewInput", "CrewLostError", "CrewResult", "CrewRun",
     "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError", "CrewTimeoutError", "DatasetError", "DeployedCrew",

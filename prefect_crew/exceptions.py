@@ -32,7 +32,6 @@
     ├── BatchFailedError             not every row of a batch completed
     ├── BatchCancelledError          the flow run of a batch was cancelled
     ├── BatchBusyError               another process works on the batch
-    ├── BatchChangedError            the batch belongs to another crew
     ├── DatasetError                 a data set cannot be read
     │   └── BadRowsError             rows of it cannot be run
     ├── ExportError                  the export of a batch cannot be written
@@ -58,7 +57,7 @@ from prefect_crew.states import CrewState
 
 __all__ = [
     "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BatchBusyError",
-    "BatchCancelledError", "BatchChangedError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
+    "BatchCancelledError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
     "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
     "InvalidCallError", "InvalidInputsError", "KickoffUncertainError", "NoResultError", "NotFoundError",
@@ -138,11 +137,7 @@ class CrewAPIError(_FactsError):
 
     def _text(self) -> str:
         words = _clause(self.message or self.body) or "an empty body"
-        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {words}. {self._advice}"
-
-    @property
-    def _advice(self) -> str:
-        return self.advice
+        return f"{self.method} {self.path} answered {self.status_code}{_of(self.kickoff_id)}: {words}. {self.advice}"
 
 
 class AuthenticationError(CrewAPIError):
@@ -157,9 +152,7 @@ class AuthenticationError(CrewAPIError):
 class NotFoundError(CrewAPIError):
     """404: no crew at this URL, or no run with this id."""
 
-    @property
-    def _advice(self) -> str:
-        return f"Check the crew's URL{'.' if self.kickoff_id is None else ' and the id of the run.'}"
+    advice: ClassVar[str] = "Check the crew's URL, and the id of the run if it names one."
 
 
 class InvalidInputsError(CrewAPIError):
@@ -204,17 +197,9 @@ class ServerError(CrewAPIError):
     """5xx: the crew's server is at fault."""
 
     advice: ClassVar[str] = (
-        "Ask the crew's operators (CrewAI's support for a hosted crew), and give them this whole message."
+        "This is often temporary. Run again with the same idempotency key, which starts no second run. If it lasts, "
+        "ask the crew's operators (CrewAI's support for a hosted crew), and give them this whole message."
     )
-
-    @property
-    def _advice(self) -> str:
-        if self.status_code not in (502, 503, 504):
-            return self.advice
-        return (
-            "The crew's server is not available. This is usually temporary. Run again with the same idempotency key, "
-            f"which starts no second run. If it lasts: {self.advice[0].lower()}{self.advice[1:]}"
-        )
 
 
 class CrewConnectionError(_FactsError):
@@ -297,19 +282,8 @@ class KickoffUncertainError(_FactsError):
         )
 
 
-class RunNotFoundError(_FactsError):
-    """No run on record has the idempotency key or kickoff id `name`.
-
-    `listing` is a command that lists the runs; `advice` replaces the advice to list them.
-    """
-
-    name: str
-    listing: str = "prefect-crew runs ls --all"
-    advice: str | None = None
-
-    def _text(self) -> str:
-        advice = self.advice or f"To list them: {self.listing}."
-        return f"No run has the key or kickoff id {self.name!r}. {advice}"
+class RunNotFoundError(CrewError):
+    """No run on record has this idempotency key or kickoff id."""
 
 
 class NoResultError(CrewError):
@@ -467,11 +441,10 @@ class CrewTimeoutError(_RunError):
     stopped: bool = False
 
     def _text(self) -> str:
-        key, advice = self.idempotency_key, "Look"
-        if key is not None:
-            go_on = f"To go on waiting, run again with idempotency key {key!r} and a larger timeout, or look"
-            again = f"Idempotency key {key!r} starts another, which may need a larger timeout; or look"
-            advice = again if self.stopped else go_on
+        advice = "Look"
+        if (key := self.idempotency_key) is not None:
+            to_do = "start another" if self.stopped else "go on waiting"
+            advice = f"To {to_do}, run again with idempotency key {key!r} and a larger timeout, or look"
         return (
             f"{self._run} was still {self.last_state or 'unseen'} after its {self.phase} time limit of "
             f"{self.limit:g} s. {'It was stopped' if self.stopped else 'It was left running'}. {advice}: "
@@ -550,18 +523,6 @@ class BatchBusyError(_FactsError):
         return (
             f"{self.what or f'Batch {self.name!r}'} is being run by another process at this moment. Nothing was "
             "started or changed here. Wait for that process or stop it, then repeat this call."
-        )
-
-
-class BatchChangedError(_FactsError):
-    """Batch `name` belongs to another crew."""
-
-    name: str
-    difference: str
-
-    def _text(self) -> str:
-        return (
-            f"Batch {self.name!r} began with another crew: {self.difference}. Nothing was started. Choose another name."
         )
 
 

@@ -44,7 +44,6 @@ from prefect_crew.exceptions import (
     BadRowsError,
     BatchBusyError,
     BatchCancelledError,
-    BatchChangedError,
     ConfigurationError,
     CrewError,
     StoreError,
@@ -147,7 +146,7 @@ async def arun_batch(
 
     Raises:
         DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
-        BatchChangedError, BatchBusyError: The batch is another crew's, or another process runs it now.
+        ConfigurationError, BatchBusyError: The batch is another crew's, or another process runs it now.
         StoreError, ExportError: The crew database or the export failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
@@ -362,7 +361,10 @@ class _Batch:
 
     async def _take(self, stack: AsyncExitStack, before: Batch) -> None:
         if before.crew_url != self.job.crew.url:
-            raise BatchChangedError(name=self.job.name, difference=f"{before.crew_url}, not {self.job.crew.url}")
+            raise ConfigurationError(
+                f"Batch {self.job.name!r} began with another crew: {before.crew_url}, not {self.job.crew.url}. Nothing "
+                "was started. Choose another name."
+            )
         await stack.enter_async_context(self.hold)
 
     async def _check_rows(self, before: Batch | None) -> Checked:

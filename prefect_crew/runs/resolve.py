@@ -36,7 +36,7 @@ async def find_attempts(name: str) -> list[Attempt]:
     """Return the attempts of an idempotency key, or the one with a kickoff id. Raises RunNotFoundError."""
     found = await in_store(attempts.of_key, normalize_key(name)) or await in_store(attempts.of_kickoff_id, name)
     if not found:
-        raise RunNotFoundError(name=name)
+        raise RunNotFoundError(f"No run has the key or kickoff id {name!r}. To list them: prefect-crew runs ls --all.")
     return found
 
 

@@ -67,7 +67,7 @@ async def test_a_row_is_a_run_and_a_line(batch: Batches, crew_server: CrewServer
 async def test_rows_are_matched_by_their_keys(batch: Batches, crew_server: CrewServerFactory):
     first, second = crew_server(PICKY), crew_server(PICKY)
     await batch(first.crew(), topics(5), name="growing")
-    with pytest.raises(pc.BatchChangedError, match=f"{first.url}, not {second.url}"):
+    with pytest.raises(pc.ConfigurationError, match=f"{first.url}, not {second.url}"):
         await batch(second.crew(), topics(5), name="growing")
     report = await batch(first.crew(), topics(6), name="growing")
     assert (report.completed, report.kickoffs, len(batch.lines())) == (6, 1, 6)

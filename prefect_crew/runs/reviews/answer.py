@@ -33,7 +33,6 @@ from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     NotWaitingError,
-    RunNotFoundError,
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import find_attempts, latest
@@ -477,10 +476,7 @@ async def find_run_in_flight(name: str) -> Attempt:
     Raises:
         CrewError: There is no such run, it has ended, or it has no kickoff id.
     """
-    try:
-        attempt = latest(await find_attempts(name))
-    except RunNotFoundError:
-        raise RunNotFoundError(name=name, listing="prefect-crew reviews ls") from None
+    attempt = latest(await find_attempts(name))
     if attempt.state is not AttemptState.STARTED:
         has_ended = attempt.first_id is not None
         why = f"it has ended ({attempt.state})" if has_ended else f"its kickoff is {attempt.state}"
