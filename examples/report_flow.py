@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 
 class ReportState(BaseModel):
-    """What the flow knows. The fields that are required or described are the flow's inputs.
+    """What the flow knows. Its fields are the flow's inputs.
 
     CrewAI makes the state before the inputs come, so that each field needs a default. `required` is how the crew
     server learns that a run makes no sense without it.

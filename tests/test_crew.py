@@ -165,7 +165,7 @@ async def test_version_changes_with_the_deployed_crew(crew_server: CrewServerFac
     async with CrewSession(crew_of(server.crew())) as session:
         first = await session.version()
         assert first == known_version(server.url) == await session.version()
-        server.crew_runs.program = load_program(script({"output": "other"}))
+        server.program = load_program(script({"output": "other"}))
         assert await session.version() not in (None, first)
 
 

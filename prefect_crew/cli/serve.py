@@ -6,15 +6,15 @@ import asyncio
 import logging
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.types import Port
@@ -23,6 +23,9 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._output import Progress
 from prefect_crew.cli._prefect import page_url, reach_prefect
 from prefect_crew.exceptions import ConfigurationError
+
+if TYPE_CHECKING:
+    from prefect_crew.devserver import CrewServer
 
 Host = Annotated[str, Parameter(name="--host", help="The address to listen on.")]
 ListenPort = Annotated[Port, Parameter(name="--port", help="The port; 0 takes a free one.")]
@@ -39,7 +42,7 @@ def serve(
     fault: list[str] | None = None,
     speed: float = 1.0,
     save: Annotated[str | None, Parameter(name="--save")] = None,
-) -> int:
+) -> None:
     """Serve a crew on this machine like a deployed crew, until Ctrl-C.
 
     Args:
@@ -52,35 +55,32 @@ def serve(
         save: Store the crew as a Prefect block under this name, so that flows and commands need only the name.
     """
     from prefect_crew.devserver import CrewServer
-    from prefect_crew.devserver import serve as serve_crew
+    from prefect_crew.devserver.web_server import open_listener, print_line, url_of
 
     try:
-        server = CrewServer(
-            spec,
-            port=port,
-            token=token or None,
-            response_format=response_format,
-            faults=fault or (),
-            speed=speed,
-        )
-        with _listening(host, port):
-            return serve_crew(
-                server,
-                host=host,
-                name=save,
-                show_token=not (save or token),
-                on_listening=None if save is None else partial(_store, save),
-            )
+        server = CrewServer(spec, token=token or None, response_format=response_format, faults=fault or (), speed=speed)
     except ValueError as error:
         raise ConfigurationError("; ".join(str(error).splitlines())) from error
+    with _listening(host, port):
+        listener = open_listener(host, port)
+    with listener:
+        url = url_of(listener)
+        if save is not None:
+            _store(save, url, server)
+        inputs = "".join(f" -i {shlex.quote(item.name)}=…" for item in server.program.inputs() if item.required)
+        shown = "" if save or token else f"CREW_TOKEN={server.token} "
+        line = f"Serving the crew {server.program.name} at {url}  Try: {shown}prefect-crew run {save or url}{inputs}"
+        if sys.stdout.isatty():  # a pipe that nobody reads would block the server once it is full
+            server.on_kickoff = lambda kickoff_id: print_line(f"Started run {kickoff_id}")
+        server.serve(listener, lambda: print_line(f"{line}  Stop: Ctrl-C"))
 
 
-def _store(name: str, url: str, token: str, is_flow: bool) -> None:
+def _store(name: str, url: str, server: CrewServer) -> None:
     reach_prefect()
     from prefect_crew.cli.crews import save_served
 
-    _output.current.hide(token)
-    asyncio.run(save_served(name, url, token, is_flow=is_flow))
+    _output.current.hide(server.token)
+    asyncio.run(save_served(name, url, server.token, is_flow=server.is_flow))
     _output.note(f"Stored crew {name} ({url}) as the block deployed-crew/{name}.")
 
 
@@ -89,8 +89,6 @@ def _listening(host: str, port: int) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is not None:  # not of the port
-            raise
         raise OSError(
             f"Cannot listen on {host}:{port}: {error.strerror or error}. --port 0 takes a free port."
         ) from error
@@ -100,7 +98,7 @@ receiver = App(name="receiver")
 
 
 @receiver.command
-def start(*, host: Host = "127.0.0.1", port: ListenPort = 8001) -> int:
+def start(*, host: Host = "127.0.0.1", port: ListenPort = 8001) -> None:
     """Receive the webhooks of crews, which wake waits and become Prefect events, until Ctrl-C.
 
     PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET signs the webhooks. Set the same secret here and where crews start.
@@ -115,7 +113,7 @@ def start(*, host: Host = "127.0.0.1", port: ListenPort = 8001) -> int:
     logger.setLevel(logging.DEBUG if _output.current.debug else logging.INFO)
     logger.propagate = False
     with _listening(host, port):
-        return serve_receiver(create_receiver(), host=host, port=port)
+        serve_receiver(create_receiver(), host=host, port=port)
 
 
 INPUTS = {

@@ -16,12 +16,11 @@ if TYPE_CHECKING:
     from prefect_crew.devserver._faults import Fault, Faults
     from prefect_crew.devserver._runs import Answer, Outcome, Program, ProgramError, ProgramNotFoundError, Run
     from prefect_crew.devserver._scripts import CrewScript, load_program, load_script
-    from prefect_crew.devserver._server import CrewServer, serve
-    from prefect_crew.devserver._webhooks import ReviewWebhook
+    from prefect_crew.devserver._server import CrewServer
 
 __all__ = [
     "Answer", "CrewScript", "CrewServer", "Fault", "Faults", "Outcome", "Program", "ProgramError",
-    "ProgramNotFoundError", "ReviewWebhook", "Run", "load_program", "load_script", "serve",
+    "ProgramNotFoundError", "Run", "load_program", "load_script",
 ]  # fmt: skip
 
 # Loaded when first used: uvicorn and Starlette take 0.2 s to import.
@@ -29,7 +28,6 @@ _NAMES = {
     "_faults": "Fault Faults",
     "_runs": "Answer Outcome Program ProgramError ProgramNotFoundError Run",
     "_scripts": "CrewScript load_program load_script",
-    "_server": "CrewServer serve",
-    "_webhooks": "ReviewWebhook",
+    "_server": "CrewServer",
 }
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

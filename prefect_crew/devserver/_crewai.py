@@ -19,7 +19,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -33,10 +32,8 @@ from contextvars import ContextVar
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
-from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
@@ -51,11 +48,8 @@ os.environ.setdefault("CREWAI_DISABLE_TELEMETRY", "true")  # it waits 10 s at ex
 os.environ.setdefault("CREWAI_TRACING_ENABLED", "false")
 os.environ.setdefault("CREWAI_DISABLE_VERSION_CHECK", "true")
 if not os.environ.get("CREWAI_STORAGE_DIR"):
-    # The files of crews (task outputs, memory, paused flows) are removed with this process. They are in memory where
-    # there is room: CrewAI syncs each output of a task to one SQLite file, and other runs wait.
-    _memory = Path("/dev/shm")  # noqa: S108  mkdtemp makes a directory of its own
-    _is_roomy = os.access(_memory, os.W_OK) and shutil.disk_usage(_memory).free > 2**30  # a container may have 64 MiB
-    os.environ["CREWAI_STORAGE_DIR"] = tempfile.mkdtemp(prefix="prefect-crew-", dir=_memory if _is_roomy else None)
+    # The files of crews (task outputs, memory, paused flows) are removed with this process.
+    os.environ["CREWAI_STORAGE_DIR"] = tempfile.mkdtemp(prefix="prefect-crew-")
     atexit.register(shutil.rmtree, os.environ["CREWAI_STORAGE_DIR"], ignore_errors=True)
 
 from crewai import Crew, Flow, Task, events
@@ -79,10 +73,11 @@ from crewai.tasks.task_output import TaskOutput
 STOP_SECONDS = 2.0
 """Seconds of the wait for a stopped run's thread. For its clients the run has ended before."""
 
+MAX_RUNS = 100
+"""Runs at once, of which each needs a thread."""
+
 _PLACEHOLDER = re.compile(r"[A-Za-z_][A-Za-z0-9_\-]*")
 """Inputs that CrewAI fills in. `fetch_inputs` also reports other text in braces, such as JSON in a prompt."""
-
-_log = logging.getLogger(__name__)
 
 
 def load_crewai(spec: str) -> CrewAIProgram:
@@ -96,47 +91,18 @@ def load_crewai(spec: str) -> CrewAIProgram:
         ProgramNotFoundError: The function does not exist, or does not build a fresh Crew or Flow.
     """
     path, _, name = spec.rpartition(":")
+    folder, module = (Path(path).resolve().parent, Path(path).stem) if path.endswith(".py") else (Path.cwd(), path)
+    for place in (Path.cwd() / "src", Path.cwd(), folder):  # `src` is where `crewai create crew` puts it
+        if str(place) not in sys.path:
+            sys.path.insert(0, str(place))
     try:
-        if path.endswith(".py"):
-            module = _import_file(Path(path))
-        else:
-            _add_to_path(Path.cwd() / "src")  # where `crewai create crew` puts it
-            _add_to_path(Path.cwd())
-            module = importlib.import_module(path)
-        factory: Callable[[], Any] = attrgetter(name)(module)  # a name with dots is a function of a class
+        factory: Callable[[], Any] = attrgetter(name)(importlib.import_module(module))  # a name may have dots
+        return CrewAIProgram(factory, module.rpartition(".")[2])
     except (Exception, SystemExit) as error:
-        raise ProgramNotFoundError(f"{spec} cannot be loaded: {type(error).__name__}: {error}") from error
-    try:
-        return CrewAIProgram(factory, path.removesuffix(".py").replace("/", ".").rpartition(".")[2])
-    except Exception as error:
         raise ProgramNotFoundError(
-            f"{spec} failed to build its crew: {type(error).__name__}: {error}. Name a function without arguments that "
-            "returns a new Crew or Flow at each call, since each serves one run at a time."
+            f"{spec} cannot be loaded: {type(error).__name__}: {error}. Name a function without arguments that returns "
+            "a new Crew or Flow at each call, since each serves one run at a time."
         ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    """Import a file; if it is in a package, as a module of that package."""
-    path = path.resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    folder, name = path.parent, path.stem
-    _add_to_path(folder)
-    while (folder / "__init__.py").is_file():
-        folder, name = folder.parent, f"{folder.name}.{name}"
-    _add_to_path(folder)
-    module = importlib.import_module(name)
-    if getattr(module, "__file__", None) != str(path):
-        raise ImportError(
-            f"this process has loaded another {name}; rename the file, or serve it in a process of its own"
-        )
-    return module
-
-
-def _add_to_path(directory: Path) -> None:
-    """Allow imports of modules in a directory, now and while crews run."""
-    if str(directory) not in sys.path:
-        sys.path.insert(0, str(directory))
 
 
 class CrewAIProgram:
@@ -146,19 +112,16 @@ class CrewAIProgram:
         Exception: The factory raised it. TypeError: The factory builds another thing, or the same object again.
     """
 
-    max_runs = 100
-    """Runs at once by default; each needs a thread."""
-
     def __init__(self, factory: Callable[[], Any], module: str) -> None:
         crew = _build(factory)
         if crew is _build(factory):
             raise TypeError("it returned the same object twice")
-        self.flow = _is_flow(crew)
+        self.flow = isinstance(crew, Flow)
         name = crew.name if crew.name != "crew" else None  # CrewAI's default
         self.name: str = name or (type(crew).__name__ if self.flow else module)
         self._factory = factory
         self._inputs = _flow_inputs(crew) if self.flow else _crew_inputs(crew)
-        self.state_fields: list[str] = _state_fields(crew) if self.flow else []
+        self._slots = asyncio.Semaphore(MAX_RUNS)
         tasks = [] if self.flow else [(task.description, task.expected_output) for task in crew.tasks]
         self._definition = {"name": self.name, "inputs": [item.name for item in self._inputs], "tasks": tasks}
 
@@ -183,36 +146,33 @@ class CrewAIProgram:
             try:
                 result = _run(self._factory, bridge)
             except BaseException as error:  # noqa: BLE001 - whatever ends the thread ends this run, not the server
-                _log.debug("Run %s of %s failed.", run.id, self.name, exc_info=True)
                 result = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(ended.set_result, result)
 
-        # A daemon, so that no thread of ours delays the end of the process.
-        threading.Thread(target=work, name=f"crew run {run.id}", daemon=True).start()
-        try:
-            await asyncio.wait([ended])
-        except asyncio.CancelledError:
-            bridge.stop()
-            # CrewAI logs tracebacks when the interpreter ends under a crew; nearly all are quicker than this.
-            await asyncio.wait([ended], timeout=STOP_SECONDS)
-            raise
+        async with self._slots:
+            # A daemon, so that no thread of ours delays the end of the process.
+            threading.Thread(target=work, name=f"crew run {run.id}", daemon=True).start()
+            try:
+                await asyncio.wait([ended])
+            except asyncio.CancelledError:
+                bridge.stop()
+                # CrewAI logs tracebacks when the interpreter ends under a crew; nearly all are quicker than this.
+                await asyncio.wait([ended], timeout=STOP_SECONDS)
+                raise
         result = ended.result()
         if isinstance(result, BaseException):
             raise ProgramError(str(result) or type(result).__name__) from result
         return result
 
 
-def _is_flow(crew: Any) -> bool:
-    return isinstance(crew, Flow)
-
-
 def _build(factory: Callable[[], Any]) -> Any:
     """Return the Crew or Flow of a factory. The crew of a `@CrewBase` class is its method `crew`."""
     product = factory()
-    crew = getattr(product, "crew", None)
-    product = crew() if callable(crew) and not _is_flow(product) else product
-    if not (_is_flow(product) or isinstance(product, Crew)):
+    kinds: Any = (Crew, Flow)
+    crew = None if isinstance(product, kinds) else getattr(product, "crew", None)
+    product = crew() if callable(crew) else product
+    if not isinstance(product, kinds):
         raise TypeError(f"it returned {type(product).__name__}")
     return product
 
@@ -221,34 +181,22 @@ def _crew_inputs(crew: Crew) -> list[CrewInput]:
     return [CrewInput(name=name) for name in sorted(crew.fetch_inputs()) if _PLACEHOLDER.fullmatch(name)]
 
 
-def _state_fields(flow: Flow[Any]) -> list[str]:
-    """Return the fields of a flow's state, with `id` only if the author's own model has it."""
-    model = cast("Any", type(flow.state))
-    model = model.__bases__[1] if model.__name__ == "StateWithId" else model  # CrewAI's, around the author's
-    return list(getattr(model, "model_fields", ()))
-
-
 def _flow_inputs(flow: Flow[Any]) -> list[CrewInput]:
-    """Return the fields of a flow's state that are required or have a description. Without such fields, return all.
+    """Return the fields of a flow's state, as AMP does: with `id` only if the author's own model has it.
 
     CrewAI cannot make a state whose fields lack a default, so a field is required if it declares that:
     `topic: str = Field(default="", json_schema_extra={"required": True})`. A state that is a dictionary
     has no fields.
     """
-    state: Any = flow.state
-    fields = dict(type(state).model_fields) if isinstance(state, BaseModel) else {}
-    fields.pop("id", None)  # the state's own
-    described = any(info.description for info in fields.values())
+    model = cast("Any", type(flow.state))
+    model = model.__bases__[1] if model.__name__ == "StateWithId" else model  # CrewAI's, around the author's
     inputs: list[CrewInput] = []
-    for name, info in fields.items():
+    for name, info in getattr(model, "model_fields", {}).items():
+        kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
         extra: Any = info.json_schema_extra
-        required = info.is_required() or (isinstance(extra, dict) and extra.get("required") is True)  # pyright: ignore[reportUnknownMemberType]
-        if required or info.description or not described:
-            kind = getattr(info.annotation, "__name__", None) or str(info.annotation)
-            default = None if required else _jsonable(info.get_default(call_default_factory=True))
-            inputs.append(
-                CrewInput(name=name, type=kind, description=info.description, required=required, default=default)
-            )
+        required = isinstance(extra, dict) and extra.get("required") is True  # pyright: ignore[reportUnknownMemberType]
+        default = None if required or name == "id" else _jsonable(info.get_default(call_default_factory=True))
+        inputs.append(CrewInput(name=name, type=kind, description=info.description, required=required, default=default))
     return inputs
 
 
@@ -313,7 +261,7 @@ class _Watch:
         self._run = bridge.run
         self._report = bridge.report
         self._began: dict[str, float] = {}
-        if _is_flow(made):
+        if isinstance(made, Flow):
             methods = made.flow_definition().methods
             if not any(method.router or method.human_feedback for method in methods.values()):
                 self._report(self._run.plan, list(methods))  # nothing chooses among them, so all will run
@@ -451,10 +399,10 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
     with scoped_hooks({point: [bridge.check] for point in stopping}):
         crew = _build(factory)
         crew.stream = False  # its chunks would have no reader here
-        verbose = not _is_flow(crew) and (crew.verbose or any(agent.verbose for agent in crew.agents))
+        verbose = not isinstance(crew, Flow) and (crew.verbose or any(agent.verbose for agent in crew.agents))
         set_suppress_console_output(not verbose)
         add_stream_sink(_Watch(crew, bridge).see)
-        if _is_flow(crew):  # as on AMP, the id of its state is the kickoff id
+        if isinstance(crew, Flow):  # as on AMP, the id of its state is the kickoff id
             inputs = {"id": run.id, **run.inputs}
             result = crew.kickoff(inputs=inputs, restore_from_state_id=run.restore_from)
         else:
@@ -465,6 +413,6 @@ def _run(factory: Callable[[], Any], bridge: _Bridge) -> Outcome:
             "of the flow."
         )
     output, data = _result_of(result)
-    counted = crew.usage_metrics if _is_flow(crew) else result.token_usage
+    counted = crew.usage_metrics if isinstance(crew, Flow) else result.token_usage
     usage = TokenUsage(**counted.model_dump(include=set(TokenUsage.model_fields)))
     return Outcome(output, data, usage if usage.successful_requests or usage.total_tokens else None)

@@ -134,29 +134,14 @@ class Fault:
 
     def hits(self, occurrence: int) -> bool:
         """Return whether the fault comes at this occurrence, counted from 1."""
-        for low, dash, high in (part.partition("-") for part in self._parts):
-            if int(low) <= occurrence <= (float(high or "inf") if dash else int(low)):
-                return True
-        return False
-
-
-class Fired(NamedTuple):
-    """A fault that has happened.
-
-    `where` is the place of the request, such as `status`, `occurrence` the request's number among the requests that the
-    fault counts.
-    """
-
-    fault: Fault
-    where: str
-    occurrence: int
+        ranges = (part.partition("-") for part in self._parts)
+        return any(int(low) <= occurrence <= (float(high or "inf") if dash else int(low)) for low, dash, high in ranges)
 
 
 class Faults:
     """The faults of one server, and the number of requests at each place."""
 
     def __init__(self, faults: Iterable[Fault | str] = ()) -> None:
-        self.fired: list[Fired] = []
         self.visits: Counter[str] = Counter()
         self._faults: list[tuple[Fault, int]] = []
         self.add(*faults)
@@ -174,10 +159,5 @@ class Faults:
     def draw(self, *places: str) -> list[Fault]:
         """Count one request under each of these names of its place, and return the faults that the request has."""
         self.visits.update(places)
-        drawn: list[Fault] = []
-        for fault, before in self._faults:
-            occurrence = self.visits[fault.where] - before
-            if fault.where in places and fault.hits(occurrence):
-                drawn.append(fault)
-                self.fired.append(Fired(fault, places[0], occurrence))
-        return drawn
+        faults = [(fault, self.visits[fault.where] - before) for fault, before in self._faults if fault.where in places]
+        return [fault for fault, occurrence in faults if fault.hits(occurrence)]

@@ -92,7 +92,7 @@ class Live(Documented):
     is_live: ClassVar[bool] = True
 
     def inputs(self, program: Program) -> dict[str, Any]:
-        return {"inputs": getattr(program, "state_fields", None) or [item.name for item in program.inputs()]}
+        return {"inputs": [item.name for item in program.inputs()]}
 
     def status(self, run: Run) -> dict[str, Any]:
         if run.state is CrewState.WAITING:

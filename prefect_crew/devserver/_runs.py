@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -100,7 +98,6 @@ class Run:
         id: The kickoff id. In the response format "live" each answer of a person gives the run a new one.
         former_ids: The ids that it had before.
         targets: The webhooks; each `/resume` replaces them, also by none.
-        base_url: The server's URL as the kickoff's client used it.
         planned: Names of all tasks, if the program set them.
         tasks: The results of the ended tasks.
         faults: The faults that concern this run, by name, with their values.
@@ -112,7 +109,6 @@ class Run:
     targets: Webhooks = field(default_factory=Webhooks)
     restore_from: str | None = None
     is_flow: bool = False
-    base_url: str = ""
     former_ids: set[str] = field(default_factory=set[str], init=False)
     listener: Listener = lambda _run, _event, _value: None
     created_at: datetime = field(default_factory=lambda: datetime.now(UTC), init=False)
@@ -132,7 +128,6 @@ class Run:
     _status_calls: int = field(default=0, init=False)
     _began: float = field(default_factory=lambda: time.monotonic(), init=False)
     _seconds: float | None = field(default=None, init=False)
-    _asking: dict[str, asyncio.Lock] = field(default_factory=lambda: defaultdict(asyncio.Lock), init=False)
 
     def __repr__(self) -> str:
         return f"<Run {self.id} {self.state}>"
@@ -174,22 +169,16 @@ class Run:
             self.listener(self, "step", self.last_step)
 
     async def ask(self, *, task_id: str, output: str) -> Answer:
-        """Wait until a person has answered; until then the run's state is "waiting".
-
-        Questions about one task are asked one after the other, since an answer only names the task. A run's end cancels
-        this.
-        """
-        async with self._asking[task_id]:
-            if self.state.ended:
-                raise asyncio.CancelledError
-            answer = asyncio.get_running_loop().create_future()
-            question = Question(task_id, output, answer, str(uuid.uuid4()))
-            self.questions[task_id] = question
-            self.listener(self, "waiting", question)
-            try:
-                return await question.answer
-            finally:
-                self.questions.pop(task_id, None)
+        """Wait until a person has answered; until then the run's state is "waiting". A run's end cancels this."""
+        if self.state.ended:
+            raise asyncio.CancelledError
+        question = Question(task_id, output, asyncio.get_running_loop().create_future(), str(uuid.uuid4()))
+        self.questions[question.uuid] = question
+        self.listener(self, "waiting", question)
+        try:
+            return await question.answer
+        finally:
+            self.questions.pop(question.uuid, None)
 
     # Called by the server
 
@@ -207,18 +196,21 @@ class Run:
     ) -> Literal["resumed", "retrying", "completed"] | None:
         """Take a person's answer. Return the word for the answer of `/resume`, None if there is no such question.
 
-        `targets` replace the targets of webhooks; None keeps them.
+        `task_id` is the task's, for its oldest question, or the question's own. `targets` replace the targets of
+        webhooks; None keeps them.
         """
-        question = self.questions.pop(task_id, None)
+        question = next((one for one in self.questions.values() if task_id in (one.task_id, one.uuid)), None)
         if question is None:
             return None
+        del self.questions[question.uuid]
         self.targets = self.targets if targets is None else targets
         question.answer.set_result(answer)
         if not answer.approve:
             return "retrying"
-        return "completed" if self.planned and task_id == self.planned[-1] else "resumed"
+        return "completed" if self.planned and question.task_id == self.planned[-1] else "resumed"
 
     def begin(self) -> None:
+        """Note that the program runs."""
         self._state = CrewState.RUNNING
         self.listener(self, "started", None)
 
@@ -234,62 +226,3 @@ class Run:
         self._state = state  # last, since other threads read it first
         self.questions.clear()
         self.listener(self, str(state), None)
-
-
-class CrewRuns:
-    """All runs of one crew. `max_runs` of them run at once; None is the program's own number, or no limit.
-
-    `spawn` starts a task. If the server cancels the task, the run is abandoned and does not end.
-    """
-
-    def __init__(self, program: Program, *, listener: Listener, spawn: Spawn, max_runs: int | None) -> None:
-        if max_runs is not None and max_runs < 1:
-            raise ValueError(f"max_runs, the number of runs at once, must be above 0, not {max_runs}.")
-        self.program = program
-        self.is_flow: bool = getattr(program, "flow", False)
-        self._listener = listener
-        self._spawn = spawn
-        most: int | None = max_runs or getattr(program, "max_runs", None)
-        self._slots = asyncio.Semaphore(most) if most else contextlib.nullcontext()
-        self.runs: dict[str, Run] = {}
-
-    def start(self, run: Run) -> None:
-        """Accept a run, and start its program."""
-        run.is_flow, run.listener = self.is_flow, self._listener
-        self.runs[run.id] = run
-        run.task = self._spawn(self._run(run))
-
-    def rename(self, run: Run) -> str:
-        """Give a run a new id, and return it. The old one is unknown from then on."""
-        old, run.id = run.id, str(uuid.uuid4())
-        run.former_ids.add(old)
-        # Replaced in its place, since the order of runs is that of their kickoffs, and another thread reads it.
-        self.runs = {run.id if id_ == old else id_: one for id_, one in self.runs.items()}
-        return run.id
-
-    def stop(self, run: Run) -> bool:
-        """Stop a run. Return False if it had ended before."""
-        if run.state.ended:
-            return False
-        run.end(CrewState.STOPPED)
-        if run.task is not None:
-            run.task.cancel()
-        return True
-
-    async def _run(self, run: Run) -> None:
-        outcome, error = None, None
-        try:
-            async with self._slots:
-                run.begin()
-                if "stuck" in run.faults:
-                    await asyncio.get_running_loop().create_future()
-                outcome = await self.program.execute(run)
-        except asyncio.CancelledError:
-            error = "the crew was cancelled from within"
-        except ProgramError as failure:
-            error = str(failure)
-        # An error of the crew is a failed run, never a broken server; sys.exit() would end the event loop.
-        except (Exception, SystemExit) as failure:  # noqa: BLE001
-            error = f"{type(failure).__name__}: {failure}"
-        if run.task is not None and not run.task.cancelling():  # else it was stopped or abandoned
-            run.end(CrewState.COMPLETED if error is None else CrewState.FAILED, outcome=outcome, error=error)

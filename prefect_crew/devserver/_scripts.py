@@ -6,24 +6,21 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
 import yaml
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
-from jinja2.meta import find_undeclared_variables
+from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from prefect_crew._text import problems_of
 from prefect_crew.client.models import CrewInput, TaskResult, TokenUsage
 from prefect_crew.devserver._runs import Outcome, Program, ProgramError, Run
 
 _JINJA = SandboxedEnvironment(undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
-_OF_RUN = {"tasks", "previous", "kickoff_id", "feedback", "round", "state"}
-_SCOPE = {"inputs", *_OF_RUN, *cast("dict[str, Any]", _JINJA.globals)}  # pyright: ignore[reportUnknownMemberType]
-"""Names that a template sees, with the names of the inputs, but for an input whose name is in `_OF_RUN`."""
 BUNDLED = ("echo", "travel")
 """The crews that come with this package."""
 
@@ -92,38 +89,6 @@ class CrewScript(_Part):
     data: Any = Field(default=None, description="The structured result; left out, the last task's data.")
     usage: TokenUsage | None = Field(default=None, description="Tokens that a run reports.")
 
-    @model_validator(mode="after")
-    def _check(self) -> CrewScript:
-        inputs, tasks = [item.name for item in self.inputs], [task.name for task in self.tasks]
-        if twice := sorted({name for names in (inputs, tasks) for name in names if names.count(name) > 1}):
-            raise ValueError(f"several inputs or tasks have the same name: {', '.join(twice)}")
-        # Each run would fail at a wrong template, after it has begun.
-        for where, text in _texts(self.model_dump(include={"tasks", "output", "data"})):
-            try:
-                used = find_undeclared_variables(_JINJA.parse(text))
-            except TemplateSyntaxError as error:
-                raise ValueError(f"{where} is not a template: {error.message} (line {error.lineno} of it)") from None
-            if hidden := sorted(used & _OF_RUN & {*inputs}):
-                name = hidden[0]
-                raise ValueError(
-                    f"{where} uses {name}, which is a fact of the run here, not the input of that name. Write "
-                    f"inputs.{name} for the input; to use the fact, rename the input"
-                )
-            unknown = used - {*inputs, *_SCOPE}
-            if inputs and unknown:  # a crew that names no inputs takes any
-                raise ValueError(f"{where} uses {', '.join(sorted(unknown))}, and the inputs are {', '.join(inputs)}")
-        return self
-
-
-def _texts(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """Yield all texts in a value, each with its place."""
-    if isinstance(value, str):
-        yield where, value
-    elif isinstance(value, (dict, list)):
-        parts = cast("Any", value.items() if isinstance(value, dict) else enumerate(cast("list[Any]", value)))
-        for name, part in parts:
-            yield from _texts(part, f"{where}.{name}".lstrip("."))
-
 
 class ScriptedProgram:
     """Runs a script. Its seconds are divided by `speed`: 10 is ten times as fast, `float("inf")` takes no time.
@@ -132,8 +97,6 @@ class ScriptedProgram:
     """
 
     def __init__(self, script: CrewScript, *, speed: float = 1.0) -> None:
-        if not speed > 0:
-            raise ValueError(f"speed must be above 0, not {speed:g}. 2 is twice as fast.")
         self.script = script
         self.speed = speed
         self.name = script.name
@@ -149,8 +112,7 @@ class ScriptedProgram:
     async def execute(self, run: Run) -> Outcome:
         script = self.script
         inputs = {spec.name: "" if spec.default is None else spec.default for spec in script.inputs} | dict(run.inputs)
-        results: dict[str, TaskResult] = {}
-        state = self._state_of(run)
+        results, state = dict[str, TaskResult](), self._state_of(run)
         scope: dict[str, Any] = {**inputs, "inputs": inputs, "tasks": results, "previous": "", "kickoff_id": run.id}
         scope["state"] = state
         run.plan([task.name for task in script.tasks])
@@ -165,8 +127,8 @@ class ScriptedProgram:
                 self.states[state["id"]] = {**state, **inputs, "id": state["id"], "output": result.output}
             run.task_ended(result)
         last = results[script.tasks[-1].name]
-        data = last.data if script.data is None else _render_data(script.data, scope, "data")
-        text = (last.output or "") if script.output is None else _render(script.output, scope, "output")
+        data = last.data if script.data is None else _filled_data(script.data, scope, "data")
+        text = (last.output or "") if script.output is None else _filled(script.output, scope, "output")
         return Outcome(output=text or _text_of(data), data=data, usage=script.usage)
 
     def _state_of(self, run: Run) -> dict[str, Any]:
@@ -180,30 +142,30 @@ class ScriptedProgram:
         return {**before, "id": own, "turn": before["turn"] + 1}
 
     async def _reviewed(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
-        feedback, round_ = "", 0
-        while True:
-            round_ += 1
+        """Do a task, again for each rejection."""
+        feedback = ""
+        for round_ in count(1):
             result = await self._attempt(run, task, {**scope, "feedback": feedback, "round": round_})
-            answer = await run.ask(task_id=task.name, output=result.output or "") if task.human else None
-            if answer is None or answer.approve:
+            if not task.human or (answer := await run.ask(task_id=task.name, output=result.output or "")).approve:
                 return result
             feedback = answer.feedback
+        raise AssertionError  # a count has no end
 
     async def _attempt(self, run: Run, task: TaskSpec, scope: Mapping[str, Any]) -> TaskResult:
         def field(name: str) -> str:
-            return _render(str(getattr(task, name) or ""), scope, f"{name} of task {task.name}")
+            return _filled(str(getattr(task, name) or ""), scope, f"{name} of task {task.name}")
 
         run.task_started(task.name, agent=task.agent)
         pause = float(field("seconds") or 0) / self.speed / (len(task.steps) + 1)
         began = asyncio.get_running_loop().time()
         for step in task.steps:
             await asyncio.sleep(pause)
-            content = _render(step.content, scope, f"step of task {task.name}")
+            content = _filled(step.content, scope, f"step of task {task.name}")
             run.step(agent=task.agent, kind=step.kind, content=content, tool=step.tool)
         await asyncio.sleep(pause)
         if failure := field("fail").strip():
             raise ProgramError(failure)
-        data = _render_data(task.data, scope, f"data of task {task.name}")
+        data = _filled_data(task.data, scope, f"data of task {task.name}")
         output = field("output") or _text_of(data)
         if not task.steps:
             run.step(agent=task.agent, kind="final_answer", content=output)
@@ -223,23 +185,24 @@ def _text_of(data: Any) -> str:
     return "" if data is None else json.dumps(data, ensure_ascii=False)
 
 
-def _render(template: str, scope: Mapping[str, Any], where: str) -> str:
+def _filled(value: Any, scope: Mapping[str, Any], where: str) -> Any:
+    """Return a value with each text in it filled as a template."""
+    if isinstance(value, dict):
+        return {name: _filled(part, scope, where) for name, part in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_filled(part, scope, where) for part in cast("list[Any]", value)]
+    if not isinstance(value, str):
+        return value
     try:
-        return _JINJA.from_string(template).render(scope)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return _JINJA.from_string(value).render(scope)
+    except Exception as error:
         raise ProgramError(f"the template of the {where} failed: {error}") from error
 
 
-def _render_data(data: Any, scope: Mapping[str, Any], where: str) -> Any:
-    def filled(value: Any) -> Any:
-        if isinstance(value, str):
-            return _render(value, scope, where)
-        if isinstance(value, dict):
-            return {str(name): filled(part) for name, part in cast("dict[Any, Any]", value).items()}
-        return [filled(part) for part in cast("list[Any]", value)] if isinstance(value, list) else value
-
+def _filled_data(data: Any, scope: Mapping[str, Any], where: str) -> Any:
+    value = _filled(data, scope, where)
     try:
-        return json.loads(filled(data)) if isinstance(data, str) else filled(data)
+        return json.loads(value) if isinstance(data, str) else value
     except ValueError as error:
         raise ProgramError(f"the {where} is not JSON: {error}") from error
 

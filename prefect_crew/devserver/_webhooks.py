@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
-import secrets
-import time
 import uuid
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,9 +17,6 @@ from prefect_crew.client.webhooks import BasicAuth, BearerAuth
 from prefect_crew.devserver._faults import Faults
 from prefect_crew.devserver._response_formats import Documented, task_report, usage_counts
 from prefect_crew.devserver._runs import Question, Run, Spawn, Step
-
-CALLBACKS = "/human_feedback_requests/"
-"""The end of the path of a callback URL, before its token."""
 
 _MAX_CONCURRENT = 32
 _TIMEOUT = 10.0
@@ -104,26 +96,10 @@ def _stream_body(run: Run, type_: str, value: Any) -> dict[str, Any]:
     return {"events": [event]}
 
 
-@dataclass(frozen=True)
-class ReviewWebhook:
-    """The URL to which the dev server sends a Flow's questions, and the secret that signs them.
-
-    The first of `options` approves.
-    """
-
-    url: str
-    secret: str = field(repr=False)
-    options: tuple[str, ...] = ("approve", "reject")
-
-
 class WebhookSender:
-    """A `Listener` that sends a run's events to its webhooks. `asked` maps the token of a callback to the question."""
+    """A `Listener` that sends a run's events to its webhooks."""
 
-    def __init__(
-        self, faults: Faults, *, spawn: Spawn, response_format: Documented, review: ReviewWebhook | None
-    ) -> None:
-        self.review = review
-        self.asked: dict[str, tuple[Run, Question]] = {}
+    def __init__(self, faults: Faults, spawn: Spawn, response_format: Documented) -> None:
         self._faults = faults
         self._spawn = spawn
         self._format = response_format
@@ -132,8 +108,6 @@ class WebhookSender:
     def __call__(self, run: Run, event: str, value: Any) -> None:
         """Send an event of the run to its targets."""
         targets = run.targets
-        if isinstance(value, Question) and self.review is not None:
-            self._send("review", self.review.url, self._request(run, value, self.review))
         match value:
             case TaskResult():
                 kind, target = "task", targets.task
@@ -151,46 +125,22 @@ class WebhookSender:
                 if type_ in stream.events and (run.is_flow or type_ not in _OF_FLOWS):
                     self._send("stream", stream.url, _stream_body(run, type_, value), stream.authentication)
 
-    def _request(self, run: Run, question: Question, review: ReviewWebhook) -> dict[str, Any]:
-        token = secrets.token_urlsafe(24)
-        self.asked[token] = run, question
-        return {
-            "event_type": "new_request",
-            "id": str(uuid.uuid4()),
-            "status": "pending",
-            "method_name": question.task_id,
-            "message": f"Please review {question.task_id}.",
-            "output": question.output,
-            "emit_options": list(review.options),
-            "state": dict(run.inputs),
-            "flow_execution_id": run.id,
-            "callback_url": f"{run.base_url}{CALLBACKS}{token}",
-        }
-
-    def _send(
-        self, kind: str, url: str, body: dict[str, Any], authentication: BearerAuth | BasicAuth | None = None
-    ) -> None:
+    def _send(self, kind: str, url: str, body: dict[str, Any], authentication: BearerAuth | BasicAuth | None) -> None:
         drawn = {fault.name: fault.value or 0.0 for fault in self._faults.draw("webhook", f"webhook-{kind}")}
         if "lose" in drawn:
             return
-        content = json.dumps(body, default=str).encode()
         headers, auth = {"Content-Type": "application/json"}, httpx.Auth()
         if isinstance(authentication, BearerAuth):
             headers["Authorization"] = f"Bearer {authentication.token.get_secret_value()}"
         elif authentication is not None:
             auth = httpx.BasicAuth(authentication.username, authentication.password.get_secret_value())
-        if kind == "review" and self.review is not None:
-            now = str(int(time.time()))
-            digest = hmac.new(self.review.secret.encode(), f"{now}.".encode() + content, hashlib.sha256).hexdigest()
-            headers |= {"X-Timestamp": now, "X-Signature": f"sha256={digest}"}
+        request = {"content": json.dumps(body, default=str).encode(), "headers": headers, "auth": auth}
         for _ in range(2 if "double" in drawn else 1):
-            delay = drawn.get("delay", 0.0)
-            self._spawn(self._deliver(kind, url, delay, content=content, headers=headers, auth=auth))
+            self._spawn(self._deliver(kind, url, drawn.get("delay", 0.0), request))
 
-    async def _deliver(self, kind: str, url: str, delay: float, **request: Any) -> None:
+    async def _deliver(self, kind: str, url: str, delay: float, request: dict[str, Any]) -> None:
         await asyncio.sleep(delay)
-        options: dict[str, Any] = {"verify": tls_context(), "timeout": _TIMEOUT, "trust_env": False}
-        async with self._slots, httpx.AsyncClient(**options) as client:
+        async with self._slots, httpx.AsyncClient(verify=tls_context(), timeout=_TIMEOUT, trust_env=False) as client:
             try:
                 await client.post(url, **request)
             except Exception as error:  # noqa: BLE001 - httpx raises others too, where a URL or a header cannot be sent

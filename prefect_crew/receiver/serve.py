@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp
 
-from prefect_crew._internal.web_server import WebServer, open_listener, print_line, url_of
+from prefect_crew.devserver.web_server import WebServer, open_listener, print_line, url_of
 
 CONNECTIONS = 600
 """Connections at a time, of the 1,024 open files that are usual; a request on one more is answered with 503."""

@@ -132,7 +132,7 @@ def test_attempt_and_span_have_the_version_of_the_crew(
     results = [pc.run_crew(server.crew(), {}) for _ in range(2)]
     assert server.requests["inspect"] == 1, "the process has read it"
     monkeypatch.setattr("prefect_crew.crew.VERSION_AGE", 0)
-    server.crew_runs.program = load_program(slow(1.5, "two"))
+    server.program = load_program(slow(1.5, "two"))
     results.append(pc.run_crew(server.crew(), {}))
     first, again, changed = [stored(str(result.idempotency_key))[0].crew_version for result in results]
     assert first == again is not None

@@ -88,7 +88,7 @@ async def test_another_deployment_is_said_in_one_line(
 ):
     await batch(echo.crew(), topics(2), name="deployed")
     (before,) = {line["crew_version"] for line in batch.lines().values()}
-    echo.crew_runs.program = load_program(PICKY)
+    echo.program = load_program(PICKY)
     await batch(echo.crew(), topics(3), name="deployed")
     versions = {key: line["crew_version"] for key, line in batch.lines().items()}
     assert sorted(versions.values()).count(before) == 2
@@ -266,7 +266,7 @@ async def test_names_of_inputs_that_are_gone_start_no_row_again(batch: Batches, 
         assert report.completed == 2
         assert report.kickoffs == 0
         assert server.kickoffs == 2
-    server.crew_runs.program = load_program(script({"output": "x"}))
+    server.program = load_program(script({"output": "x"}))
     with pytest.raises(pc.ConfigurationError, match="names no inputs now"):
         await batch(crew, rows, name="named")
 

@@ -125,7 +125,7 @@ def test_a_run_is_cancelled_by_its_key_and_its_crew(here: Command, write: Write,
     again = here("runs", "cancel", kickoff_id, *crew)
     assert again.code == 1
     assert "had already ended" in again.out
-    with CrewServer("echo", token=TOKEN, stop=False) as server:
+    with CrewServer("echo", token=TOKEN, faults=["stop:404"]) as server:
         for address in (f"{crews.url}/slow", server.url):
             unknown = write(**slow | {"crew_url": address}, kickoff_id=f"gone-{uuid.uuid4()}")
             assert "was not stopped" in here("runs", "cancel", unknown.key, "--crew", address).error(1)

@@ -9,11 +9,10 @@ import pytest
 
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.models import StopOutcome
-from prefect_crew.devserver import CrewServer
 from prefect_crew.states import CrewState
 from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff
-from support.waiting import until, wait_until
+from support.waiting import until
 
 INPUTS = {"budget": "1000 USD", "interests": "games, tech, relaxing hikes", "duration": "7 days", "age": "35"}
 REVIEWED = """
@@ -471,27 +470,3 @@ def test_a_live_flow_counts_steps(live_flow: httpx.Client) -> None:
     body = finished(live_flow, kickoff(live_flow, {}))
     assert body["progress"] == {"unit": "step", "completed": 1, "total": None, "remaining": None, "current": None}
     assert body["last_executed_task"] is None, "crews only"
-
-
-def test_a_queue_is_pending(serve: Serve) -> None:
-    server, client = serve("name: q\ntasks: [{name: t, seconds: 60}]", response_format="live", max_runs=1)
-    first, second = kickoff(client), kickoff(client)
-    wait_until(lambda: server.run(first).current_task is not None)
-    bodies = [client.get(f"/status/{id_}").json() for id_ in (first, second)]
-    assert [(body["state"], body["status"]) for body in bodies] == [("RUNNING", "Task is Running"), ("PENDING", None)]
-    client.post(f"/stop/{first}")
-    wait_until(lambda: server.run(second).state is CrewState.RUNNING)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"response_format": "x"}, "Formats: documented, live"),
-        ({"speed": 0}, "speed must be above 0"),
-        ({"max_runs": 0}, "max_runs, the number of runs at once, must be above 0"),
-        ({"spec": "nowhere.yaml"}, r"Cannot read the crew nowhere.yaml.*echo, travel"),
-    ],
-)
-def test_options_that_make_no_sense(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(ValueError, match=text):
-        CrewServer(**{"spec": "echo"} | options)

@@ -95,29 +95,6 @@ def test_whatever_a_program_raises_fails_its_run(serve: Serve) -> None:
     assert client.get("/inspect").status_code == 404, "it has no definition"
 
 
-class Twice:
-    """A program that asks two questions about one task at once."""
-
-    name = "twice"
-
-    def inputs(self) -> list[CrewInput]:
-        return []
-
-    async def execute(self, run: Run) -> Outcome:
-        answers = await asyncio.gather(*(run.ask(task_id="review", output=text) for text in ("one", "two")))
-        return Outcome(" ".join(answer.feedback for answer in answers))
-
-
-def test_questions_of_a_task_are_asked_in_turn(serve: Serve) -> None:
-    server, client = serve(Twice())
-    kickoff_id = kickoff(client)
-    for output in ("one", "two"):
-        wait_until(lambda output=output: [one.output for one in server.run(kickoff_id).questions.values()] == [output])
-        answer = {"execution_id": kickoff_id, "task_id": "review", "human_feedback": f"a {output}", "is_approve": True}
-        assert client.post("/resume", json=answer).status_code == 200
-    assert finished(client, kickoff_id)["result"]["output"] == "a one a two"
-
-
 async def test_the_end_of_a_run_ends_its_questions() -> None:
     run = Run({})
     run.begin()

@@ -124,12 +124,12 @@ class Stage:
     @property
     def fields(self) -> dict[str, Any]:
         wait = {**QUICKLY, "human_timeout": 3}
-        is_flow = self.server.crew_runs.is_flow
+        is_flow = self.server.is_flow
         return {"url": self.server.url, "token": self.server.token, "request_timeout": 1, "wait": wait, "flow": is_flow}
 
     def release(self) -> None:
         """Let the runs of a crew that is held end."""
-        program: Any = self.server.crew_runs.program
+        program: Any = self.server.program
         program.released = True
 
     def killed(self, caller: Caller) -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from prefect_crew._internal.web_server import open_listener
+from prefect_crew.devserver.web_server import open_listener
 
 __all__ = ["Echo", "echoing"]
 

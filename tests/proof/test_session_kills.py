@@ -57,7 +57,7 @@ def test_fifty_turns_have_fifty_states(zygote: Zygote, idempotency_key: str, not
                 bury(server, keys[first : first + AT_ONCE], left_as)
                 assert {one.error for one in ended} <= {None, "KickoffUncertainError", "SessionBlockedError"}, ended
                 left = [key for key, one in zip(left, ended, strict=True) if one.output is None]
-        states = server.crew_runs.program.states  # pyright: ignore[reportAttributeAccessIssue]
+        states = server.program.states  # pyright: ignore[reportAttributeAccessIssue]
         assert server.kickoffs_by_key == dict.fromkeys(keys, 1)
         ids = [run.id for run in server.runs]
         assert [run.restore_from for run in server.runs] == [None, *ids[:-1]]

@@ -17,7 +17,7 @@ import prefect_crew as pc
 from prefect_crew._internal.clock import utcnow
 from prefect_crew.blocks import crew_of
 from prefect_crew.client.models import CrewInput
-from prefect_crew.devserver import CrewServer, Outcome, ReviewWebhook
+from prefect_crew.devserver import CrewServer, Outcome
 from prefect_crew.receiver import answers
 from prefect_crew.runs.reviews import reviewer
 from prefect_crew.runs.reviews.answer import resume_run
@@ -26,6 +26,7 @@ from prefect_crew.webhooks import Hook, token_of
 from support.asking import AskingServer
 from support.chromium import Chromium
 from support.links import QUICK, Chat, answers_of, read, running, send
+from support.review_callbacks import ReviewingServer, ReviewWebhook
 from support.scripts import ASKS, script
 from support.waiting import until
 from support.webhooks import SECRET, served
@@ -40,7 +41,7 @@ async def asking(
     """Run a crew that asks, or with `options` a Flow; give its server, its flow and its key."""
     key = f"link-{uuid.uuid4().hex[:12]}"
     hook = ReviewWebhook(f"{os.environ['PREFECT_INTEGRATIONS_CREW_ANSWER_URL']}requests", "whsec", options)
-    server = CrewServer(spec, faults=faults, review_webhook=hook if options else None)
+    server = ReviewingServer(spec, faults=faults, review_webhook=hook) if options else CrewServer(spec, faults=faults)
     with server:
         async with running(server.crew(**{"wait": QUICK, **fields}), key) as flow_run:
             yield server, flow_run, key

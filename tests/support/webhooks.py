@@ -10,8 +10,8 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
-from prefect_crew._internal.web_server import open_listener
 from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+from prefect_crew.devserver.web_server import open_listener
 from prefect_crew.receiver.serve import ReceiverServer
 from support.corpus import cases
 from support.environment import program

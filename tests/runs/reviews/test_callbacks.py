@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._callbacks import FlowQuestion, parse_question
-from prefect_crew.devserver import CrewServer, ReviewWebhook
+from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 from prefect_crew.receiver import app
 from prefect_crew.receiver.app import create_receiver
@@ -35,6 +35,7 @@ from prefect_crew.store.questions import FLOW, Question
 from support.asking import judging
 from support.flow_runs import acall_in_flow
 from support.links import answers_of
+from support.review_callbacks import ReviewingServer, ReviewWebhook
 from support.scripts import script
 from support.servers import unseen
 from support.waiting import until
@@ -66,7 +67,7 @@ async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: st
         asked.append(request)
         return Review(approve=request.round > 1, feedback="Shorter.", option=OPTIONS[request.round == 1])
 
-    with unseen(CrewServer(SCRIPT, review_webhook=hook)) as server:
+    with unseen(ReviewingServer(SCRIPT, review_webhook=hook)) as server:
         assert await run_with(server, judge, key) == "Draft. needs_revision: Shorter."
         assert server.requests["resume"] == 2
     assert [(one.round, one.options, one.output) for one in asked] == [
@@ -96,7 +97,7 @@ async def test_a_refused_resume_waits_once(
 
     async with served(late) as url, asyncio.timeout(60):
         hook = ReviewWebhook(f"{url}/requests", REVIEW_SECRET, OPTIONS)
-        with unseen(CrewServer(SCRIPT, review_webhook=hook)) as server:
+        with unseen(ReviewingServer(SCRIPT, review_webhook=hook)) as server:
             running = asyncio.create_task(run_with(server, judging(asked)))
             await until(lambda: server.requests["resume"], "the first answer is refused")
             if not comes:
@@ -145,7 +146,7 @@ async def _kicked_off(crew: DeployedCrew, key: str) -> str:
 
 
 async def test_an_uncertain_answer_is_held(hook: ReviewWebhook, key: str) -> None:
-    with CrewServer(SCRIPT, review_webhook=hook, faults=["resume:500-before-accept@1"]) as server:
+    with ReviewingServer(SCRIPT, review_webhook=hook, faults=["resume:500-before-accept@1"]) as server:
         crew = server.crew()
         kickoff_id = await _kicked_off(crew, key)
         for known in (crew_of(crew), None):
@@ -167,7 +168,9 @@ async def test_an_uncertain_answer_is_held(hook: ReviewWebhook, key: str) -> Non
 
 
 async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook, key: str) -> None:
-    with CrewServer(script(PUBLISH, {"name": "more", "seconds": 600, "output": ""}), review_webhook=hook) as server:
+    with ReviewingServer(
+        script(PUBLISH, {"name": "more", "seconds": 600, "output": ""}), review_webhook=hook
+    ) as server:
         kickoff_id = await _kicked_off(server.crew(), key)
         async with httpx.AsyncClient(trust_env=False) as client:
             await client.post(await callback_of(kickoff_id), json={"feedback": "approve"})
@@ -179,7 +182,7 @@ async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook, k
 async def test_the_url_for_an_answer_goes_with_the_run_that_ended_while_nobody_waited(
     hook: ReviewWebhook, key: str
 ) -> None:
-    with CrewServer(SCRIPT, review_webhook=hook) as server:
+    with ReviewingServer(SCRIPT, review_webhook=hook) as server:
         kickoff_id = await _kicked_off(server.crew(), key)
         question = await kept(kickoff_id)
         assert question is not None
@@ -214,7 +217,7 @@ async def answer_on_the_platform(kickoff_id: str, task: str) -> None:
 
 async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook, key: str) -> None:
     """Nothing tells of an answer that was given on the platform. It goes with its run."""
-    with unseen(CrewServer(TWO, review_webhook=hook)) as server:
+    with unseen(ReviewingServer(TWO, review_webhook=hook)) as server:
         for number in range(2):
             kickoff_id = await _kicked_off(server.crew(), this_key := f"{key} {number}")
             await answer_on_the_platform(kickoff_id, "outline")
@@ -233,7 +236,7 @@ async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -
             await answer_on_the_platform(request.kickoff_id, "outline")
         return Review(approve=True)
 
-    with unseen(CrewServer(TWO, review_webhook=hook)) as server:
+    with unseen(ReviewingServer(TWO, review_webhook=hook)) as server:
         assert await run_with(server, judge) == "Text."
     assert asked == ["outline", "publish"]
 

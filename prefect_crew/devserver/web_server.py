@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import itertools
 import os
 import socket
 import sys
@@ -49,54 +46,21 @@ def print_line(line: str) -> None:
 
 
 class WebServer(uvicorn.Server):
-    """uvicorn without logs, which stops as soon as it has answered the requests in work, without uvicorn's own pauses.
+    """uvicorn without logs. In the main thread it ends at SIGINT and SIGTERM, without an exception.
 
-    In the main thread it ends at SIGINT and SIGTERM. `on_started` is called once requests are answered; `options` are
-    more options of `uvicorn.Config`.
+    `on_started` is called once requests are answered; `options` are more options of `uvicorn.Config`.
     """
 
     def __init__(self, app: ASGIApp, *, on_started: Callable[[], None] = lambda: None, **options: Any) -> None:
         super().__init__(uvicorn.Config(app, ws="none", lifespan="on", log_config=None, access_log=False, **options))
         self._on_started = on_started
-        self._stop_event = asyncio.Event()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop gently at the first signal, at once at the second. At its end, uvicorn would raise the signal again."""
         self.force_exit: bool = self.should_exit
         self.should_exit: bool = True
 
-    def stop(self) -> None:
-        """Stop; call it on the event loop. Setting `should_exit` does the same within 0.1 s."""
-        self.should_exit = True
-        self._stop_event.set()
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then call `on_started`, or raise a RuntimeError."""
+        """Start, then call `on_started`."""
         await super().startup(sockets)
-        if not self.started:  # older uvicorns return from a start that failed
-            raise RuntimeError("The application does not start. The log has the reason.")
         self._on_started()
-
-    async def main_loop(self) -> None:
-        """Return once the server is to stop. uvicorn's own loop looks only every 0.1 s."""
-        for tick in itertools.count():
-            if await self.on_tick(tick):
-                return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_event.wait(), 0.1)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close all connections, after the answer if a request is in work. uvicorn would sleep instead."""
-        for server in self.servers:
-            server.close()
-        for connection in list(self.server_state.connections):
-            connection.shutdown()
-        state = self.server_state
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
-                while (state.connections or state.tasks) and not self.force_exit:  # noqa: ASYNC110 - uvicorn has no event
-                    await asyncio.sleep(0.002)
-        for task in state.tasks:
-            task.cancel()
-        if not self.force_exit:
-            await self.lifespan.shutdown()
