@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import httpx
@@ -52,7 +51,8 @@ class Crew:
     replaced by a renewed token, and stay secret. `on_status` is called as `on_status(run, None)` when the run starts or
     is found and when its artifact exists, and as `on_status(run, status)` after each poll. It runs on the event loop of
     the wait, so it must be quick and must not raise. `expected_inputs` is the answer to `GET /inputs`, if a caller has
-    just asked for many runs at once. `batch` is the batch or pipeline of its runs, for `budgets` per batch.
+    just asked for many runs at once; a batch has also asked for its `version`. `batch` is the batch or pipeline of its
+    runs, for `budgets` per batch.
     """
 
     label: str
@@ -71,6 +71,7 @@ class Crew:
     page_url: str | None
     budgets: tuple[Budget, ...] = ()
     batch: str | None = None
+    version: str | None = None
     block: str | None = None
     old_tokens: tuple[SecretStr, ...] = field(default=(), repr=False)
     reload: Callable[[], Awaitable[Crew]] | None = field(default=None, repr=False, compare=False)
@@ -131,11 +132,6 @@ class Crew:
         """Return the redactor that masks the tokens and the secrets of these inputs."""
         tokens = [token.get_secret_value() for token in (self.token, *self.old_tokens)]
         return Redactor(() if inputs is None else inputs.secret_values.values(), tokens=tokens)
-
-    def title(self, inputs: Inputs, key: str | None = None) -> str:
-        """Return the title of a run on Prefect's pages."""
-        shown = inputs.shown(self.redactor(inputs)) if self.show == "full" else {}
-        return titled(self.label, key, {name: shown[name] for name in shown if name not in inputs.secret_names})
 
     def with_token(self, token: SecretStr) -> Crew:
         """Return a copy with a renewed token; the old token stays secret. Return this crew if the token is the same."""
@@ -223,43 +219,11 @@ class CrewSession:
                 raise
         return await request(self.client)
 
-    async def version(self, *, if_due: bool = False) -> str | None:
-        """Return the version of the deployed crew (`CrewClient.version`), None if it is unknown. No failure raises.
-
-        This asks the server. `if_due`: not if a look of this process is under way, or younger than `VERSION_AGE`.
-        """
-        look, asked_at, version = _looks.setdefault(self.crew.url, _Look()), datetime.now(UTC), None
-        if if_due and (look.is_open or look.asked_at > asked_at - timedelta(seconds=VERSION_AGE)):
-            return look.version
-        look.is_open = True
-        try:
-            with suppress(Exception):  # no run depends on it
-                version = await self.client.version()
-            look.version, look.asked_at = version, asked_at
-        finally:
-            look.is_open = False
-        return version
-
-
-@dataclass
-class _Look:
-    """The last look at a crew's version that has an answer. `is_open`: another look is under way."""
-
-    version: str | None = None
-    asked_at: datetime = field(default=datetime.min.replace(tzinfo=UTC))
-    is_open: bool = False
-
-
-VERSION_AGE = 60.0
-"""Seconds for which a look at a crew's version holds."""
-# Process-wide: the runs of all event loops share a look, by the crew's URL.
-_looks: dict[str, _Look] = {}
-
-
-def known_version(url: str, *, since: datetime | None = None) -> str | None:
-    """Return a crew's version by a look since this time, or within `VERSION_AGE`; None if there is no such look."""
-    look = _looks.get(url, _Look())
-    return look.version if look.asked_at >= (since or datetime.now(UTC) - timedelta(seconds=VERSION_AGE)) else None
+    async def version(self) -> str | None:
+        """Return the version of the deployed crew (`CrewClient.version`), None if it is unknown. No failure raises."""
+        with suppress(Exception):  # no run depends on it
+            return await self.client.version()
+        return None
 
 
 RETRY_AFTER_CAP = 300.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from copy import copy
-from functools import partial, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from uuid import UUID
 
@@ -31,7 +31,7 @@ from prefect_crew.exceptions import (
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import scheduled_key
-from prefect_crew.runs.request import RunOptions
+from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.resolve import find_attempts, latest
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun, StoredResult, parse_data, read_result
@@ -148,18 +148,19 @@ async def arun_crew(
 async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, options: RunOptions) -> CrewResult[Any]:
     """Run a crew by tasks of the flow around this call; without a flow, in a flow of its own."""
     inputs = Inputs.of(inputs)  # before anything can raise: no frame shows the values
-    inputs = crew.take(inputs, restore_from=options.restore_from, session=options.session)
+    request = RunRequest.of(crew, inputs, options)
+    run = LiveRun(crew, request=request)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
-        return await run_tasks(crew, inputs, options)
+        return await run_tasks(run)
 
     # This closure passes all of the call to the flow: Prefect must not or cannot store some of it as parameters.
     @wraps(run_deployed_crew.fn)
-    async def run(*_: Any, **__: Any) -> CrewResult[Any]:
-        return await run_tasks(crew, inputs, options)
+    async def call(*_: Any, **__: Any) -> CrewResult[Any]:
+        return await run_tasks(run)
 
     own_flow = copy(run_deployed_crew)  # `with_options` would read the signature again, which takes 15 ms
-    own_flow.fn, own_flow.flow_run_name = run, partial(crew.title, inputs, options.idempotency_key)
-    stored = inputs.shown(crew.redactor(inputs))
+    own_flow.fn, own_flow.flow_run_name = call, lambda: run.title  # a text would be a template
+    stored = request.inputs.shown(run.redact)
     return await cast("Any", own_flow)(
         crew=crew.label,
         inputs=stored if len(json.dumps(stored)) <= STORED_BYTES else dict.fromkeys(stored, TOO_LARGE),
@@ -185,22 +186,20 @@ run_crew = sync_version(
 )
 
 
-async def run_tasks(
-    crew: Crew, inputs: Inputs, options: RunOptions, *, wait_for: Sequence[Any] = ()
-) -> CrewResult[Any]:
+async def run_tasks(run: LiveRun, *, wait_for: Sequence[Any] = ()) -> CrewResult[Any]:
     """Kick a crew off and wait for it, by tasks of the flow around this call. They take the live run as their crew.
 
-    The crew already has the budgets of the options. Prefect draws an arrow to the first task from each task in
-    `wait_for`, and from each task whose result is an input.
+    Prefect draws an arrow to the first task from each task in `wait_for`, and from each task whose result is an input.
     """
-    run = LiveRun(crew, options=options)
+    request = run.request
+    assert request is not None  # noqa: S101  its maker has set it
+    kickoff_task, wait_task = tasks_of(request.options)
     # Without a shared client of Prefect on this event loop, each task would open and close its own.
-    kickoff_task, wait_task = tasks_of(options)
     async with AsyncClientContext.get_or_create(), run.session:
         # The tasks have these in the live run; they are passed for a user's template of a task run's name.
-        names = {"name": options.name, "idempotency_key": options.idempotency_key}
+        names = {"name": request.options.name, "idempotency_key": request.options.idempotency_key}
         try:
-            kickoff_id = await kickoff_task.acall(run, inputs, **names, wait_for=wait_for or None)
+            kickoff_id = await kickoff_task.acall(run, request.inputs, **names, wait_for=wait_for or None)
             return await wait_task.acall(run, kickoff_id, **names)
         except ENDINGS:
             # The wait, which stops a cancelled crew, has not begun.
@@ -253,10 +252,9 @@ async def run_deployed_crew(
             "reattaches to a run in flight."
         )
     key = idempotency_key and await scheduled_key(idempotency_key, starts_anew=force_new)
-    await label_flow_run(name=stored.title(stored.take(Inputs.of(parameters)), key))
     options = RunOptions.of(
         name=name,
-        idempotency_key=idempotency_key,
+        idempotency_key=key,
         force_new=force_new,
         wait=wait,
         review=review,
@@ -264,7 +262,9 @@ async def run_deployed_crew(
         session=session,
     )
     own_inputs = Inputs.of(await values_of_blocks(parameters, stored.secret_inputs))
-    return await run_tasks(stored, own_inputs, options)
+    run = LiveRun(stored, request=RunRequest.of(stored, own_inputs, options))
+    await label_flow_run(name=run.title)
+    return await run_tasks(run)
 
 
 @naming_prefect_away("The call reads the result from the crew database. Call it again.")

@@ -126,22 +126,19 @@ def _task(verb: str, **options: Any) -> Callable[[Callable[..., Coroutine[Any, A
     """Make a task of an async function. `verb` begins the names of its task runs."""
 
     def task_run_name(parameters: dict[str, Any]) -> str:
-        crew, kickoff_id, origin = parameters.get("crew"), str(parameters.get("kickoff_id") or ""), ""
-        if isinstance(crew, LiveRun) and crew.options is not None:
-            kickoff_id = ""
+        crew, title, origin = parameters.get("crew"), parameters.get("name"), ""
+        kickoff_id = "" if title or isinstance(crew, LiveRun) else str(parameters.get("kickoff_id") or "")
+        if isinstance(crew, LiveRun):
             if crew.attempt is not None and not crew.owned:
                 origin = " (reattached)" if crew.attempt.ended_at is None else " (from record)"
-            inputs = parameters.get("inputs") or (crew.request and crew.request.inputs)
-            title, key = crew.options.name, crew.options.idempotency_key
-        else:
-            title, inputs, key = (parameters.get(name) for name in ("name", "inputs", "idempotency_key"))
-        crew = getattr(crew, "crew", crew)  # of a block or a live run
-        if title:
-            kickoff_id = ""
-        elif isinstance(crew, Crew):
+            if "inputs" in parameters:
+                crew.take(parameters["inputs"])
+            title = title or crew.title
+        elif title is None and isinstance(crew, Crew):
             with suppress(ConfigurationError):  # the body of the task raises it
-                title = crew.title(crew.take(Inputs.of(inputs)), key)
-        title = title or (crew.label if isinstance(crew, Crew) else crew)
+                options = RunOptions(idempotency_key=parameters.get("idempotency_key"))
+                title = LiveRun(crew, request=RunRequest.of(crew, Inputs.of(parameters.get("inputs")), options)).title
+        title = title or getattr(crew, "label", crew)
         return f"{verb} {title} {kickoff_id[:8]}".strip()[: 200 - len(origin)] + origin
 
     # No tags, also not for what a wait has found: for each tag of a task run Prefect asks its server for a concurrency
@@ -198,9 +195,9 @@ async def kickoff_crew(
     inputs = Inputs.of(inputs)
     run = cast("object", crew)
     if isinstance(run, LiveRun):  # from `run_crew`
-        if run.options is not None:
-            request = RunRequest.of(run.crew, inputs, run.options)
-            await kick_off(run, request, inside_own_task=_inside_own_task())
+        if run.request is not None:
+            run.take(inputs)
+            await kick_off(run, run.request, inside_own_task=_inside_own_task())
         return run.kickoff_id
     options = RunOptions.of(
         idempotency_key=idempotency_key,
@@ -241,7 +238,7 @@ async def wait_for_crew(
     del name, idempotency_key
     run = cast("object", crew)
     if isinstance(run, LiveRun):  # from `run_crew`
-        return await wait_for_run(run, run.options)
+        return await wait_for_run(run, None if run.request is None else run.request.options)
     options = RunOptions.of(wait=wait, output_type=output_type, review=review)
     return await wait_for_run(LiveRun.of(await load_crew(crew), kickoff_id), options)
 

@@ -99,8 +99,8 @@ async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFact
         ({"kickoff_options": {"retry": 3}}, "An option of a task cannot be used: .* 'retry'"),
         ({"wait_options": {"retrys": 3}}, "An option of a task cannot be used: .* 'retrys'"),
         ({"wait_options": {"timeout_seconds": "soon"}}, "An option of a task cannot be used"),
-        ({"wait_options": 3}, "wait_options is a value of type int; it has to be a mapping"),
-        ({"meta": "text"}, "meta is a value of type str"),
+        ({"wait_options": 3}, "wait_options has to be a mapping"),
+        ({"meta": "text"}, "meta has to be"),
     ],
 )
 def test_an_impossible_option_is_refused(options: dict[str, Any], says: str, crew_server: CrewServerFactory):

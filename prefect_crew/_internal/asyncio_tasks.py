@@ -75,8 +75,13 @@ class OwnTask:
     """
 
     def __init__(self) -> None:
-        self.is_cancelled = False
+        self.cancelled = asyncio.Event()
         self._is_uncut = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the caller was cancelled."""
+        return self.cancelled.is_set()
 
     async def run(self, coroutine: Coroutine[Any, Any, T], *, within: float | None = None) -> T:
         """Return the coroutine's result. A cancellation of the caller cancels the coroutine once, except in `uncut`.
@@ -91,7 +96,7 @@ class OwnTask:
         try:
             await asyncio.wait({task})
         except BaseException:
-            self.is_cancelled = True
+            self.cancelled.set()
             loop = asyncio.get_running_loop()
             if not self._is_uncut:
                 task.cancel()

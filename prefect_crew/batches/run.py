@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -337,6 +337,7 @@ class _Batch:
         self.checked = await self._check_rows(before)
         if version != await self.session.version():
             version = None  # each answer differs, such as by a time, so another one means no other deployment
+        self.session.crew = replace(self.session.crew, version=version)
         self.progress.total, self.progress.bad = self.checked.total, self.checked.bad
         if before is None:
             before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, total=self.checked.total)
@@ -500,7 +501,6 @@ class _Batch:
         waits = self.throttle.under_way and not runner.waiting and self.session.crew.concurrency_limit is not None
         self._tell("waiting" if waits else "running")
         await self.artifact.update(progress)
-        await self.session.version(if_due=True)
 
     async def _report(self) -> BatchReport:
         progress, bad, use, kickoffs = self.progress, self.progress.bad, None, 0

@@ -15,7 +15,6 @@ from typing import Any
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, left_behind, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.artifacts.events import emit
 from prefect_crew.batches.hold import Hold
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.report import RowEnd
@@ -46,10 +45,10 @@ from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import Nonce, RunIdentity, escape_name
 from prefect_crew.runs.news import Subscription, news_of
 from prefect_crew.runs.owners import this_process
-from prefect_crew.runs.polling import Phases, Watcher, poll
+from prefect_crew.runs.polling import Wait
 from prefect_crew.runs.request import BatchRow, RunOptions, RunRequest
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import LiveRun, parse_data, read_status, write_end
+from prefect_crew.runs.run import LiveRun, parse_data, write_end
 from prefect_crew.runs.start import start_run
 from prefect_crew.runs.stop import PERSON, cancelled_on_server, is_cancelled, stop_once
 from prefect_crew.settings import CrewSettings
@@ -57,7 +56,6 @@ from prefect_crew.states import CrewState
 from prefect_crew.store import attempts
 from prefect_crew.store.batches import NewRow, Row, put_rows, rows_of_keys
 from prefect_crew.store.decision import PREPARING, STARTS, TIMEOUT, Attempt, AttemptState, Decision
-from prefect_crew.webhooks import UNLIMITED
 
 PAGE = 500
 """Rows that are read and written at once."""
@@ -410,7 +408,7 @@ class Runner:
         early = asyncio.get_running_loop().call_later(HELD_UP_AFTER, lambda: None if nonce.has_sent else leave())
         may_get_room = self._may_get_room()
         try:
-            decision = await start_run(self._request(work.job), identity, self.session)
+            decision = await start_run(LiveRun(self.session, request=self._request(work.job)), identity)
         except (StoreError, BatchBusyError):
             raise
         except BudgetExceededError as error:
@@ -496,25 +494,15 @@ class Runner:
         return self._judge(job, run, status)
 
     async def _poll(self, run: LiveRun) -> CrewStatus:
-        """Wait until a run has ended, and write its end. Raises the errors of `poll`."""
+        """Wait until a run has ended, and write its end. Raises the errors of `Wait.until_end`."""
         attempt = run.attempt
         assert attempt is not None  # noqa: S101  a row's run has one
         async with AsyncExitStack() as stack:
             news = await stack.enter_async_context(news_of(attempt.id)) if run.has_webhooks else None
-            watcher = _RowWatcher(self, run, news)
+            wait = _RowWait(self, run, news)
             if run.is_found and run.crew.concurrency_limit is not None:
-                await watcher.hold_slot()
-            status = await poll(
-                lambda: read_status(run),
-                **run.names,
-                policy=self.policy,
-                phases=watcher.phases,
-                watcher=watcher,
-                first_look=run.is_found,
-                was_alive=run.is_found,
-            )
-            if status.usage is None and news is not None:
-                status = status.model_copy(update={"usage": news.usage})
+                await wait.hold_slot()
+            status = await wait.until_end()
         await write_end(run, status)
         if status.state is CrewState.COMPLETED and self.first_poll is not None:
             ended = run.attempt
@@ -547,72 +535,39 @@ class Runner:
             run_logger().warning(message, *args)
 
 
-class _RowWatcher(Watcher):
-    """Acts on each poll of one row's run."""
+class _RowWait(Wait):
+    """The wait for one row's run."""
 
     def __init__(self, runner: Runner, run: LiveRun, news: Subscription | None) -> None:
-        self.phases = Phases.of(run.attempt)
+        super().__init__(run, runner.policy, is_new=not run.is_found)
+        self.news = news
         self._runner = runner
-        self._run = run
-        self._news = news
-        self._people: People | None = None
-        self._first_pause = 0.0 if runner.first_poll is None else runner.first_poll.seconds
+        if runner.first_poll is not None:
+            self.first_pause = runner.first_poll.seconds
 
-    @property
-    def people(self) -> People:
-        """The part that waits for people. Most rows ask nobody, so it is made when it is needed."""
-        if self._people is None:
-            self._people = People(self._run, self._runner.policy, None, stop=self._stop, news=self._news, quiet=True)
-        return self._people
-
-    async def _stop(self) -> bool:
-        return await self._runner.stop_run(self._run, TIMEOUT)
+    async def stop(self) -> bool:
+        return await self._runner.stop_run(self.run, TIMEOUT)
 
     async def on_status(self, status: CrewStatus) -> bool:
-        runner, run, has_answered = self._runner, self._run, False
+        runner, run = self._runner, self.run
         run.notify(status)
-        if status.state is CrewState.WAITING:
-            await self.people.see_status(status)
-            has_answered = await self.people.answer()
-            runner.log_seldom(
-                "person",
-                "A row of batch %s waits for a person: run %s. prefect-crew reviews ls lists all that do.",
-                *(runner.hold.name, run.kickoff_id),
-            )
-        elif status.state.ended:
-            if self._people is not None or self.phases.human_seconds:
-                await self.people.aclose(ended=True)
-        elif self._people is not None:
-            await self._people.see_status(status)
-        return has_answered
-
-    async def pause(self, seconds: float) -> bool:
-        pause = super().pause if self._news is None else self._news.pause
-        return await (pause(seconds) if self._people is None else self._people.pause(pause, seconds))
-
-    def next_pause(self, delay: float) -> float:
-        first, self._first_pause = self._first_pause, 0.0
-        delay = max(delay, first)
-        return delay if self._people is None else self._people.next_pause(delay)
-
-    async def more_time(self) -> float:
-        return await self.people.more_time()
-
-    async def stop(self, phase: str) -> bool:
-        return self._runner.policy.stops(phase) and await self._stop()
-
-    async def on_human_wait(self, phases: Phases) -> None:
-        await self.hold_slot(is_human=phases.human_since is not None)
-        if phases.human_since is None and self._run.attempt is not None:
-            emit("resumed", self._run.attempt)
-
-    async def hold_slot(self, *, is_human: bool | None = None) -> None:
-        """Say that this call waits for the run, and whether the run waits for a person."""
-        policy, run = self._runner.policy, self._run
-        limit = policy.human_timeout if is_human else policy.timeout
-        if run.attempt is not None:
-            seconds = UNLIMITED if limit is None else limit
-            run.attempt = await in_store(attempts.waited_for, run.attempt, seconds, is_human=is_human) or run.attempt
+        # Most rows ask nobody.
+        if self.people is None and (status.state is CrewState.WAITING or (status.state.ended and self.human_seconds)):
+            self.people = People(run, runner.policy, None, stop=self.stop, news=self.news, quiet=True)
+        if self.people is None:
+            return False
+        if status.state.ended:
+            await self.people.aclose(ended=True)
+            return False
+        await self.people.see_status(status)
+        if status.state is not CrewState.WAITING:
+            return False
+        runner.log_seldom(
+            "person",
+            "A row of batch %s waits for a person: run %s. prefect-crew reviews ls lists all that do.",
+            *(runner.hold.name, run.kickoff_id),
+        )
+        return await self.people.answer()
 
     async def on_error(self, error: CrewError) -> None:
         self._runner.log_seldom("trouble", "%s The runs may be fine; they are polled again.", error)

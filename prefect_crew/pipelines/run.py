@@ -33,7 +33,7 @@ from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
 from prefect_crew.pipelines.graph import PIPELINE, CrewStep, Pipeline, PipelinePlan, step_key
 from prefect_crew.runs.keys import identify, scheduled_key
-from prefect_crew.runs.request import RunOptions
+from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.run import LiveRun
 
@@ -274,8 +274,9 @@ class _Run:
             crew = replace(crew, show="none")
             inputs = replace(inputs.keep_secret(self.pipeline.secret_inputs_of(step)), is_hidden=True)
         key = step_key(self.idempotency_key, step)
+        options = step.options(name=step.name, idempotency_key=key, session=session)
         return await run_tasks(
-            *(crew, inputs, step.options(name=step.name, idempotency_key=key, session=session)),
+            LiveRun(crew, request=RunRequest.of(crew, inputs, options)),
             # So Prefect draws an arrow from each earlier step; by itself it notices only results that are unchanged.
             wait_for=[self.results[name] for name in sorted(self.pipeline.needs[step.name])],
         )

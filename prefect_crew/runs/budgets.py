@@ -31,22 +31,21 @@ def allowances(crew: Crew, batch: str) -> list[Allowance]:
 
 
 def _allowance(crew: Crew, budget: Budget, batch: str) -> Allowance:
-    estimate_cost = budget.estimate_cost
+    name, estimate_cost = budget.name or crew.label, budget.estimate_cost
     if (price := cost_of(crew.price, None)) is not None:  # None if it depends on the tokens
         estimate_cost = price
-    for measure, limit, estimate in (
-        ("cost", budget.max_cost, estimate_cost),
-        ("tokens", budget.max_tokens, budget.estimate_tokens),
-    ):
-        if limit is not None and estimate is None:
-            also = ", or give the crew a price for each run" if measure == "cost" else ""
-            raise ConfigurationError(
-                f"Budget {budget.name or crew.label!r} limits {measure} but has no estimate of a run's use. Nothing "
-                f"was started. Give the budget estimate_{measure}=…{also}."
-            )
+    lacking = "cost" if budget.max_cost is not None and estimate_cost is None else None
+    if lacking or (budget.max_tokens is not None and budget.estimate_tokens is None):
+        also = ", or give the crew a price for each run" if lacking else ""
+        raise ConfigurationError(
+            f"Budget {name!r} limits {lacking or 'tokens'} but has no estimate of a run's use. Nothing was started. "
+            f"Give the budget estimate_{lacking or 'tokens'}=…{also}."
+        )
     return Allowance(
-        scope=scope_of(crew, budget, batch),
+        # Budgets of one name share the sums of its scope.
+        scope=f"budget {name} of {batch}" if budget.per == "batch" else f"budget {name}",
         per="all" if budget.per == "batch" else budget.per,
+        name=name,
         max_runs=budget.max_kickoffs,
         max_tokens=budget.max_tokens,
         max_cost=budget.max_cost,
@@ -56,60 +55,42 @@ def _allowance(crew: Crew, budget: Budget, batch: str) -> Allowance:
     )
 
 
-def scope_of(crew: Crew, budget: Budget, batch: str) -> str:
-    """Return the scope whose sums a budget limits: budgets of one name share it."""
-    name = f"budget {budget.name or crew.label}"
-    return f"{name} of {batch}" if budget.per == "batch" else name
-
-
-def budget_error(crew: Crew, decision: Decision, batch: str, *, row_of: str | None) -> BudgetExceededError:
+def budget_error(crew: Crew, decision: Decision, *, row_of: str | None) -> BudgetExceededError:
     """Emit the event about a budget without room, and return the error. `row_of`: the batch whose row had no room."""
-    refusing = next(overrun for overrun in decision.overruns if not overrun.is_warning)
-    error = _error(crew, refusing, batch, decision.now, row_of)
+    refusing = next(overrun for overrun in decision.overruns if not overrun.allowance.is_warning)
+    error = _error(refusing, decision.now, row_of)
     _emit(error, crew)
     return error
 
 
-def warn_of_budgets(crew: Crew, decision: Decision, batch: str) -> None:
+def warn_of_budgets(crew: Crew, decision: Decision) -> None:
     """Log each budget that only warns and has no room, once in a flow run, and emit the event."""
     for overrun in decision.overruns:
-        error = _error(crew, overrun, batch, decision.now)
+        error = _error(overrun, decision.now)
         if (warning := (flow_run_id(), error.counter)) not in _warned:
             _warned.append(warning)
             run_logger().warning("%s", error)
             _emit(error, crew)
 
 
-def _error(crew: Crew, overrun: Overrun, batch: str, now: float, row_of: str | None = None) -> BudgetExceededError:
-    measure = {"runs": "kickoffs"}.get(overrun.measure, overrun.measure)
-    name = f"max_{measure}"
-    budget = next(
-        budget
-        for budget in crew.budgets
-        if scope_of(crew, budget, batch) == overrun.scope and getattr(budget, name) == overrun.limit
-    )
-    allowance = _allowance(crew, budget, batch)
-    estimates = {"cost": allowance.estimate_cost, "tokens": allowance.estimate_tokens, "kickoffs": 1}
+def _error(overrun: Overrun, now: float, row_of: str | None = None) -> BudgetExceededError:
+    allowance, at, resets_at = overrun.allowance, moment(now), None
+    if allowance.per == "day":
+        resets_at = datetime(at.year, at.month, at.day, tzinfo=UTC) + timedelta(days=1)
+    elif allowance.per == "month":
+        resets_at = (datetime(at.year, at.month, 1, tzinfo=UTC) + timedelta(days=32)).replace(day=1)
+    measure = "kickoffs" if overrun.measure == "runs" else overrun.measure
     return BudgetExceededError(
-        budget=budget.name or crew.label,
-        counter=f"{overrun.scope}, {measure} a {budget.per}",
+        budget=allowance.name,
+        counter=f"{allowance.scope}, {measure} a {'batch' if allowance.per == 'all' else allowance.per}",
         measure=measure,
         used=overrun.used,
         limit=overrun.limit,
-        estimate=estimates[measure],
-        resets_at=_resets_at(budget, now),
-        on_limit=budget.on_limit,
+        estimate=overrun.estimate,
+        resets_at=resets_at,
+        on_limit="warn" if allowance.is_warning else "refuse",
         row_of=row_of,
     )
-
-
-def _resets_at(budget: Budget, now: float) -> datetime | None:
-    at = moment(now)
-    if budget.per == "day":
-        return datetime(at.year, at.month, at.day, tzinfo=UTC) + timedelta(days=1)
-    if budget.per == "month":
-        return (datetime(at.year, at.month, 1, tzinfo=UTC) + timedelta(days=32)).replace(day=1)
-    return None
 
 
 def _emit(error: BudgetExceededError, crew: Crew) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     InstanceOf,
@@ -23,7 +22,7 @@ from prefect_crew.budgets import Budget
 from prefect_crew.client._retry_safety import POST_DEADLINE
 from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.webhooks import Webhooks
-from prefect_crew.crew import Crew, WaitPolicy, known_version
+from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.runs.budgets import allowances
 from prefect_crew.runs.keys import RunIdentity, normalize_key
@@ -32,31 +31,23 @@ from prefect_crew.store.decision import Request
 
 MAX_SESSION = 200
 """Characters of the name of a session."""
-SHOWN = ("review", "restore_from", "session")
-"""The options whose text an error shows. Others may be secret, so an error shows only their type."""
 
 
-def _unshown(meta: Any) -> Any:
-    return Unshown(cast("Mapping[str, Any]", meta)) if isinstance(meta, Mapping) else meta
-
-
-def _session(name: Any) -> Any:
-    if not isinstance(name, str):
-        return name  # pydantic refuses it
+def _session(name: str) -> str:
     name = normalize_key(name)
-    is_template = "{" in name or "}" in name  # only steps of pipelines fill one
-    if is_template or not 0 < len(name) <= MAX_SESSION or any(unicodedata.category(letter) == "Cc" for letter in name):
+    # Only steps of pipelines fill a template.
+    if not 0 < len(name) <= MAX_SESSION or any(c in "{}" or unicodedata.category(c) in ("Cc", "Cs") for c in name):
         raise ValueError("no name")
     return name
-
-
-def _as_tuple(budgets: Any) -> Any:
-    return tuple(cast("list[Any]", budgets)) if isinstance(budgets, list) else budgets
 
 
 def _whole(text: str) -> str:
     text.encode()  # raises UnicodeEncodeError, a ValueError, if the text contains a lone surrogate
     return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+_TEXT = "a text, without half a character (a lone surrogate)"
 
 
 class RunOptions(BaseModel):
@@ -68,10 +59,10 @@ class RunOptions(BaseModel):
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
-    name: Annotated[str, AfterValidator(_whole)] | None = Field(default=None, description="a text")
-    idempotency_key: Annotated[str, AfterValidator(_whole)] | None = Field(default=None, description="a text")
+    name: _Text | None = Field(default=None, description=_TEXT)
+    idempotency_key: _Text | None = Field(default=None, description=_TEXT)
     force_new: bool = Field(default=False, description="True or False")
-    meta: Annotated[InstanceOf[Mapping[str, Any]] | None, BeforeValidator(_unshown)] = Field(
+    meta: Annotated[InstanceOf[Mapping[str, Any]], AfterValidator(Unshown)] | None = Field(
         default=None, description="a mapping: an object of JSON"
     )
     wait: InstanceOf[WaitPolicy] | None = Field(
@@ -82,13 +73,13 @@ class RunOptions(BaseModel):
     )
     review: Literal["form"] | Callable[..., Any] | None = Field(default=None, description="'form' or a function")
     webhooks: InstanceOf[Webhooks] | None = Field(default=None, repr=False, description="Webhooks(task=…, crew=…)")
-    restore_from: Annotated[str, AfterValidator(_whole)] | None = Field(
+    restore_from: str | None = Field(
         default=None, description="the kickoff id of the run whose state a Flow takes up, a text"
     )
-    session: Annotated[str, BeforeValidator(_session), AfterValidator(_whole)] | None = Field(
+    session: Annotated[str, AfterValidator(_session)] | None = Field(
         default=None, description=f"a name of 1 to {MAX_SESSION} characters, without braces or control characters"
     )
-    budgets: Annotated[tuple[InstanceOf[Budget], ...], BeforeValidator(_as_tuple)] = Field(
+    budgets: Annotated[Sequence[InstanceOf[Budget]], AfterValidator(tuple)] = Field(
         default=(), description="Budgets, such as [Budget(max_cost=20, per='day')]"
     )
     kickoff_options: InstanceOf[Mapping[str, Any]] | None = Field(
@@ -114,7 +105,7 @@ class RunOptions(BaseModel):
         try:
             made = cls(**{name: value for name, value in options.items() if value is not None})
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            name = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
         else:
             if made.session is not None and made.restore_from is not None:
                 raise ConfigurationError(
@@ -122,17 +113,8 @@ class RunOptions(BaseModel):
                     "leave session out."
                 )
             return made
-        name = str(problem["loc"][0])
-        value: Any = options[name]
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ConfigurationError(
-                f"{name} {value!r} holds half a character (a lone surrogate), which cannot be stored. Nothing was "
-                "started."
-            )
-        quote = repr(value[:40]) if name in SHOWN and isinstance(value, str) else None
-        kind = f"the class {value.__name__}" if isinstance(value, type) else f"a value of type {type(value).__name__}"
-        kind_needed = cls.model_fields[name].description
-        raise ConfigurationError(f"{name} is {quote or kind}; it has to be {kind_needed}. Nothing was started.")
+        # Outside of the `except` block: the error of pydantic has the value, which may be secret.
+        raise ConfigurationError(f"{name} has to be {cls.model_fields[name].description}. Nothing was started.")
 
 
 @dataclass(frozen=True)
@@ -166,6 +148,8 @@ class RunRequest:
     def for_store(self, identity: RunIdentity) -> Request:
         """Return the request as the crew database takes it. Raises ConfigurationError: a budget has no estimate."""
         crew, inputs, row = self.crew, self.inputs, self.row
+        # What budgets per batch count together.
+        batch = crew.batch or identity.flow_run_id or identity.idempotency_key
         return Request(
             key=identity.idempotency_key,
             crew_url=crew.url,
@@ -180,7 +164,7 @@ class RunRequest:
             process=identity.process,
             post_seconds=POST_DEADLINE * crew.request_timeout,
             limit=crew.concurrency_limit,
-            allowances=allowances(crew, self.budget_batch(identity)) if crew.budgets else (),
+            allowances=allowances(crew, batch) if crew.budgets else (),
             session=inputs.session,
             step=self.options.name,
             batch=None if row is None else row.batch,
@@ -188,9 +172,5 @@ class RunRequest:
             batch_owner=None if row is None else row.owner,
             secret_names=inputs.secret_names,
             has_webhooks=self.options.webhooks is None and bool(self.settings.webhook_url),
-            crew_version=known_version(crew.url),
+            crew_version=crew.version,
         )
-
-    def budget_batch(self, identity: RunIdentity) -> str:
-        """Return what budgets per batch count together: the batch, pipeline or flow run of the run."""
-        return self.crew.batch or identity.flow_run_id or identity.idempotency_key

@@ -7,6 +7,7 @@ import shlex
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
@@ -20,9 +21,10 @@ from prefect_crew.artifacts.escape import prose
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import MarkdownArtifact, RunView, artifact_key
 from prefect_crew.artifacts.telemetry import end_run
+from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus, Review, TaskResult, TokenUsage
 from prefect_crew.client.redaction import Redactor, withholding
-from prefect_crew.crew import Crew, CrewSession, known_version
+from prefect_crew.crew import Crew, CrewSession, titled
 from prefect_crew.exceptions import (
     ConfigurationError,
     CrewError,
@@ -43,7 +45,7 @@ from prefect_crew.store.decision import Attempt, AttemptState, is_stopped_by_per
 from prefect_crew.store.questions import Question
 
 if TYPE_CHECKING:
-    from prefect_crew.runs.request import RunOptions, RunRequest
+    from prefect_crew.runs.request import RunRequest
 
 
 WITHHELD = "withheld: it may contain secret inputs, whose values are not known here"
@@ -102,10 +104,9 @@ class LiveRun:
         crew: The run's crew. An open session stays open; else the run gets a session of its own to enter.
         kickoff_id: The run's first id, "" before the kickoff.
         attempt: The run's attempt. None before it is read, or if no attempt has the kickoff id.
-        request: The request of its kickoff. None before the kickoff, or if only the id is known.
+        request: The request of its kickoff. None if only the id is known.
         owned: Whether this process has started the run.
         is_found: Whether another call has started the run. That call's secret inputs may differ from the request's.
-        options: The options of `run_crew`, for its two tasks.
     """
 
     def __init__(
@@ -117,7 +118,6 @@ class LiveRun:
         *,
         owned: bool = False,
         is_found: bool = False,
-        options: RunOptions | None = None,
     ) -> None:
         self.session = crew if isinstance(crew, CrewSession) else CrewSession(crew)
         self.kickoff_id = kickoff_id
@@ -125,7 +125,6 @@ class LiveRun:
         self.request = request
         self.owned = owned
         self.is_found = is_found
-        self.options = options
         self.is_fresh = False
         """Whether the kickoff has just set the attempt, so that the wait need not read it."""
         self.is_unread = False
@@ -134,7 +133,7 @@ class LiveRun:
         """The advice after a failure, if it is not the usual one."""
         self.task_seen: str | None = None
         """The crew's task in the last status that named one."""
-        self._redactor: tuple[Crew, Redactor] | None = None
+        self._redactor: tuple[Crew, RunRequest | None, Redactor] | None = None
 
     @classmethod
     def of(cls, crew: Crew, kickoff_id: str) -> LiveRun:
@@ -169,6 +168,21 @@ class LiveRun:
     def crew(self) -> Crew:
         """Its crew, with the newest token."""
         return self.session.crew
+
+    def take(self, inputs: Inputs) -> None:
+        """Take its inputs again, with the results of other tasks in place of their futures."""
+        if self.request is not None and self.request.inputs is not inputs:
+            self.request = replace(self.request, inputs=inputs)
+
+    @cached_property
+    def title(self) -> str:
+        """Its title on Prefect's pages. Its request is known."""
+        request = self.request
+        if request is None:
+            return self.crew.label
+        shown, secret = request.inputs.shown(self.redact), request.inputs.secret_names
+        words = {name: shown[name] for name in shown if self.crew.show == "full" and name not in secret}
+        return titled(self.crew.label, request.options.idempotency_key, words)
 
     @property
     def current_id(self) -> str:
@@ -227,10 +241,10 @@ class LiveRun:
     @property
     def redact(self) -> Redactor:
         """The redactor, which masks the tokens and the secret inputs."""
-        crew = self.crew
-        if self._redactor is None or self._redactor[0] is not crew:  # its session has renewed the token
-            self._redactor = crew, crew.redactor(None if self.request is None else self.request.inputs)
-        return self._redactor[1]
+        crew, request = self.crew, self.request
+        if self._redactor is None or self._redactor[0] is not crew or self._redactor[1] is not request:
+            self._redactor = crew, request, crew.redactor(None if request is None else request.inputs)
+        return self._redactor[2]
 
     @property
     def is_blind(self) -> bool:
@@ -413,7 +427,6 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         body = stored.model_dump(mode="json")
         if len(stored.model_dump_json().encode()) > LARGEST_RESULT or run.redact.hides(body):
             body = None
-    since = moment(run.attempt.started_at or run.attempt.begun_at)
     ended = await in_store(
         attempts.ended,
         run.attempt,
@@ -423,8 +436,6 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         usage=None if usage is None else usage.model_dump(exclude_none=True),
         tokens=usage and usage.total_tokens,
         cost=cost_of(run.crew.price, usage),
-        # A look since then is newer than that of the begin.
-        crew_version=known_version(run.crew.url, since=since) if run.owned else None,
         result=body,
     )
     if ended is None:

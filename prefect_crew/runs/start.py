@@ -12,7 +12,9 @@ import random
 import shlex
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TypeVar
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
@@ -22,7 +24,7 @@ from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import render_run
 from prefect_crew.artifacts.telemetry import count_uncertain
-from prefect_crew.client._retry_safety import BARE_DELAY, POST_DEADLINE, KickoffFate, kickoff_delay, kickoff_fate
+from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.client.inputs import Unshown, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import withholding
@@ -49,7 +51,7 @@ from prefect_crew.runs.keys import RunIdentity, identify
 from prefect_crew.runs.owners import crash_dead_owner
 from prefect_crew.runs.request import RunRequest
 from prefect_crew.runs.resolve import log_second
-from prefect_crew.runs.run import WITHHELD, LiveRun, look_once, no_attempt_left
+from prefect_crew.runs.run import LiveRun, look_once, no_attempt_left
 from prefect_crew.runs.stop import cancel_command, is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
 from prefect_crew.store import attempts
 from prefect_crew.store.decision import SEND_WITHIN, STARTS, Attempt, AttemptState, Decision, Request, Step
@@ -77,28 +79,29 @@ def _clocks() -> tuple[float, float]:
     return time.time(), time.monotonic() if boot is None else time.clock_gettime(boot)
 
 
-async def start_run(request: RunRequest, identity: RunIdentity, session: CrewSession) -> Decision:
+async def start_run(run: LiveRun, identity: RunIdentity) -> Decision:
     """Find the run of an idempotency key, or start it. Return the decision, with the run's attempt and the time at
     which this call first looked.
 
-    `session` is an open session with the crew. Raises the errors of `run_crew`.
+    `run` has an open session and its request. Raises the errors of `run_crew`.
     """
+    assert run.request is not None  # noqa: S101  its maker has set it
     work = OwnTask()
-    return await work.run(_Start(request, identity, session, work).run(), within=FINISH)
+    return await work.run(_Start(run, run.request, identity, work).start(), within=FINISH)
 
 
 @dataclass
 class _Start:
     """One call of `start_run`."""
 
+    run: LiveRun
     request: RunRequest
     identity: RunIdentity
-    session: CrewSession
     work: OwnTask
     began: float = field(default_factory=time.monotonic)
     pauses: dict[Step, float] = field(default_factory=dict[Step, float])
 
-    async def run(self) -> Decision:
+    async def start(self) -> Decision:
         """Decide, and send the kickoff, until there is a run or an error."""
         request = self.request.for_store(self.identity)
         has_checked = self.request.row is not None
@@ -106,22 +109,30 @@ class _Start:
         age = 0.0 if self.request.row is not None else self.request.options.age
         while True:
             self._raise_if_cancelled()
-            window = _clocks()  # before the transaction that gives the right to send the kickoff
-            decision = await (self._begin(request) if has_checked else in_store(attempts.look, request))
+            if has_checked:
+                # A cancellation waits until it is on record what became of the attempt. Nothing is sent after it.
+                with self.work.uncut():
+                    decision = await self._begin(request)
+                self.work.raise_if_cancelled()
+            else:
+                decision = await in_store(attempts.look, request)
             if request.asked_at is None:
                 request = replace(request, asked_at=decision.now - age)
             decision = replace(decision, now=request.asked_at or decision.now)
-            if decision.step in STARTS and has_checked and decision.attempt is not None:
-                return replace(decision, attempt=await self._post_until_taken(decision.attempt, window))
-            if decision.step in STARTS:
+            if decision.step in STARTS and not has_checked:
                 # For a run that is found, the check costs the crew's server no request.
-                await check_inputs(self.session, self.request)
+                await check_inputs(self.run.session, self.request)
                 has_checked = True
-            elif decision.step in (Step.REATTACH, Step.RETURN):
-                self._log(decision)
+            elif decision.step in (*STARTS, Step.REATTACH, Step.RETURN):
+                if decision.step not in STARTS:
+                    self._log(decision)
                 return decision
             else:
                 await self._wait_or_raise(decision)
+
+    @property
+    def _is_cancelled(self) -> bool:
+        return self.work.is_cancelled or is_known_cancelled(self.identity)
 
     def _raise_if_cancelled(self) -> None:
         """Raise CancelledError if the caller was cancelled, and FlowRunCancelledError if only its flow run was: the
@@ -142,92 +153,82 @@ class _Start:
                 text = "the last run of this key gave no result, and another run is being started"
             case Step.REATTACH:
                 text = f"{run}, which is in flight. This call waits for it and starts nothing"
-            case _ if attempt.state is AttemptState.COMPLETED:
-                text = f"{run}, which has completed. Its result is used and nothing is started"
             case _:
-                text = f"{run}, which has {attempt.state}. Nothing is started"
+                is_used = attempt.state is AttemptState.COMPLETED
+                rest = "Its result is used and nothing is started" if is_used else "Nothing is started"
+                text = f"{run}, which has {attempt.state}. {rest}"
         run_logger().info("Crew %s: %s. (key %s)", attempt.crew, text, attempt.key)
         if decision.step in STARTS and attempt.session is not None:
             start = "an empty state" if attempt.restored is None else f"the state of run {attempt.restored}"
             run_logger().info("Session %r: turn %d starts from %s.", attempt.session, attempt.turn, start)
 
     async def _begin(self, request: Request) -> Decision:
-        """Write the attempt, if this call may start a run. If the caller is cancelled meanwhile, take it back."""
-        with self.work.uncut():
-            decision = await in_store(attempts.begin, request)
-        if decision.step not in STARTS:
+        """Write the attempt, if this call may start a run, and send its kickoff."""
+        window = _clocks()  # before the transaction that gives the right to send the kickoff
+        decision = await in_store(attempts.begin, request)
+        if decision.step not in STARTS or decision.attempt is None:
             return decision
-        try:
-            self._raise_if_cancelled()
-        except BaseException:
-            with self.work.uncut():
-                await in_store(attempts.not_started, request.key, request.owner)  # nothing was sent
-            raise
         self._log(decision)
         if decision.overruns:
-            warn_of_budgets(self.request.crew, decision, self.request.budget_batch(self.identity))
-        return decision
+            warn_of_budgets(self.request.crew, decision)
+        started = await self._post_until_taken(decision.attempt, request, window)
+        # The batch of a row decides what becomes of it.
+        if self._is_cancelled and (self.work.is_cancelled or self.request.row is None):
+            await stop_if_asked(LiveRun(self.run.session, str(started.first_id), started))
+        return replace(decision, attempt=started)
 
     async def _wait_or_raise(self, decision: Decision) -> None:
         """Wait until another call, or a run of the crew, may have moved on. Raise if this call can start nothing."""
-        step, attempt, key = decision.step, decision.attempt, self.identity.idempotency_key
-        if step is Step.UNCERTAIN and attempt is not None:
-            raise uncertain(attempt)
-        if step is Step.CONFLICT and attempt is not None:
-            raise _conflict(attempt, decision.differences)
-        if step is Step.STOPPED and attempt is not None:
-            advice = "A retry of the flow run does not start it again. A new call with the key starts another run."
-            raise CrewStoppedError(
-                kickoff_id=str(attempt.first_id), crew=attempt.crew, idempotency_key=key, advice=advice
-            )
+        step, attempt, crew = decision.step, decision.attempt, self.request.crew
         if step is Step.OVER_BUDGET:
-            batch, row = self.request.budget_batch(self.identity), self.request.row
-            raise budget_error(self.request.crew, decision, batch, row_of=None if row is None else row.batch)
+            row = self.request.row
+            raise budget_error(crew, decision, row_of=None if row is None else row.batch)
         if step is Step.NOT_HELD and self.request.row is not None:
             raise BatchBusyError(name=self.request.row.batch)
-        if step is Step.TURN and attempt is not None:
-            self._check_turn(attempt)
+        reason = f"{crew.concurrency_limit} runs of the crew, its concurrency limit, are in flight"
+        if attempt is not None:
+            if step is Step.TURN:
+                self._check_turn(attempt)
+            elif step is not Step.BUSY:
+                raise _refusal(attempt, decision)
+            reason = f"turn {attempt.turn} of session {attempt.session!r} is not over"
+        if step is Step.BUSY:
+            reason = "another call is about to start the run of this key"
         first, longest = LOOK_AGAIN if step is Step.BUSY else FULL_AGAIN
-        pause = self.pauses.get(step, first)
         if step not in self.pauses and self.request.row is None:
-            reason = f"{self.request.crew.concurrency_limit} runs of the crew, its concurrency limit, are in flight"
-            if step is Step.BUSY:
-                reason = "another call is about to start the run of this key"
-            elif step is Step.TURN and attempt is not None:
-                reason = f"turn {attempt.turn} of session {attempt.session!r} is not over"
-            run_logger().info("Crew %s: %s. This call waits. (key %s)", self.request.crew.label, reason, key)
+            run_logger().info(
+                "Crew %s: %s. This call waits. (key %s)", crew.label, reason, self.identity.idempotency_key
+            )
+        pause = self.pauses.get(step, first)
         self.pauses[step] = min(pause * 2, longest)
         pause *= random.uniform(0.75, 1.25)  # noqa: S311  no secret
         await until_cancelled(self.identity.flow_run_id, asyncio.sleep(pause))
         if step is Step.TURN and attempt is not None and attempt.state is AttemptState.STARTED:
             # Perhaps nobody else waits for it.
-            await look_once(LiveRun(self.session, str(attempt.first_id), attempt))
+            await look_once(LiveRun(self.run.session, str(attempt.first_id), attempt))
 
     def _check_turn(self, attempt: Attempt) -> None:
         """Raise SessionBlockedError if an earlier turn is uncertain, or this call has waited for its time."""
-        policy = self.request.options.wait or self.request.crew.wait
-        reason = advice = None
+        limit, key = (self.request.options.wait or self.request.crew.wait).timeout, shlex.quote(attempt.key)
         if attempt.state is AttemptState.UNCERTAIN or (attempt.first_id is None and attempt.is_free(time.time())):
             reason = "nobody knows whether its kickoff started a run"
-            advice = (
-                "Look at the crew's page, then run: prefect-crew runs resolve "
-                f"{shlex.quote(attempt.key)} --kickoff-id ID, or --never-started."
-            )
-        elif policy.timeout is not None and time.monotonic() - self.began > policy.timeout:
+            advice = "Look at the crew's page, then run: prefect-crew runs resolve "
+            advice += f"{key} --kickoff-id ID, or --never-started."
+        elif limit is not None and time.monotonic() - self.began > limit:
             reason = f"run {attempt.first_id or attempt.key} is still {attempt.state}, and this call has waited"
-            reason += f" for {policy.timeout:g} s"
+            reason += f" for {limit:g} s"
             advice = (
                 f"Call again to wait on, or stop that run: {cancel_command(attempt)}. If the crew's server has "
-                f"forgotten it, run: prefect-crew runs resolve {shlex.quote(attempt.key)} --lost."
+                f"forgotten it, run: prefect-crew runs resolve {key} --lost."
             )
-        if reason is not None and advice is not None:
-            raise SessionBlockedError(
-                session=str(attempt.session), turn=attempt.turn or 0, run=attempt.key, reason=reason, advice=advice
-            )
+        else:
+            return
+        turn, session = attempt.turn or 0, str(attempt.session)
+        raise SessionBlockedError(session=session, turn=turn, run=attempt.key, reason=reason, advice=advice)
 
     # Post
 
-    async def _post_until_taken(self, attempt: Attempt, window: tuple[float, float]) -> Attempt:
+    async def _post_until_taken(self, attempt: Attempt, request: Request, window: tuple[float, float]) -> Attempt:
         """Send the kickoff of this call's attempt, store its id, and return the attempt.
 
         Raises:
@@ -237,94 +238,65 @@ class _Start:
         loop, least = asyncio.get_running_loop(), LEAST_DELAY
         until = loop.time() + LIMITED_FOR
         while True:
-            client = self.session.client
+            client = self.run.session.client
             try:
-                with self.work.uncut():  # a cancellation waits until the POST has ended
-                    started = await self._post(attempt, window)
-                    await asyncio.sleep(0)  # so that a cancellation at the moment of the answer is noticed
-                break
+                started = await self._post(attempt, window)
+                await asyncio.sleep(0)  # so that a cancellation at the moment of the answer is noticed
             except KickoffUncertainError:
                 raise
             except CrewError as problem:
-                is_cancelled = self.work.is_cancelled or is_known_cancelled(self.identity)
                 # The batch decides when a refused row is sent again: other rows wait with it.
-                delay = None if is_cancelled or self.request.row is not None else kickoff_delay(problem)
+                delay = None if self.request.row is not None else kickoff_delay(problem)
                 # `Retry-After` may be 0, or a date that is over by our clock.
                 pause, least = max(delay or 0.0, least), min(least * 2, BARE_DELAY)
-                window = _clocks()
-                if isinstance(problem, AuthenticationError) and not is_cancelled and await self.session.renew(client):
-                    if await self._uncut(in_store(attempts.extend, attempt, _post_seconds(self.request))):
-                        continue
-                elif delay is not None and loop.time() + pause <= until:
+                may_send = False
+                if not self._is_cancelled and isinstance(problem, AuthenticationError):
+                    may_send = await self.run.session.renew(client)
+                elif not self._is_cancelled and delay is not None and loop.time() + pause <= until:
                     run_logger().warning("%s The kickoff is sent again in %.0f s.", problem, pause)
-                    new_window = await self._back_off(attempt, pause)
-                    if new_window is not None:
-                        window = new_window
-                        continue
-                reason = self._reason(problem)
-                await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner, reason))
+                    may_send = await in_store(attempts.back_off, attempt, pause)
+                    with suppress(FlowRunCancelledError, TimeoutError):  # known, and seen below
+                        async with asyncio.timeout(pause if may_send else 0):
+                            await until_cancelled(self.identity.flow_run_id, self.work.cancelled.wait())
+                window = _clocks()
+                if (
+                    may_send
+                    and not self._is_cancelled
+                    and await in_store(attempts.go_on, attempt, request.post_seconds)
+                ):
+                    continue
+                await in_store(attempts.not_started, attempt.key, attempt.owner, self._reason(problem))
                 self._raise_if_cancelled()
                 raise
-        # The batch of a row decides what becomes of it.
-        if self.work.is_cancelled or (is_known_cancelled(self.identity) and self.request.row is None):
-            with self.work.uncut():
-                await stop_if_asked(LiveRun(self.session, str(started.first_id), started))
-        self.work.raise_if_cancelled()
-        return started
+            else:
+                return started
 
-    async def _uncut(self, writing: Awaitable[T]) -> T:
-        with self.work.uncut():
-            return await writing
-
-    def _reason(self, problem: Exception) -> str | None:
-        """Return why the crew's server refused a row; None if it is tried again, or the text may hold a secret."""
-        request = self.request
-        if request.row is None or request.inputs.secret_names or request.crew.show != "full":
-            return None
-        is_refused = isinstance(problem, CrewError) and kickoff_fate(problem) is not KickoffFate.RETRY
-        return str(problem)[:500] if is_refused else None
-
-    async def _back_off(self, attempt: Attempt, pause: float) -> tuple[float, float] | None:
-        """Wait after an answer that surely started nothing. Return the time of the right to send it again, None if it
-        is too late."""
-        if not await self._uncut(in_store(attempts.back_off, attempt, pause)):
-            return None
-        try:
-            await until_cancelled(self.identity.flow_run_id, asyncio.sleep(pause))
-        except BaseException:
-            await self._uncut(in_store(attempts.not_started, attempt.key, attempt.owner))
-            raise
-        window = _clocks()
-        return window if await self._uncut(in_store(attempts.go_on, attempt, _post_seconds(self.request))) else None
+    def _reason(self, problem: CrewError) -> str | None:
+        """Return why the crew's server refused the kickoff; None if it may be tried again, or a text is not shown."""
+        is_shown = self.request.crew.show == "full" and not self.request.inputs.secret_names
+        return str(problem)[:500] if is_shown and kickoff_fate(problem) is not KickoffFate.RETRY else None
 
     async def _post(self, attempt: Attempt, window: tuple[float, float]) -> Attempt:
         """Send one `POST /kickoff` and store its outcome. Return the attempt with the id. If the kickoff surely started
         no run, raise and store nothing."""
-        request, nonce, has_left = self.request, self.identity.nonce, False
-        masked = self.session.crew.redactor(request.inputs)
-
-        def redact(text: str) -> str:
-            return WITHHELD if request.inputs.is_hidden else masked(text)
+        request, options, has_left = self.request, self.request.options, False
 
         def last_look() -> None:
             nonlocal has_left
             seconds = max(now - then for now, then in zip(_clocks(), window, strict=True))
-            if seconds > SEND_WITHIN or self.work.is_cancelled or is_known_cancelled(self.identity):
+            if seconds > SEND_WITHIN or self._is_cancelled:
                 raise NotStartedError(
                     f"Run {attempt.key!r} was not started: the time to send its kickoff was over. The crew database "
                     "answers too slowly, or this machine was asleep. Run again with the same key."
                 )
-            nonce.has_sent = has_left = True
+            self.identity.nonce.has_sent = has_left = True
 
+        webhooks = options.webhooks or webhooks_for(request.crew, attempt, settings=request.settings, wait=options.wait)
+        # With the attempt, a person finds the run of an attempt among those of its key.
+        names = {"idempotency_key": attempt.key, "run_attempt": attempt.number}
         try:
-            options = request.options
-            webhooks = options.webhooks or webhooks_for(
-                request.crew, attempt, settings=request.settings, wait=options.wait
-            )
-            with withholding(redact):
-                # With the attempt, a person finds the run of an attempt among those of its key.
-                names = {"idempotency_key": attempt.key, "run_attempt": attempt.number}
-                kickoff_id = await self.session.client.kickoff(
+            with withholding(self.run.redact_text):
+                kickoff_id = await self.run.session.client.kickoff(
                     request.inputs,
                     meta=Unshown({**(options.meta or {}), **names}),
                     webhooks=webhooks,
@@ -338,8 +310,8 @@ class _Start:
                 ) from None
             if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
                 raise
-            reason = redact(f"{type(error).__name__}: {error}")[:500]
-            await self._write(lambda: in_store(attempts.uncertain, attempt, reason), attempt, None)
+            reason = self.run.redact_text(f"{type(error).__name__}: {error}")[:500]
+            await _write(lambda: in_store(attempts.uncertain, attempt, reason), attempt, "…")
             count_uncertain(attempt)
             if not isinstance(error, Exception):
                 raise
@@ -349,39 +321,33 @@ class _Start:
             run_logger().info("Crew %s was kicked off: run %s", attempt.crew, kickoff_id)
         timeout = (options.wait or request.crew.wait).timeout  # so long it holds its slot, if nobody reattaches
         seconds = UNLIMITED if timeout is None else timeout
-        started = await self._write(
-            lambda: in_store(attempts.started, attempt, kickoff_id, seconds), attempt, kickoff_id
-        )
+        what = f"--kickoff-id {shlex.quote(kickoff_id)}"
+        started = await _write(lambda: in_store(attempts.started, attempt, kickoff_id, seconds), attempt, what)
         if started.other_key is not None:
             count_uncertain(attempt)
-            raise uncertain(
-                started.attempt or attempt, f"its answer names run {kickoff_id} of key {started.other_key!r}"
-            )
+            reason = f"its answer names run {kickoff_id} of key {started.other_key!r}"
+            raise uncertain(started.attempt or attempt, reason)
         log_second(attempt, kickoff_id, started)
         return started.attempt or replace(attempt, first_id=kickoff_id, kickoff_id=kickoff_id)
 
-    async def _write(self, write: Callable[[], Awaitable[T]], attempt: Attempt, kickoff_id: str | None) -> T:
-        """Write what became of a kickoff that was sent, again and again while this process lives: later calls wait."""
-        for number in range(10**9):
-            try:
-                return await write()
-            except (StoreError, asyncio.CancelledError, ValueError) as error:
-                if not isinstance(error, StoreError) and not _loop_ends(error):
-                    raise
-                if isinstance(error, StoreError) and not number:
-                    run_logger().error(
-                        "Run %s%s could not be recorded yet; it is tried again. %s If this process ends before: "
-                        "prefect-crew runs resolve %s %s",
-                        *(attempt.key, f", kickoff id {kickoff_id}," if kickoff_id else "", error),
-                        *(shlex.quote(attempt.key), f"--kickoff-id {shlex.quote(kickoff_id)}" if kickoff_id else "…"),
-                    )
-                if isinstance(error, StoreError):
-                    await asyncio.sleep(WRITE_AGAIN[min(number, len(WRITE_AGAIN) - 1)])
-        raise AssertionError
 
-
-def _post_seconds(request: RunRequest) -> float:
-    return POST_DEADLINE * request.crew.request_timeout
+async def _write(write: Callable[[], Awaitable[T]], attempt: Attempt, what: str) -> T:
+    """Write what became of a kickoff that was sent, again and again while this process lives: later calls wait."""
+    for number in count():
+        try:
+            return await write()
+        except StoreError as error:
+            if not number:
+                run_logger().error(
+                    "Run %s could not be recorded yet; it is tried again. %s If this process ends before: "
+                    "prefect-crew runs resolve %s %s",
+                    *(attempt.key, error, shlex.quote(attempt.key), what),
+                )
+            await asyncio.sleep(WRITE_AGAIN[min(number, len(WRITE_AGAIN) - 1)])
+        except (asyncio.CancelledError, ValueError) as error:
+            if not _loop_ends(error):
+                raise
+    raise AssertionError
 
 
 def _loop_ends(error: BaseException) -> bool:
@@ -407,16 +373,20 @@ def uncertain(attempt: Attempt, reason: str | None = None) -> KickoffUncertainEr
     return KickoffUncertainError(idempotency_key=attempt.key, reason=reason, sent=sent)
 
 
-def _conflict(attempt: Attempt, differences: Sequence[str]) -> IdempotencyConflictError:
-    names = [name for name in differences if name not in ("crew", "inputs")]
+def _refusal(attempt: Attempt, decision: Decision) -> CrewError:
+    """Return the error of a call whose key has an attempt that allows no other."""
+    key, differences = attempt.key, decision.differences
+    if decision.step is Step.UNCERTAIN:
+        return uncertain(attempt)
+    if decision.step is Step.STOPPED:
+        advice = "A retry of the flow run does not start it again. A new call with the key starts another run."
+        return CrewStoppedError(kickoff_id=str(attempt.first_id), crew=attempt.crew, idempotency_key=key, advice=advice)
     parts = [f"crew {attempt.crew} at {attempt.crew_url}"] if "crew" in differences else []
-    if names:
-        parts.append(f"other values of {', '.join(map(repr, names))}")
+    if names := [repr(name) for name in differences if name not in ("crew", "inputs")]:
+        parts.append(f"other values of {', '.join(names)}")
     elif "inputs" in differences:
         parts.append("other inputs")
-    return IdempotencyConflictError(
-        idempotency_key=attempt.key, difference=" and ".join(parts), kickoff_id=attempt.first_id
-    )
+    return IdempotencyConflictError(idempotency_key=key, difference=" and ".join(parts), kickoff_id=attempt.first_id)
 
 
 # One run for a caller
@@ -425,7 +395,7 @@ def _conflict(attempt: Attempt, differences: Sequence[str]) -> IdempotencyConfli
 async def open_run(request: RunRequest, *, inside_own_task: bool = False) -> LiveRun:
     """Find the run of a request, or start it, for a caller that does not wait for it. Raises the errors of
     `run_crew`."""
-    run = LiveRun(request.crew)
+    run = LiveRun(request.crew, request=request)
     await kick_off(run, request, inside_own_task=inside_own_task)
     run.remember()
     if run.owned:
@@ -447,8 +417,7 @@ async def kick_off(run: LiveRun, request: RunRequest, *, inside_own_task: bool =
     )
     try:
         async with run.session:
-            with withholding(run.redact_text):
-                decision = await start_run(request, identity, run.session)
+            decision = await start_run(run, identity)
     except CrewError as error:
         held = held_flow_run.get()
         if isinstance(error, FlowRunCancelledError) and held is not None and held.is_left:

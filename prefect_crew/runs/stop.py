@@ -72,8 +72,7 @@ async def cancelled_on_server(run_id: str | None) -> str | None:
     Raises:
         PREFECT_ERRORS: The Prefect API cannot be reached.
     """
-    cancelled = (str(flow_run.id) for flow_run in await _with_those_above(run_id) if _is_cancelled(flow_run))
-    return next(cancelled, None)
+    return next((str(flow_run.id) for flow_run in await _with_those_above(run_id) if _is_cancelled(flow_run)), None)
 
 
 def _is_cancelled(flow_run: FlowRun) -> bool:
@@ -218,26 +217,43 @@ async def stop_run(run: LiveRun, *, is_repeated: bool = True) -> StopAnswer:
 async def stop_once(run: LiveRun, by: str = PERSON, *, is_repeated: bool = False) -> StopAnswer:
     """Send `/stop` for a run in an open session, once for all callers, and store the outcome. `by`: PERSON, or TIMEOUT.
 
-    If somebody has asked before, this sends nothing, unless it `is_repeated`.
+    If somebody has asked before, this sends nothing, unless it `is_repeated`: then its caller tells the person.
     """
-    log, kickoff_id = run_logger(), run.kickoff_id
-    if not (await _ask(run, by) or is_repeated):
+    log, kickoff_id, is_first = run_logger(), run.kickoff_id, True
+    try:
+        if run.attempt is not None:
+            # A crew database that does not answer within seconds must not prevent a stop.
+            async with asyncio.timeout(LOOK_WITHIN):
+                is_first = await in_store(attempts.ask_to_stop, run.attempt, by)
+                run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
+    except (StoreError, *PREFECT_ERRORS, TimeoutError) as error:
+        log.debug("It could not be noted that run %s is asked to stop: %s", kickoff_id, error)
+    attempt = run.attempt
+    if not (is_first or is_repeated):
         log.info("Crew run %s was asked to stop already, or has ended.", kickoff_id)
-        goes_on = run.attempt is None or run.attempt.state in (AttemptState.STOPPED, AttemptState.STARTED)
-        outcome = StopOutcome.REQUESTED if goes_on else StopOutcome.NOT_STOPPABLE
-        return StopAnswer(kickoff_id=kickoff_id, outcome=outcome)
+        goes_on = attempt is None or attempt.state in (AttemptState.STOPPED, AttemptState.STARTED)
+        return StopAnswer(
+            kickoff_id=kickoff_id, outcome=StopOutcome.REQUESTED if goes_on else StopOutcome.NOT_STOPPABLE
+        )
     answer = await run.session.call(lambda client: client.stop(run.current_id))
-    if is_repeated:  # the caller tells the person
-        pass
-    elif answer.accepted:
+    if answer.accepted and not is_repeated:
         log.info("Crew run %s was asked to stop. The answer of the crew's server: %s.", kickoff_id, answer.outcome)
-    elif answer.outcome is StopOutcome.UNSUPPORTED:
+    elif answer.outcome is StopOutcome.UNSUPPORTED and not is_repeated:
         text = "Crew run %s continues at %s: its server has no /stop. Idempotency key %r will have its result."
         log.warning(text, kickoff_id, run.crew.url, run.idempotency_key)
-    else:
+    elif not is_repeated:
         words = f" The crew's server says: {answer.message}" if answer.message else ""
         log.warning("Crew run %s was not stopped: %s.%s", kickoff_id, answer.outcome, words)
-    await _close_stopped(run, answer)
+    if answer.outcome is StopOutcome.STOPPED and attempt is not None and attempt.state is AttemptState.STARTED:
+        # The run's use. Without an answer it stays unknown; if the run ended before, the next poll sees how.
+        status = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
+        with suppress(CrewError, TimeoutError):
+            status = await asyncio.wait_for(run.session.client.status(run.current_id), LOOK_WITHIN)
+        try:
+            if status.state is not CrewState.COMPLETED:
+                await write_end(run, status.model_copy(update={"state": CrewState.STOPPED, "error": None}))
+        except (StoreError, *PREFECT_ERRORS) as error:
+            log.warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
     return answer
 
 
@@ -301,36 +317,3 @@ async def is_of_another(attempt: Attempt) -> bool:
         *(attempt.first_id, attempt.crew_url, owner, cancel_command(attempt)),
     )
     return True
-
-
-async def _ask(run: LiveRun, by: str) -> bool:
-    """Take the right to send `/stop`. Return False if somebody has it already, or the run has ended.
-
-    A crew database that does not answer within seconds must not prevent a stop.
-    """
-    if run.attempt is None:
-        return True
-    try:
-        async with asyncio.timeout(LOOK_WITHIN):
-            is_first = await in_store(attempts.ask_to_stop, run.attempt, by)
-            run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
-    except (StoreError, *PREFECT_ERRORS, TimeoutError) as error:
-        run_logger().debug("It could not be noted that run %s is asked to stop: %s", run.kickoff_id, error)
-        return True
-    return is_first
-
-
-async def _close_stopped(run: LiveRun, answer: StopAnswer) -> None:
-    """Write the end of a run that its server has stopped, with its use. If it ended before, the next poll sees how."""
-    is_open = run.attempt is not None and run.attempt.state is AttemptState.STARTED
-    if answer.outcome is not StopOutcome.STOPPED or not is_open:
-        return
-    status = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
-    with suppress(CrewError, TimeoutError):  # without an answer, the use of the run stays unknown
-        status = await asyncio.wait_for(run.session.client.status(run.current_id), LOOK_WITHIN)
-    if status.state is CrewState.COMPLETED:
-        return
-    try:
-        await write_end(run, status.model_copy(update={"state": CrewState.STOPPED, "error": None}))
-    except (StoreError, *PREFECT_ERRORS) as error:
-        run_logger().warning("It could not be recorded that run %s was stopped: %s", run.kickoff_id, error)

@@ -56,7 +56,7 @@ def _get(transaction: Transaction, attempt_id: str) -> Attempt | None:
 @cache
 def _update(guards: tuple[str, ...], columns: tuple[str, ...]) -> sa.Update:
     conditions = {
-        "open_at": A.deadline > sa.bindparam("if_open_at"),
+        "preparing_at": sa.and_(A.state.in_(PREPARING), A.deadline > sa.bindparam("if_preparing_at")),
         "kickoff_id": _LAST_ID.element == sa.bindparam("if_kickoff_id"),
     }
     where = (conditions[name] if name in conditions else A[name] == sa.bindparam(f"if_{name}") for name in guards)
@@ -64,8 +64,8 @@ def _update(guards: tuple[str, ...], columns: tuple[str, ...]) -> sa.Update:
 
 
 def _change(transaction: Transaction, guards: Mapping[str, Any], **values: Any) -> bool:
-    """Change the attempt with these values, where `open_at` is a time before its deadline and `kickoff_id` its last
-    id. Return whether there is one."""
+    """Change the attempt with these values, where `preparing_at` is a time before its deadline and `kickoff_id` its
+    last id. Return whether there is one."""
     binds = {f"if_{name}": value for name, value in guards.items()}
     binds |= {f"to_{name}": value for name, value in values.items()}
     return transaction.changed(_update((*guards,), (*values,)), **binds) == 1
@@ -116,7 +116,7 @@ def begin(transaction: Transaction, request: Request) -> Decision:
     if refusal is not None:
         return refusal
     full = overruns(transaction, request.allowances, now)
-    if any(not overrun.is_warning for overrun in full):
+    if any(not overrun.allowance.is_warning for overrun in full):
         return Decision(step=Step.OVER_BUDGET, now=now, overruns=full)
     attempt_id = uuid.uuid4().hex
     row = {"of_batch": request.batch, "of_row": request.row_key, "of_owner": request.batch_owner, "attempt": attempt_id}
@@ -192,30 +192,24 @@ def _insert(
 
 
 @transaction("write", started="no")
-def extend(transaction: Transaction, attempt: Attempt, post_seconds: float) -> bool:
-    """Give the owner a new window to send the kickoff, such as after a renewed token. Return False if too late."""
-    return _renew(transaction, attempt, S.POSTING, S.POSTING, SEND_WITHIN + post_seconds + SPARE)
-
-
-@transaction("write", started="no")
 def back_off(transaction: Transaction, attempt: Attempt, pause: float) -> bool:
     """Say that an answer surely started nothing, and that the owner sends the kickoff again after a pause (seconds).
 
     Return False if it is too late. Right before the next kickoff the owner asks `go_on`.
     """
-    return _renew(transaction, attempt, S.POSTING, S.BACKING_OFF, pause + SEND_WITHIN)
+    return _renew(transaction, attempt, S.BACKING_OFF, pause + SEND_WITHIN)
 
 
 @transaction("write", started="no")
 def go_on(transaction: Transaction, attempt: Attempt, post_seconds: float) -> bool:
-    """Give the owner a window to send the kickoff after a pause. Return False if it is too late."""
-    return _renew(transaction, attempt, S.BACKING_OFF, S.POSTING, SEND_WITHIN + post_seconds + SPARE)
+    """Give the owner a window to send the kickoff, after a pause or with a renewed token. Return False if too late."""
+    return _renew(transaction, attempt, S.POSTING, SEND_WITHIN + post_seconds + SPARE)
 
 
-def _renew(transaction: Transaction, attempt: Attempt, old: AttemptState, new: AttemptState, seconds: float) -> bool:
+def _renew(transaction: Transaction, attempt: Attempt, state: AttemptState, seconds: float) -> bool:
     now = transaction.lock(_key_lock(attempt.key))
-    guards = {"id": attempt.id, "owner": attempt.owner, "state": old, "open_at": now}
-    return _change(transaction, guards, state=new, deadline=now + seconds, counts_until=now + seconds)
+    guards = {"id": attempt.id, "owner": attempt.owner, "preparing_at": now}
+    return _change(transaction, guards, state=state, deadline=now + seconds, counts_until=now + seconds)
 
 
 @transaction("write", started="no")
@@ -365,7 +359,6 @@ def ended(
     usage: Any = None,
     tokens: int | None = None,
     cost: float | None = None,
-    crew_version: str | None = None,
     result: Any = None,
 ) -> Attempt | None:
     """Write the end of a run, as the status of its last id reports it. Return the caller's attempt with the end if this
@@ -373,8 +366,6 @@ def ended(
     now = transaction.lock(_key_lock(attempt.key))
     guards = {"id": attempt.id, "state": S.STARTED, "kickoff_id": kickoff_id}
     values = {"state": state, "ended_at": now, "error": error, "usage": usage, "tokens": tokens, "cost": cost}
-    if crew_version is not None:
-        values["crew_version"] = crew_version
     if not _change(transaction, guards, **values):
         return None
     close(transaction, attempt, tokens, cost)

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 SEND_WITHIN = 25.0
-"""Seconds from before the last `begin`, `extend` or `go_on` of a caller, within which it begins to send its kickoff."""
+"""Seconds from before the last `begin` or `go_on` of a caller, within which it begins to send its kickoff."""
 SPARE = 5.0
 """Seconds more until somebody else may touch the attempt."""
 
@@ -104,6 +104,8 @@ class Allowance:
 
     scope: str
     per: Literal["day", "month", "all"]
+    name: str = ""
+    """For people."""
     max_runs: int | None = None
     max_tokens: int | None = None
     max_cost: float | None = None
@@ -187,13 +189,14 @@ STARTS = (Step.START, Step.START_AGAIN)
 
 @dataclass(frozen=True, kw_only=True)
 class Overrun:
-    """An allowance without room: one of its measures, its use so far with that of runs in flight, and its limit."""
+    """An allowance without room: one of its measures, its use so far with that of runs in flight, its limit, and what
+    the next run is expected to use."""
 
-    scope: str
+    allowance: Allowance
     measure: Literal["runs", "tokens", "cost"]
     used: float
     limit: float
-    is_warning: bool
+    estimate: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def overruns(transaction: Transaction, allowances: Sequence[Allowance], now: flo
             ("cost", use.cost, allowance.estimate_cost, allowance.max_cost),
         )
         full += [
-            Overrun(scope=allowance.scope, measure=measure, used=amount, limit=limit, is_warning=allowance.is_warning)
+            Overrun(allowance=allowance, measure=measure, used=amount, limit=limit, estimate=estimate)
             for measure, amount, estimate, limit in measures
             if limit is not None and amount + estimate > limit + 1e-9
         ]

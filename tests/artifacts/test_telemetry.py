@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 import prefect_crew as pc
-from prefect_crew.crew import known_version
-from prefect_crew.devserver._scripts import load_program
 from prefect_crew.prices import Price
 from prefect_crew.testing import CrewServerFactory
 from support.past import key, stored
@@ -112,7 +109,7 @@ def test_a_run_is_a_golden_span(crew_server: CrewServerFactory, spans: Spans, re
     (attempt,) = stored(idempotency_key)
     (around,) = [span for span in spans.all() if span.context.span_id == run.parent.span_id]
     assert facts(around)["prefect.run.type"] == "task", "Prefect's own span of the wait"
-    names = {"CREW": attempt.crew, "RUN ID": server.runs[0].id, "VERSION": str(attempt.crew_version)}
+    names = {"CREW": attempt.crew, "RUN ID": server.runs[0].id}
     names |= {"KEY": idempotency_key, "FLOW RUN": ids[0], "TASK RUN": facts(around)["prefect.run.id"]}
     assert text_of(run, names) == (GOLDEN / "span.txt").read_text()
     assert spans.hides(" on tea")
@@ -123,21 +120,6 @@ def test_a_run_is_a_golden_span(crew_server: CrewServerFactory, spans: Spans, re
     assert run.start_time == pytest.approx(attempt.started_at * 1e9, abs=1e3)
     assert run.end_time == pytest.approx(attempt.ended_at * 1e9, abs=1e3)
     assert points(reader, attempt.crew) == {"runs completed": 1}
-
-
-def test_attempt_and_span_have_the_version_of_the_crew(
-    crew_server: CrewServerFactory, spans: Spans, monkeypatch: pytest.MonkeyPatch
-):
-    server = crew_server(slow(1.5, "one"))
-    results = [pc.run_crew(server.crew(), {}) for _ in range(2)]
-    assert server.requests["inspect"] == 1, "the process has read it"
-    monkeypatch.setattr("prefect_crew.crew.VERSION_AGE", 0)
-    server.program = load_program(slow(1.5, "two"))
-    results.append(pc.run_crew(server.crew(), {}))
-    first, again, changed = [stored(str(result.idempotency_key))[0].crew_version for result in results]
-    assert first == again is not None
-    assert first != changed == known_version(server.url, since=datetime.min.replace(tzinfo=UTC))
-    assert [facts(span)["gen_ai.agent.version"] for span in spans.runs()] == [first, again, changed]
 
 
 def test_a_failed_run_is_an_error_without_a_text_of_the_crew(crew_server: CrewServerFactory, spans: Spans):

@@ -69,7 +69,7 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("run {url} -i who=Ada -i colour=red", 2, "Unknown inputs: colour."),
         ("run {url} -i who=Ada --timeout 0", 2, "timeout"),
         ("run {url} -i who=Ada --key {{tomorrow}}", 2, "scheduled_start"),
-        ("run {url} -i who=Ada --session=", 2, "session is ''; it has to be a name of 1 to 200 characters"),
+        ("run {url} -i who=Ada --session=", 2, "session has to be a name of 1 to 200 characters"),
         ("run {url} -i id=1 --session a", 2, "is not saved as a Flow"),
         (f"run {{url}} --session a --restore-from {UUID(int=1)}", 2, "A session chooses the state to restore itself"),
         ("result never-used", 2, "never-used"),

@@ -4,6 +4,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import AsyncMock
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 import prefect_crew as pc
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy, fast_polling
-from prefect_crew.runs.polling import Phases, Watcher, poll, poll_delays
+from prefect_crew.runs.polling import Wait, poll_delays
 from prefect_crew.states import CrewState
 
 PENDING, RUNNING, WAITING = CrewState.PENDING, CrewState.RUNNING, CrewState.WAITING
@@ -34,8 +36,8 @@ LOST_CONNECTION = pc.CrewConnectionError(method="GET", url="https://crew.test/st
 
 
 @dataclass
-class World(Watcher):
-    """A run whose state is a function of the time, a clock that only pauses move, and all that the watcher gets."""
+class World(Wait):
+    """A run whose state is a function of the time, a clock that only pauses move, and all that the wait gets."""
 
     at: Callable[[float], Seen]
     started: float = 1_000_000.0
@@ -44,11 +46,12 @@ class World(Watcher):
     saw_states: list[CrewState] = field(default_factory=list)
     human_waits: list[bool] = field(default_factory=list)
     troubles: int = 0
-    stops: str | None = None
-    news: Sequence[float] = ()
+    stops: bool = True
+    news_at: Sequence[float] = ()
     """When a webhook comes, in seconds from the kickoff."""
     answers: list[float] = field(default_factory=list)
     """When somebody answers, in seconds from the kickoff: the look after it sends the answer."""
+    more_time: AsyncMock | None = None
 
     def now(self) -> float:
         return self.time
@@ -57,7 +60,7 @@ class World(Watcher):
         assert seconds >= 0
         assert len(self.looks) < 20_000, "the loop spins"
         end = self.time + seconds
-        news = next((at for at in self.news if self.time < self.started + at < end), None)
+        news = next((at for at in self.news_at if self.time < self.started + at < end), None)
         self.time = end if news is None else self.started + news
         return news is not None
 
@@ -74,27 +77,36 @@ class World(Watcher):
         self.answers = [at for at in self.answers if at not in sent]
         return bool(sent)
 
-    async def on_human_wait(self, phases: Phases) -> None:
-        self.human_waits.append(phases.human_since is not None)
+    async def hold_slot(self, *, is_human: bool | None = None) -> None:
+        self.human_waits.append(bool(is_human))
 
     async def on_error(self, error: pc.CrewError) -> None:
         self.troubles += 1
 
-    async def stop(self, phase: str) -> bool:
-        return phase == self.stops
+    async def stop(self) -> bool:
+        return self.stops
 
-    async def wait(self, policy: WaitPolicy = STEADY, *, phases: Phases | None = None, **options: object) -> CrewStatus:
-        return await poll(
-            self.look,
-            kickoff_id="r1",
-            crew="travel",
-            idempotency_key="key-1",
-            policy=policy,
-            phases=phases or Phases(kicked_off_at=self.started),
-            watcher=self,
-            now=self.now,
-            **{"rng": lambda: 0.5, **options},
+    async def wait(
+        self, policy: WaitPolicy = STEADY, *, passed: float | None = None, human: tuple[float, float | None] = (0, None)
+    ) -> CrewStatus:
+        """Wait for the run from its kickoff on; or from `passed` seconds after it, for a run that was alive."""
+        seconds, since = human
+        attempt: Any = SimpleNamespace(
+            started_at=self.started - (passed or 0),
+            human_seconds=seconds,
+            human_since=None if since is None else self.started - since,
         )
+        names = {"kickoff_id": "r1", "crew": "travel", "idempotency_key": "key-1"}
+        run: Any = SimpleNamespace(attempt=attempt, kickoff_id="r1", names=names)
+        Wait.__init__(self, run, policy, is_new=passed is None)
+        if self.more_time is not None:
+            self.people = cast("Any", SimpleNamespace(more_time=self.more_time, next_pause=lambda delay: delay))
+        return await self.until_end()
+
+
+@pytest.fixture(autouse=True)
+def _no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefect_crew.runs.polling.emit", lambda *_: None)
 
 
 def steps(*until: tuple[float, Seen], then: Seen = COMPLETED) -> Callable[[float], Seen]:
@@ -127,11 +139,10 @@ def test_pauses_grow_by_the_factor_up_to_the_cap():
     factor=st.floats(1, 5),
     room=st.floats(1, 100),
     jitter=st.floats(0, 0.99),
-    rng=st.lists(st.floats(0, 1, exclude_max=True), min_size=20, max_size=20),
 )
-def test_a_pause_never_leaves_its_bounds(initial: float, factor: float, room: float, jitter: float, rng: list[float]):
+def test_a_pause_never_leaves_its_bounds(initial: float, factor: float, room: float, jitter: float):
     policy = WaitPolicy(initial=initial, factor=factor, max_interval=initial * room, jitter=jitter)
-    delays = list(itertools.islice(poll_delays(policy, iter(rng).__next__), 20))
+    delays = list(itertools.islice(poll_delays(policy), 20))
     smooth = list(itertools.islice(poll_delays(policy.model_copy(update={"jitter": 0.0})), 20))
     for delay, middle in zip(delays, smooth, strict=True):
         assert delay > 0
@@ -156,8 +167,9 @@ async def test_fast_polling_overrides_every_policy():
 @pytest.mark.parametrize(("passed", "look"), [(0, 10), (4, 6), (3600, 0), (-5, 10)], ids=str)
 async def test_the_first_pause_is_counted_from_the_kickoff(passed: float, look: float):
     world = World(each([COMPLETED]))
-    await world.wait(phases=Phases(kicked_off_at=world.started - passed))
-    assert world.looks == [look]
+    world.time += passed
+    await world.wait()
+    assert world.looks == [passed + look]
 
 
 @given(
@@ -169,7 +181,7 @@ async def test_the_first_pause_is_counted_from_the_kickoff(passed: float, look: 
 )
 async def test_webhooks_delay_no_look(end: float, news: list[float], initial: float, factor: float, longest: float):
     policy = STEADY.model_copy(update={"initial": initial, "factor": factor, "max_interval": longest})
-    world = World(steps((end, RUNNING)), news=sorted(news))
+    world = World(steps((end, RUNNING)), news_at=sorted(news))
     await world.wait(policy)
     assert world.looks[-1] <= max(initial, end + longest) + 1e-6
 
@@ -314,15 +326,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 async def test_what_comes_of_a_wait(case: Case):
-    world = World(case.at, news=case.news, answers=[*case.answers])
-    seconds, since = case.human
-    phases = Phases(world.started - (case.passed or 0), seconds, None if since is None else world.started - since)
-    waiting = world.wait(
-        STEADY.model_copy(update=case.policy),
-        phases=phases,
-        first_look=case.passed is not None,
-        was_alive=case.passed is not None,
-    )
+    world = World(case.at, news_at=case.news, answers=[*case.answers])
+    waiting = world.wait(STEADY.model_copy(update=case.policy), passed=case.passed, human=case.human)
     if case.raises is None:
         assert (await waiting).state.ended
     else:
@@ -331,25 +336,23 @@ async def test_what_comes_of_a_wait(case: Case):
     assert case.looks is None or [*case.looks] == world.looks
     assert case.last_look in (None, world.looks[-1])
     assert case.human_waits == world.human_waits
-    assert case.human_seconds in (None, phases.human_seconds)
+    assert case.human_seconds in (None, world.human_seconds)
     assert UNKNOWN not in world.saw_states
 
 
-@pytest.mark.parametrize("phase", ["running", "human"])
-async def test_a_timeout_says_the_last_state_and_stop(phase: str):
-    world = World(each([RUNNING]), stops=phase)
+@pytest.mark.parametrize(
+    ("on_timeout", "stops", "stopped"), [("stop", True, True), ("stop", False, False), ("leave", True, False)]
+)
+async def test_a_timeout_says_the_last_state_and_stop(on_timeout: str, stops: bool, stopped: bool):
+    world = World(each([RUNNING]), stops=stops)
     with pytest.raises(pc.CrewTimeoutError) as caught:
-        await world.wait(STEADY.model_copy(update={"timeout": 25.0}))
+        await world.wait(STEADY.model_copy(update={"timeout": 25.0, "on_timeout": on_timeout}))
     error = caught.value
-    assert error.phase == "running"
-    assert error.limit == 25
-    assert error.last_state == "running"
-    assert error.stopped is (phase == "running")
+    assert (error.phase, error.limit, error.last_state, error.stopped) == ("running", 25, "running", stopped)
 
 
 async def test_people_may_get_more_time():
-    world = World(steps((300, WAITING)))
-    world.more_time = AsyncMock(side_effect=[100.0, 100.0, 0.0])
+    world = World(steps((300, WAITING)), more_time=AsyncMock(side_effect=[100.0, 100.0, 0.0]))
     with pytest.raises(pc.CrewTimeoutError, match="human time limit of 50 s"):
         await world.wait(STEADY.model_copy(update={"human_timeout": 50.0}))
     assert world.looks[-1] == 260, "seen from 10 on"

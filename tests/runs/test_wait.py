@@ -14,8 +14,8 @@ from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import StoreError
+from prefect_crew.runs import polling as polling_module
 from prefect_crew.runs import run as run_module
-from prefect_crew.runs import wait as wait_module
 from prefect_crew.runs.database import in_store
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
@@ -77,15 +77,6 @@ async def test_a_run_without_an_end_is_reported(crew_server: CrewServerFactory, 
     assert "crew.timed_out" in await events_of(seen, late)
 
 
-async def test_no_end_waits_for_the_version_of_the_crew(crew_server: CrewServerFactory):
-    server = crew_server(slow(1), faults=["inspect:timeout"])
-    running = asyncio.create_task(pc.arun_crew(server.crew(), {}))
-    await until(lambda: server.requests["inspect"])
-    began = time.monotonic()
-    await running
-    assert time.monotonic() - began < 4
-
-
 async def test_a_cancelled_wait_reports_its_end(server: CrewServer, seen: Seen, monkeypatch: pytest.MonkeyPatch):
     ending = asyncio.Event()
 
@@ -118,7 +109,7 @@ async def test_a_crew_database_that_is_away_costs_no_result(
         return await in_store(work, *args, **options)
 
     monkeypatch.setattr(run_module, "_kicked_off", {})  # as in another process
-    for module in (run_module, wait_module):
+    for module in (run_module, polling_module):
         monkeypatch.setattr(module, "in_store", away)
     result = await pc.wait_for_crew(server.crew(), str(run.kickoff_id))
     assert result.output == "done"

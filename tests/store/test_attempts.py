@@ -13,7 +13,6 @@ from prefect_crew.store.attempts import (
     begin,
     continued,
     ended,
-    extend,
     get,
     go_on,
     ids_of,
@@ -174,15 +173,14 @@ async def test_what_a_person_stopped_no_retry_starts_again(
 async def test_the_window_is_extended_by_its_owner_only_while_it_is_open(store: Store, clock: Clock):
     attempt = await begun(store, request())
     clock.now += WINDOW - 1
-    assert await store.run(extend, attempt, 30.0)
+    assert await store.run(go_on, attempt, 30.0)
     clock.now += WINDOW
-    assert not await store.run(extend, attempt, 30.0)
+    assert not await store.run(go_on, attempt, 30.0)
 
 
 async def test_a_pause_after_an_answer_that_started_nothing_ends_with_a_window(store: Store, clock: Clock):
     call = request()
     attempt = await begun(store, call)
-    assert not await store.run(go_on, attempt, 30.0)
     assert await store.run(back_off, attempt, 100.0)
     clock.now += 101
     assert await step_of(store, once_more(call)) == "busy"
@@ -384,10 +382,10 @@ async def test_a_budget_that_only_warns_starts_the_run_and_tells(store: Store):
     await begun(store, request("1", allowances=allowances))
     decision = await store.run(begin, request("2", allowances=allowances))
     assert decision.step is Step.START
-    assert [(one.scope, one.measure, one.used) for one in decision.overruns] == [("ours", "runs", 1)]
+    assert [(one.allowance.scope, one.measure, one.used) for one in decision.overruns] == [("ours", "runs", 1)]
     decision = await store.run(begin, request("3", allowances=allowances))
     assert decision.step is Step.OVER_BUDGET
-    assert [one.scope for one in decision.overruns if not one.is_warning] == ["theirs"]
+    assert [one.allowance.scope for one in decision.overruns if not one.allowance.is_warning] == ["theirs"]
     assert await store.run(used, "ours") == Use(runs=2)
 
 

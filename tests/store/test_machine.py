@@ -36,7 +36,6 @@ from prefect_crew.store.attempts import (
     begin,
     continued,
     ended,
-    extend,
     go_on,
     ids_of,
     list_attempts,
@@ -78,7 +77,7 @@ class Caller:
     phase: str = "asks"
     attempt: Attempt | None = None
     looked_at: float = 0.0
-    """Right before its last `begin`, `extend` or `go_on`."""
+    """Right before its last `begin` or `go_on`."""
     kickoff_id: str | None = None
 
     @property
@@ -291,9 +290,7 @@ class Machine(RuleBasedStateMachine):
                 self.do(caller.process, not_started, caller.call.key, caller.call.owner)
                 caller.phase = "is done"
                 return
-            case "needs token":
-                may_send = self.do(caller.process, extend, caller.attempt, POST_SECONDS)
-            case _:
+            case _:  # after a pause, or with a renewed token
                 may_send = self.do(caller.process, go_on, caller.attempt, POST_SECONDS)
         caller.phase, caller.looked_at = "has begun" if may_send else "is done", before
 
