@@ -139,7 +139,7 @@ def values_at(value: Any, *paths: str) -> Iterator[Any]:
     for path in paths:
         place = value
         for key in path.split("."):
-            place = as_object(place).get(key)
+            place = cast("dict[str, Any]", place).get(key) if isinstance(place, dict) else None
         if place is not None:
             yield place
 
