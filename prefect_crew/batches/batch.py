@@ -1,4 +1,4 @@
-"""A batch by its name: its status, its failed rows, its export, and the arguments to call it again."""
+"""A batch by its name: its report, its failed rows, its export, and the arguments to call it again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from prefect_crew.batches.dataset import whole_address
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.output import PAGE, open_output
+from prefect_crew.batches.report import BatchReport, Tally
 from prefect_crew.batches.rows import BadRow, BadRows
 from prefect_crew.blocks import load_crew
 from prefect_crew.client.redaction import withholding
@@ -29,34 +30,6 @@ S = AttemptState
 STOPS_AT_ONCE = 50
 """Requests to stop a run, at a time."""
 NEEDS_PERSON = (S.UNCERTAIN, *PREPARING, S.FAILED, S.STOPPED, S.LOST, S.NOT_STARTED)
-
-
-@dataclass(frozen=True)
-class BatchStatus:
-    """The status of a batch: counts of rows. `total` includes the `bad_count` rows that cannot be run.
-
-    `failed` includes the `stopped` rows and the `conflicts`. `left` rows were not
-    kicked off. `seconds` is the mean time of completed runs. `running`: a process runs the batch now. `why_not` is the
-    reason why its name alone is not enough to continue it.
-    """
-
-    name: str
-    total: int
-    completed: int
-    failed: int
-    stopped: int
-    conflicts: int
-    uncertain: int
-    in_flight: int
-    left: int
-    kickoffs: int
-    seconds: float | None
-    export: str | None
-    running: bool
-    why_not: str | None
-    stopped_because: str | None
-    bad_count: int
-    bad: Sequence[BadRow]
 
 
 async def find_batch(name: str) -> StoredBatch:
@@ -128,8 +101,9 @@ class StoredBatch:
         return self.entry.name
 
     @property
-    def _call(self) -> Mapping[str, Any]:
-        return self.entry.call or {"why_not": "its call is not on record"}
+    def call(self) -> Mapping[str, Any]:
+        """Its last call, as far as it could be stored."""
+        return self.entry.call or {}
 
     async def is_running(self) -> bool:
         """Return whether a process runs the batch now."""
@@ -138,35 +112,19 @@ class StoredBatch:
             return False
         return entry.owner_seen > await in_store(attempts.time_now) - HELD_FOR
 
-    async def status(self) -> BatchStatus:
-        """Return its status."""
-        entry, bad, running = self.entry, bad_rows_of(self.entry), await self.is_running()
+    async def report(self) -> BatchReport:
+        """Return its report as the crew database knows it: `kickoffs` are those of all calls."""
+        entry, bad, is_running = self.entry, bad_rows_of(self.entry), await self.is_running()
         counts = await in_store(batches.count_rows, self.name, since_pass=since_pass(entry))
         use = await in_store(batches.use_of_batch, self.name)
-        count = {state: counts.get(state, 0) for state in S}
-        posting = sum(count[state] for state in PREPARING)
-        conflicts = counts.get(CONFLICT, 0)
-        failed = count[S.FAILED] + count[S.STOPPED] + count[S.LOST] + conflicts
-        known = count[S.COMPLETED] + failed + count[S.UNCERTAIN] + count[S.STARTED] + posting
-        return BatchStatus(
+        return BatchReport.of(
+            *(counts, Tally(), bad, use),
             name=self.name,
             total=entry.total + bad.count,
-            completed=count[S.COMPLETED],
-            failed=failed,
-            stopped=count[S.STOPPED],
-            conflicts=conflicts,
-            # What a dead process was about to send is uncertain once its deadline is over.
-            uncertain=count[S.UNCERTAIN] + (0 if running else posting),
-            in_flight=count[S.STARTED] + (posting if running else 0),
-            left=max(0, entry.total - known),
             kickoffs=use.runs,
-            seconds=use.seconds,
-            export=self._call.get("export"),
-            running=running,
-            why_not=self._call.get("why_not"),
-            stopped_because=entry.stopped_because,
-            bad_count=bad.count,
-            bad=bad.rows,
+            export=self.call.get("export", ""),
+            stopped=None if is_running else entry.stopped_because,
+            phase="running" if is_running else "done",
         )
 
     async def failures(self, limit: int | None = None) -> list[Row]:
@@ -185,19 +143,17 @@ class StoredBatch:
                 break
         return found[:limit]
 
-    def call(self) -> dict[str, Any]:
-        """Return the arguments for `arun_batch` to continue it.
-
-        Raises ConfigurationError if its last call had an argument that cannot be stored, such as a function.
-        """
-        call = self._call
-        if why_not := call.get("why_not"):
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments for `arun_batch` to continue it. Raises ConfigurationError if its last call could not be
+        stored."""
+        call = self.call
+        if "crew" not in call:
             raise ConfigurationError(
-                f"Batch {self.name!r} cannot be run by its name alone, because {why_not}. Make the same call again, "
-                "with the same name, which continues where the batch stopped."
+                f"Batch {self.name!r} cannot be run by its name alone: its crew is not stored, its data set has no "
+                "path or address, or an option is a function, an object of Python or a secret. Make the same call "
+                "again, with the same name, which continues where the batch stopped."
             )
-        arguments = {name: call[name] for name in ("crew", "dataset", "export", "format", "encoding", "delimiter")}
-        return {**arguments, "name": self.name, **call["options"]}
+        return {name: call[name] for name in ("crew", "dataset", "export")} | {"name": self.name, **call["options"]}
 
     async def export(self, file: str | None = None, *, overwrite: bool = False) -> tuple[str, int]:
         """Write the batch's lines, also while it runs. Return the lines' address for people, and their number.
@@ -205,17 +161,15 @@ class StoredBatch:
         Without `file`, the lines go to the export with which the batch last ran. A file that is not from this batch is
         replaced only with `overwrite`. Raises ConfigurationError, ExportError.
         """
-        address = file or self._call.get("export")
+        address = file or self.call.get("export")
         if address is None:
-            raise ConfigurationError(
-                f"The export of batch {self.name!r} is not on record: {self._call.get('why_not')}. Name a file for it."
-            )
-        options = BatchOptions(**self._call.get("options", {}))
+            raise ConfigurationError(f"The export of batch {self.name!r} is not on record. Name a file for it.")
+        options = BatchOptions(**self.call.get("options", {}))
         target, whole = open_output(address, self.name, output_type=options.output_type), whole_address(address)
         await target.open()
         is_new = whole not in (self.entry.exported or ()) and not overwrite
-        words: dict[str, Any] = {"remedy": "replace it with overwrite=True (--overwrite)"}
-        await asyncio.to_thread(target.check, is_new=is_new, **words, consequence="Nothing was written.")
+        advice = "choose another, or replace it with overwrite=True (--overwrite)"
+        await asyncio.to_thread(target.check, is_new=is_new, advice=advice, consequence="Nothing was written.")
         await in_store(batches.note_export, self.name, whole)
         entry: Batch | None = self.entry
         async with await self._session() or nullcontext() as session:
@@ -229,9 +183,8 @@ class StoredBatch:
 
     async def _session(self) -> CrewSession | None:
         """Return a session with the crew if its block is stored, to read results that are not kept here."""
-        name = self._call.get("crew")
         with suppress(CrewError):
-            return None if name is None else CrewSession(await load_crew(name))
+            return CrewSession(await load_crew(self.call["crew"])) if "crew" in self.call else None
         return None
 
     async def in_flight(self) -> list[Attempt]:

@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
+import base64
 import csv
-import io
 import json
-import logging
 import os
+import shutil
 import tempfile
-import threading
+import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import IO, Any, cast
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
-import httpx
 import sqlalchemy as sa
 
-from prefect_crew._internal.prefect_errors import HTTP_ERRORS, STATUS_ERRORS
 from prefect_crew.exceptions import DatasetError
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-DatasetFormat = Literal["csv", "tsv", "jsonl", "json", "parquet"]
-ENDINGS: dict[str, DatasetFormat] = {
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".tab": "tsv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
-COMPRESSED = {".gz", ".bz2", ".xz", ".lzma"}
-ROW_LIMIT = 1 << 28
-"""Characters of a line, and of a field. Without a limit, a quote that is never closed makes one row of a whole file."""
+ENDINGS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".jsonl": "lines", ".ndjson": "lines", ".json": "array"}
+PARQUET = (".parquet", ".pq")
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma"}
+"""The names that fsspec has for a compression, by its ending."""
+FIELD_LIMIT = 1 << 28
+"""Characters of a field. Without a limit, a quote that is never closed makes one field of a whole file."""
 PART = 5_000
 """Rows of a frame or of a query that are converted at once."""
 _fsspec = cast("Any", fsspec)
@@ -70,36 +57,17 @@ class Dataset:
     name: str
     rows: Callable[[], Iterator[Row]]
     address: str | None = None
-    format: DatasetFormat | None = None
-    encoding: str = "utf-8-sig"
-    delimiter: str | None = None
 
 
-def open_dataset(
-    source: Any,
-    *,
-    format: DatasetFormat | None = None,  # noqa: A002
-    encoding: str = "utf-8-sig",
-    delimiter: str | None = None,
-) -> Dataset:
+def open_dataset(source: Any) -> Dataset:
     """Return the data set of a path, a URL, an fsspec address, a data frame, or an iterable of mappings or named rows.
 
-    `delimiter` separates the fields of a CSV file; left out, the header shows it.
-
-    Raises:
-        DatasetError: The format is unknown, or `source` is no data set. Faults of rows come while the rows are read.
+    Raises DatasetError if the format is unknown, or `source` is no data set. Faults of rows come while they are read.
     """
     if isinstance(source, str | os.PathLike):
         address = os.fspath(cast("str | os.PathLike[str]", source))
-        name = shown_address(address)
-        kind = format or _format_of(address, name)
-        file = _File(address, name)
-        if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n'):
-            raise DatasetError(
-                f"cannot have the delimiter {delimiter!r}. Give one character, no quote and no line end.", source=name
-            )
-        rows_of_file = partial(_read_file, file, kind, encoding, delimiter)
-        return Dataset(name, rows_of_file, address, kind, encoding, delimiter)
+        file = _File(address)
+        return Dataset(file.name, file.rows, address)
     kind = cast("type[Any]", type(source))
     library = kind.__module__.partition(".")[0]
     if library in ("polars", "pandas", "pyarrow") and kind.__name__ in ("DataFrame", "LazyFrame", "Table"):
@@ -142,14 +110,19 @@ def shown_address(address: str) -> str:
 
 def error_text(error: Exception, address: str) -> str:
     """Return the text of an error, or only its type if the address holds secrets, which the text may quote."""
-    kind = type(error).__name__
     if shown_address(address) != address:
-        return kind
-    # SQLAlchemy's own text also quotes the statement and its parameters.
+        return type(error).__name__
+    # SQLAlchemy's own text, and the next lines of a driver's, may quote the statement, its parameters or a row.
     error = getattr(error, "orig", None) or error
-    # The next lines may quote the statement or a row.
     first_line = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": .")
     return getattr(error, "strerror", None) or first_line
+
+
+def ending_of(address: str) -> tuple[str, str]:
+    """Return the ending of a file, in small letters, and that of its compression, which may be empty."""
+    path = Path(address.partition("?")[0] if is_remote(address) else address)
+    packed = path.suffix.lower() if path.suffix.lower() in COMPRESSED else ""
+    return (Path(path.stem).suffix if packed else path.suffix).lower(), packed
 
 
 def _shown_link(link: str) -> str:
@@ -159,66 +132,58 @@ def _shown_link(link: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-@contextmanager
-def _logging_shown_addresses() -> Generator[None]:
-    """Inside this block, httpx logs the addresses of this thread's requests without secrets: it logs each at INFO."""
-    thread = threading.get_ident()
-
-    def show(record: logging.LogRecord) -> bool:
-        if threading.get_ident() == thread and isinstance(record.args, tuple):
-            shown = (shown_address(str(value)) if isinstance(value, httpx.URL) else value for value in record.args)
-            record.args = tuple(shown)
-        return True
-
-    logger = logging.getLogger("httpx")
-    logger.addFilter(show)
-    try:
-        yield
-    finally:
-        logger.removeFilter(show)
-
-
-def _format_of(address: str, name: str) -> DatasetFormat:
-    ending = ""
-    for part in address.split("::"):  # the innermost first
-        path = Path(part.partition("?")[0])
-        ending = Path(path.stem).suffix if path.suffix.lower() in COMPRESSED else path.suffix
-        if kind := ENDINGS.get(ending.lower()):
-            return kind
-    raise DatasetError(
-        f"the format is not known from the file ending {ending!r}. Known: {', '.join(sorted(ENDINGS))}; in "
-        "Python give format=….",
-        source=name,
-    )
-
-
 # Files
 
 
 class _File:
     """A file on this machine, which must not change after the first read, or a remote file, which is fetched once."""
 
-    def __init__(self, address: str, name: str) -> None:
-        self.name = name
-        self.address = address
+    def __init__(self, address: str) -> None:
+        self.name, self._address = shown_address(address), address
+        links = [ending_of(link) for link in address.split("::")]  # the innermost first
+        known = [link for link in links if link[0] in ENDINGS or link[0] in PARQUET]
+        if not known:
+            raise DatasetError(
+                f"the format is not known from the file ending {links[-1][0]!r}. Known: "
+                f"{', '.join(sorted([*ENDINGS, *PARQUET]))}.",
+                source=self.name,
+            )
+        self._ending, self._packed = known[0]
         self._path = None if is_remote(address) else Path(whole_address(address))
-        self._is_http = address.startswith(("http://", "https://"))
         self._seen: tuple[int, int] | None = None
-        self._fetched: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def fetch(self) -> Path:
-        """Return the path of the file on this machine."""
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows. Raises DatasetError if the file cannot be read, or changes."""
+        with self._reporting():
+            path = self._fetched()
+            for row in self._parquet(path) if self._ending in PARQUET else self._text(path):
+                self._check(path)
+                yield row
+            self._check(path)
+
+    def _fetched(self) -> Path:
         if self._path is not None:
-            self._check(self._path.stat())
             return self._path
-        if self._fetched is None:
+        if self._folder is None:
             folder = tempfile.TemporaryDirectory(prefix="prefect-crew-")
-            with (Path(folder.name) / "data").open("wb") as target:
-                target.writelines(self._chunks())
-            self._fetched = folder
-        return Path(self._fetched.name) / "data"
+            with (Path(folder.name) / "data").open("wb") as target, self._remote() as source:
+                shutil.copyfileobj(source, target, 1 << 20)
+            self._folder = folder
+        return Path(self._folder.name) / "data"
 
-    def _check(self, stat: os.stat_result) -> None:
+    def _remote(self) -> Any:
+        if not self._address.startswith(("http://", "https://")):
+            return _fsspec.open(self._address, "rb")
+        # Not by fsspec, which needs a further package for it; and not by httpx, which logs a URL with its secrets.
+        parts = urlsplit(self._address)
+        user, _, host = parts.netloc.rpartition("@")
+        headers = {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"} if user else {}
+        url = urlunsplit((parts.scheme, host, parts.path, parts.query, ""))
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)  # noqa: S310
+
+    def _check(self, path: Path) -> None:
+        stat = path.stat()
         now = (stat.st_size, stat.st_mtime_ns)
         if self._seen not in (None, now):
             raise DatasetError(
@@ -226,118 +191,82 @@ class _File:
             )
         self._seen = now
 
-    def _chunks(self) -> Iterator[bytes]:
-        if self._is_http:
-            # Not by fsspec, which needs a further package for it.
-            stream = httpx.stream("GET", self.address, follow_redirects=True, timeout=60.0)
-            with _logging_shown_addresses(), stream as response:
-                response.raise_for_status()
-                yield from response.iter_bytes()
-            return
-        with _fsspec.open(self.address, "rb", compression="infer") as source:
-            while chunk := source.read(1 << 20):
-                yield chunk
-
     @contextmanager
-    def open(self) -> Generator[tuple[IO[bytes], Callable[[], None]]]:
-        """Yield the file, decompressed by its extension, and a check that raises DatasetError if the file changed."""
-        is_stored = self._path is not None or self._is_http
-        compression = _fsspec.utils.infer_compression(self.address.partition("?")[0]) if is_stored else None
-        opener: Any = None if compression is None else _fsspec.compression.compr[compression]
-        with self.fetch().open("rb") as file, opener(file, mode="rb") if opener else nullcontext(file) as content:
-            buffered = content if hasattr(content, "read1") else io.BufferedReader(content)
-            yield buffered, lambda: self._check(os.fstat(file.fileno()))
-
-
-def _read_file(file: _File, kind: DatasetFormat, encoding: str, delimiter: str | None) -> Iterator[Row]:
-    with _reporting(file.name, file.address):
-        if kind == "parquet":
-            yield from _of_mappings(_parquet(file))
-            return
-        with file.open() as (content, check):
-            lines = _lines(content, file.name, encoding, check)
-            if kind == "jsonl":
-                yield from _jsonl(lines)
-            elif kind == "json":
-                yield from _json(lines, file.name)
-            else:
-                yield from _csv(lines, file.name, "\t" if kind == "tsv" else ",", delimiter)
-
-
-@contextmanager
-def _reporting(name: str, address: str) -> Generator[None]:
-    """Raise each error of a file as a DatasetError."""
-    try:
-        yield
-    except DatasetError:
-        raise
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise DatasetError(f"cannot be opened: {error_text(error, address)}.", source=name) from None
-    except HTTP_ERRORS as error:
-        status = f"HTTP {error.response.status_code}" if isinstance(error, STATUS_ERRORS) else str(error)
-        raise DatasetError(f"cannot be fetched: {status or type(error).__name__}.", source=name) from None
-    except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-        raise DatasetError(f"cannot be read: {error_text(error, address)}.", source=name) from None
-
-
-def _lines(file: IO[bytes], name: str, encoding: str, check: Callable[[], None]) -> Iterator[str]:
-    """Yield each line with its line feed. Nothing else ends one. `check`, which may raise, runs before each yield."""
-    try:
-        text = io.TextIOWrapper(cast("Any", file), encoding, newline="\n")
-    except LookupError:
-        raise DatasetError(f"there is no encoding {encoding!r}.", source=name) from None
-    number = 1
-    try:
-        while line := text.readline(ROW_LIMIT + 1):
-            if len(line) > ROW_LIMIT:
-                raise DatasetError("has a line without an end.", source=name, line=number)
-            check()
-            yield line
-            number += 1
-        check()
-    except UnicodeDecodeError as error:
-        digits = error.object[error.start : error.end][:8].hex(" ")
-        number += error.object[: error.start].decode(error.encoding, "ignore").count("\n")
-        raise DatasetError(
-            f"the bytes {digits} are not {encoding}. Save the file as UTF-8, or in Python give its encoding=….",
-            source=name,
-            line=number,
-        ) from None
-
-
-def _csv(lines: Iterator[str], name: str, usual: str, delimiter: str | None) -> Iterator[Row]:
-    csv.field_size_limit(max(csv.field_size_limit(), ROW_LIMIT))  # of the whole process; a document is long
-    first = next(lines, "")
-    if delimiter is None:  # Excel writes semicolons where a comma is the decimal point
-        delimiter = next((sign for sign in (usual, *";\t|,") if sign in first), usual)
-    reader = csv.reader(chain((first,), lines), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    line = 1
-    while True:
+    def _reporting(self) -> Generator[None]:
+        """Raise each error of a file as a DatasetError."""
         try:
-            fields = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            # Before these two errors the reader took all lines to the end of the file, or far too many.
-            is_open = "unexpected end of data" in str(error) or "field larger" in str(error)
-            reason = f"is not CSV: {'a quote that opens in this row is never closed' if is_open else error}"
-            if is_open or not header:
-                raise DatasetError(f"{reason}.", source=name, line=line) from None
-            yield Row(line, {}, reason)
-        else:
-            if not header:
-                if not fields:
-                    break
-                header = fields
-                check_columns(header, name, line=1)
-            elif len(fields) == len(header):
-                yield Row(line, dict(zip(header, fields, strict=True)))
-            elif fields:
-                yield Row(line, {}, f"has {len(fields)} fields, the header has {len(header)}")
-        line = reader.line_num + 1
-    if not header:
-        raise DatasetError("is empty: it has no header line.", source=name)
+            yield
+        except DatasetError:
+            raise
+        except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
+            is_http = isinstance(error, HTTPError)
+            problem = f"HTTP {error.code}" if is_http else error_text(error, self._address)
+            raise DatasetError(f"cannot be read: {problem}.", source=self.name) from None
+
+    def _text(self, path: Path) -> Iterator[Row]:
+        read = {"lines": _jsonl, "array": self._array}.get(ENDINGS[self._ending], self._csv)
+        with _fsspec.open(str(path), "rb", compression=COMPRESSED.get(self._packed)) as content:
+            yield from read(self._lines(content))
+
+    def _lines(self, content: IO[bytes]) -> Iterator[str]:
+        """Yield each line with its line feed. Nothing else ends one."""
+        for number, line in enumerate(content, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                digits = line[error.start : error.end][:8].hex(" ")
+                raise DatasetError(
+                    f"the bytes {digits} are not UTF-8. Save the file as UTF-8.", source=self.name, line=number
+                ) from None
+
+    def _csv(self, lines: Iterator[str]) -> Iterator[Row]:
+        csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))  # of the whole process; a document is long
+        first, usual = next(lines, ""), ENDINGS[self._ending]
+        # Excel writes semicolons where a comma is the decimal point.
+        delimiter = next((sign for sign in (usual, *";\t|,") if sign in first), usual)
+        reader, line = csv.reader(chain((first,), lines), delimiter=delimiter, strict=True), 2
+        header = next(reader, None)
+        if not header:
+            raise DatasetError("is empty: it has no header line.", source=self.name)
+        check_columns(header, self.name, line=1)
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                # Before these two errors the reader took all lines to the end of the file, or far too many.
+                if "unexpected end of data" in str(error) or "field larger" in str(error):
+                    reason = "is not CSV: a quote that opens in this row is never closed."
+                    raise DatasetError(reason, source=self.name, line=line) from None
+                yield Row(line, {}, f"is not CSV: {error}")
+            else:
+                if len(fields) == len(header):
+                    yield Row(line, dict(zip(header, fields, strict=True)))
+                elif fields:
+                    yield Row(line, {}, f"has {len(fields)} fields, the header has {len(header)}")
+            line = reader.line_num + 1
+
+    def _array(self, lines: Iterable[str]) -> Iterator[Row]:
+        """Yield the objects of a JSON array after a read of the whole array. A file of one object is one row."""
+        try:
+            value = json.loads("".join(lines))
+        except json.JSONDecodeError as error:
+            hint = " Is it JSON Lines? Then name it .jsonl." if error.msg == "Extra data" else ""
+            raise DatasetError(f"is not JSON: {error.msg}.{hint}", source=self.name, line=error.lineno) from None
+        if not isinstance(value, list | dict):
+            raise DatasetError("is not a JSON array of objects.", source=self.name)
+        yield from _of_mappings(cast("list[Any]", value) if isinstance(value, list) else [value])
+
+    def _parquet(self, path: Path) -> Iterator[Row]:
+        try:
+            import polars
+        except ImportError:
+            raise DatasetError("needs polars: pip install 'prefect-crew[data]'.", source=self.name) from None
+        scan: Any = polars.scan_parquet(path)
+        count = scan.select(polars.len()).collect().item()
+        parts = (scan.slice(start, PART).collect().iter_rows(named=True) for start in range(0, count, PART))
+        return _of_mappings(chain.from_iterable(parts))
 
 
 def check_columns(columns: Sequence[str], name: str, *, line: int | None = None) -> None:
@@ -348,29 +277,13 @@ def check_columns(columns: Sequence[str], name: str, *, line: int | None = None)
 
 def _jsonl(lines: Iterable[str]) -> Iterator[Row]:
     for number, line in enumerate(lines, start=1):
-        text = line.strip()
-        if not text:
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield Row(number, {}, f"is not JSON: {error}")
-        else:
-            yield _mapping_row(value, number)
-
-
-def _json(lines: Iterable[str], name: str) -> Iterator[Row]:
-    """Yield the objects of a JSON array after a read of the whole array. A file of one object is one row."""
-    try:
-        value = json.loads("".join(lines))
-    except json.JSONDecodeError as error:
-        hint = " Is it JSON Lines? Then name it .jsonl." if error.msg == "Extra data" else ""
-        raise DatasetError(f"is not JSON: {error.msg}.{hint}", source=name, line=error.lineno) from None
-    except RecursionError as error:
-        raise DatasetError(f"is not JSON: {error}.", source=name) from None
-    if not isinstance(value, list | dict):
-        raise DatasetError("is not a JSON array of objects.", source=name)
-    yield from _of_mappings(cast("list[Any]", value) if isinstance(value, list) else [value])
+        if text := line.strip():
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError) as error:
+                yield Row(number, {}, f"is not JSON: {error}")
+            else:
+                yield _mapping_row(value, number)
 
 
 # Mappings and frames
@@ -386,29 +299,6 @@ def _mapping_row(value: Any, line: int) -> Row:
 
 def _of_mappings(rows: Iterable[Any]) -> Iterator[Row]:
     return (_mapping_row(value, number) for number, value in enumerate(rows, start=1))
-
-
-def polars(source: str) -> ModuleType:
-    """Return polars, which the extra `data` installs. Raises DatasetError."""
-    try:
-        import polars
-    except ImportError:
-        raise DatasetError("needs polars: pip install 'prefect-crew[data]'.", source=source) from None
-    return polars
-
-
-def _parquet(file: _File) -> Iterator[Mapping[str, Any]]:
-    library: Any = polars(file.name)
-    path = file.fetch()
-    try:
-        scan, start, part = library.scan_parquet(path), 0, [None]
-        while len(part):
-            part = scan.slice(start, PART).collect()
-            file.fetch()  # raises if it has changed
-            yield from part.iter_rows(named=True)
-            start += PART
-    except (library.exceptions.PolarsError, OSError) as error:
-        raise DatasetError(f"cannot be read as Parquet: {error}.", source=file.name) from None
 
 
 def _frame_rows(frame: Any, library: str, name: str) -> Iterator[Mapping[Any, Any]]:

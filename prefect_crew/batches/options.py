@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ImportString, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from prefect_crew._text import problems_of
-from prefect_crew.batches.dataset import Dataset, is_remote, shown_address, whole_address
+from prefect_crew.batches.dataset import is_remote, shown_address, whole_address
 from prefect_crew.budgets import Budget
 from prefect_crew.client.redaction import holds_secret
 from prefect_crew.client.webhooks import Webhooks
@@ -49,9 +49,7 @@ class BatchOptions(BaseModel):
     kickoffs_at_once: Count = 64
     on_failure: OnFailure = "continue"
     on_bad_row: Literal["refuse", "skip"] = "refuse"
-    on_cancel: Literal["stop", "drain", "leave"] = "stop"
     breaker: Count | None = 20
-    retries: Annotated[int, Field(strict=True, ge=0)] = 0
     wait: WaitPolicy | None = None
     output_type: ImportString[type[BaseModel]] | None = None
     meta: Mapping[str, Any] | None = None
@@ -63,21 +61,22 @@ class BatchOptions(BaseModel):
             super().__init__(**options)
         except ValidationError as error:
             raise ConfigurationError(f"{'; '.join(problems_of(error))}. Nothing was started.") from None
-        _ = self.row_range
 
     @property
-    def row_range(self) -> slice | None:
-        """The rows of `rows`, counted from 0, the last one excluded; None for all. Raises ConfigurationError."""
-        if self.rows is None:
-            return None
-        match = re.fullmatch(r"(\d*):(\d*)", self.rows.strip())
-        start, stop = (int(number) if number else None for number in match.groups()) if match else (None, None)
-        if (start is stop is None) or (stop is not None and (start or 0) >= stop):
-            raise ConfigurationError(
-                f"rows is {self.rows!r}. Give a range START:STOP of row numbers from 0, such as '0:500000' or "
-                "'500000:'. The range ends before row STOP."
+    def row_range(self) -> slice:
+        """The rows of `rows`, counted from 0, the last one excluded."""
+        return slice(*(int(number) if number else None for number in (self.rows or ":").split(":")))
+
+    @field_validator("rows")
+    @classmethod
+    def _check_rows(cls, rows: str | None) -> str | None:
+        start, _, stop = (rows or "0:").partition(":")
+        if not re.fullmatch(r"\d+:\d*|:\d+", rows or "0:") or (stop and int(start or 0) >= int(stop)):
+            raise ValueError(
+                f"it is {rows!r}; give a range START:STOP of row numbers from 0, such as '0:500000' or '500000:', "
+                "which ends before row STOP"
             )
-        return slice(start, stop)
+        return rows
 
     @field_validator("on_failure", mode="before")
     @classmethod
@@ -106,50 +105,31 @@ class BatchOptions(BaseModel):
         return f"{failed} rows failed, and on_failure is {limit:g}." if failed >= limit else None
 
 
-def plain_call(
-    *, crew: str | None, secret_inputs: Sequence[str], dataset: Dataset, export: str, options: BatchOptions
+def stored_call(
+    *, crew: str | None, secret_inputs: Sequence[str], dataset: str | None, export: str, options: BatchOptions
 ) -> dict[str, Any]:
-    """Return a call as JSON values. If it cannot be stored, its only key is `why_not`, with the reason.
+    """Return a call as JSON values; an empty one if it cannot be stored: it needs a stored crew, a data set with an
+    address, and options that are plain values. A call that may hold a secret is not stored.
 
-    `crew` is the name of its stored block. A call that may hold the value of a secret input is not stored.
+    `crew` is the name of its block, `dataset` the address of its data set.
     """
-    address, inputs = dataset.address, options.inputs
-    if crew is None:
-        return {"why_not": "its crew is not a stored block"}
-    if address is None:
-        return {"why_not": "its data set was passed as a Python object"}
-    for kind, where in (("data set", address), ("export", export)):
-        # The password of sql://BLOCK?query=… is in the block.
-        if is_remote(where) and shown_address(where) != where and not where.startswith("sql://"):
-            return {"why_not": f"the address of its {kind} may contain a password"}
-    for name in ("key", "session", "inputs"):
-        if callable(getattr(options, name)):
-            return {"why_not": f"{name} is a function"}
-    sources: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
-    secret = [name for name in secret_inputs if sources.get(name) is not None and not is_column(sources[name])]
-    if secret:
-        return {"why_not": f"the secret inputs {', '.join(secret)} do not come from a column as it is"}
-    if options.webhooks is not None:
-        return {"why_not": "its webhooks were passed as a Python object"}
     try:
         fields = options.model_dump(mode="json", exclude_defaults=True)
-    except (PydanticSerializationError, ValueError) as error:
-        return {"why_not": f"an option cannot be stored as JSON: {error}"}
-    if holds_secret(inputs) or holds_secret(options.meta):
-        return {"why_not": "an option holds a secret"}
-    stored: Mapping[str, Any] = fields.get("inputs") or {}
-    # As a text, a constant would be the name of a column.
-    if texts := [name for name in stored if isinstance(stored[name], str) and not isinstance(sources[name], str)]:
-        return {"why_not": f"the constants of the inputs {', '.join(texts)} cannot be stored as JSON"}
-    return {
-        "crew": crew,
-        "dataset": whole_address(address),
-        "export": whole_address(export),
-        "format": dataset.format,
-        "encoding": dataset.encoding,
-        "delimiter": dataset.delimiter,
-        "options": fields,
-    }
+    except (PydanticSerializationError, ValueError):
+        return {}
+    if callable(options.inputs):
+        return {}
+    sources = options.inputs or {}
+    # What JSON changes is no plain value: a function, a number that becomes the text of a column's name, a secret.
+    is_plain = all((fields.get(name) or {}) == (getattr(options, name) or {}) for name in ("inputs", "meta"))
+    is_secret = any(name in sources and not is_column(sources[name]) for name in secret_inputs)
+    is_secret = is_secret or holds_secret(sources) or holds_secret(options.meta)
+    # The password of sql://BLOCK?query=… is in the block.
+    places = [place for place in (dataset or "", export) if is_remote(place) and not place.startswith("sql://")]
+    is_secret = is_secret or any(shown_address(place) != place for place in places)
+    if crew is None or dataset is None or options.webhooks is not None or is_secret or not is_plain:
+        return {}
+    return {"crew": crew, "dataset": whole_address(dataset), "export": whole_address(export), "options": fields}
 
 
 def is_column(source: Any) -> bool:

@@ -9,8 +9,8 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, TypeVar, cast
@@ -22,8 +22,15 @@ import sqlalchemy as sa
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 
-from prefect_crew.batches.dataset import COMPRESSED, error_text, is_remote, shown_address, whole_address
-from prefect_crew.batches.tables import SQL, SqlDatabase, table_of
+from prefect_crew.batches.dataset import (
+    COMPRESSED,
+    ending_of,
+    error_text,
+    is_remote,
+    shown_address,
+    whole_address,
+)
+from prefect_crew.batches.tables import SQL, SqlDatabase
 from prefect_crew.client.models import CrewResult
 from prefect_crew.exceptions import ConfigurationError, CrewError, ExportError, OutputTypeError
 from prefect_crew.runs.run import parse_data
@@ -40,6 +47,7 @@ LINES, CSV = (".jsonl", ".ndjson"), ".csv"
 """The endings of exports. After an ending of lines or of CSV may come the ending of a compression."""
 PAGE = 200
 """Rows that are read and written at once: a result has up to 5 MB."""
+START_ADVICE = "choose another, or move it away"
 KEPT = "All results are in the crew database. Make the same call again, which writes them."
 STRUCTURED = ("inputs", "data", "tasks", "usage")
 """Columns that are JSON in CSV and in a table."""
@@ -71,15 +79,20 @@ class Output:
         self.batch = batch
         self.name = shown_address(address)
         self._output_type = output_type
+        self._is_csv = False
+        self._find_place()
+
+    def _find_place(self) -> None:
+        """Check the address. Raises ConfigurationError."""
+        address = self.address
         self._path = None if is_remote(address) else Path(whole_address(address))
-        file = Path(address.partition("?")[0] if self._path is None else address)
-        ending = Path(file.stem).suffix if file.suffix.lower() in COMPRESSED else file.suffix
-        is_http = address.startswith(("http://", "https://"))
-        problem = "is an http address, and nothing can be written there." if is_http else None
-        self._is_csv = ending.lower() == CSV
-        if problem is None and not (self._is_csv or ending.lower() in LINES):
+        ending, self._packed = ending_of(address)
+        self._is_csv, problem = ending == CSV, None
+        if address.startswith(("http://", "https://")):
+            problem = "is an http address, and nothing can be written there."
+        elif not (self._is_csv or ending in LINES):
             problem = (
-                f"has the ending {file.suffix!r}, and an export is JSON Lines ({' or '.join(LINES)}) or CSV, also "
+                f"has the ending {ending!r}, and an export is JSON Lines ({' or '.join(LINES)}) or CSV, also "
                 f"compressed ({', '.join(f'{LINES[0]}{kind}' for kind in sorted(COMPRESSED))}). Give it such an ending."
             )
         try:
@@ -93,39 +106,41 @@ class Output:
     async def open(self) -> None:
         """Load the block of the output, if it needs one, before any other method. Raises ConfigurationError."""
 
-    def check(self, *, is_new: bool, remedy: str = "move that file", consequence: str = "Nothing was started.") -> None:
-        """Make sure that the file can be written, and that an existing file is of this batch. Raises ExportError.
+    def check(self, *, is_new: bool, advice: str = START_ADVICE, consequence: str = "Nothing was started.") -> None:
+        """Make sure that the output can be written, and that what is there is of this batch. Raises ExportError.
 
-        `is_new`: whether the batch has not written this file yet, so that an existing file is somebody else's. The
-        error names `remedy` and `consequence`, and another export if nothing was started.
+        `is_new`: whether the batch has not written there yet, so that what is there is somebody else's. The error then
+        has `advice`, and each error `consequence`.
         """
         with self._reporting(consequence):
-            if self._path is not None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-            if is_new and self.exists() and not (self._path and self._path.stat().st_size == 0):
-                advice = remedy if consequence == KEPT else f"choose another, or {remedy}"
-                raise ExportError(f"{self.name} exists already and is not from this batch: {advice}. {consequence}")
+            if self._has_others(consequence) and is_new:
+                raise ExportError(f"{self.name} {self._others()}: {advice}. {consequence}")
 
-    def exists(self) -> bool:
-        """Return whether the output exists; False for a remote output that nobody can read."""
+    def _others(self) -> str:
+        return "exists already and is not from this batch"
+
+    def _has_others(self, consequence: str) -> bool:
+        """Return whether there is something at the address, and whether it can be written at all."""
+        del consequence
         if self._path is not None:
-            return self._path.exists()
-        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return self._path.exists() and self._path.stat().st_size > 0
+        with suppress(OSError, ImportError, ValueError):  # nobody can read it
             filesystem, path = _fsspec.core.url_to_fs(self.address)
             return bool(filesystem.exists(path))
-        except (OSError, ImportError, ValueError):
-            return False
+        return False
 
     async def write(self, pages: Pages, guard: Guard) -> Counter[str]:
         """Write the lines of all rows that have ended, in the order of the data set; return their number by state.
 
-        The new file is written on this machine, and replaces the old file once it is whole. A write that is cut off
-        leaves the old file. Raises ExportError, StoreError, BatchBusyError.
+        The new lines are written on this machine, and replace the old ones once they are whole: a write that is cut off
+        leaves the old. Raises ExportError, StoreError, BatchBusyError.
         """
         with self._reporting(), self._new() as new:
-            with self._opened(new) as file:
+            with _fsspec.open(str(new), "wb", compression=COMPRESSED.get(self._packed)) as file:
                 counts = await self._write_lines(pages, file)
-            await asyncio.to_thread(self._put, new, guard)
+            with new.open("rb") as lines:  # a cancellation closes it: the thread of a table then reads no further
+                await asyncio.to_thread(self._put, new, lines, guard)
         return counts
 
     @contextmanager
@@ -141,12 +156,9 @@ class Output:
             finally:
                 new.unlink(missing_ok=True)
 
-    def _opened(self, new: Path) -> Any:
-        name = self.address.partition("?")[0] if self._path is None else self._path.name
-        return _fsspec.open(str(new), "wb", compression=_fsspec.utils.infer_compression(name))
-
-    def _put(self, new: Path, guard: Guard) -> None:
+    def _put(self, new: Path, lines: IO[bytes], guard: Guard) -> None:
         """Replace the output by a whole file in one thread, since an exception during an upload would commit a part."""
+        del lines
         guard()
         if self._path is not None:
             new.replace(self._path)
@@ -241,18 +253,12 @@ class Output:
 
 
 class TableOutput(Output):
-    """The table `sql://BLOCK/TABLE`, with the columns of a CSV file, and `batch`. Several batches may share it."""
+    """The table `sql://BLOCK/TABLE`, with the columns of a CSV file, and `batch`. Several batches may share it, also
+    with equal names on two Prefect servers."""
 
-    _is_csv = False
-
-    def __init__(  # no file: no super()
-        self, address: str, batch: str, *, output_type: type[BaseModel] | None = None
-    ) -> None:
-        self.address = address
-        self.batch = batch
-        self.name = shown_address(address)
-        self._output_type = output_type
-        self._block, _, table = address.removeprefix(SQL).partition("/")
+    def _find_place(self) -> None:
+        self._path, self._packed = None, ""
+        self._block, _, table = self.address.removeprefix(SQL).partition("/")
         self._place = unquote(table)
         if not self._place or "?" in table:
             raise ConfigurationError(
@@ -263,19 +269,11 @@ class TableOutput(Output):
     async def open(self) -> None:
         """Load its block. Raises ConfigurationError."""
         self._database = await SqlDatabase.load(self._block, name=f"The export {self.name}")
-        if self._database.kind not in ("sqlite", "postgresql"):
-            raise ConfigurationError(
-                f"The export {self.name} is in a database of {self._database.kind}, and tables are written in SQLite "
-                "and PostgreSQL. Choose another. Nothing was started."
-            )
 
-    def check(self, *, is_new: bool, remedy: str = "delete them", consequence: str = "Nothing was started.") -> None:
-        """Make sure that the table can be written, and that rows of the batch's name are its own. Raises ExportError.
+    def _others(self) -> str:
+        return f"has rows of another batch, which is also named {self.batch!r}"
 
-        Several batches may share a table, also with equal names on two Prefect servers. `is_new`: whether the batch has
-        not written to this table yet, so that rows of its name are another batch's. The error names `remedy` and
-        `consequence`, and another name or table if nothing was started.
-        """
+    def _has_others(self, consequence: str) -> bool:
         results = self._results()
 
         def work(connection: sa.Connection) -> bool:
@@ -286,27 +284,12 @@ class TableOutput(Output):
             self._database.replace(connection, results, uuid4().hex, [[row]])
             return has_rows
 
-        if self._run(work, consequence) and is_new:
-            advice = remedy if consequence == KEPT else f"choose another name or table, or {remedy}"
-            raise ExportError(
-                f"{self.name} has rows of another batch, which is also named {self.batch!r}: {advice}. {consequence}"
-            )
+        return self._run(work, consequence)
 
-    async def write(self, pages: Pages, guard: Guard) -> Counter[str]:
-        """Write the lines of all rows that have ended, in one transaction; return their number by state.
+    def _put(self, new: Path, lines: IO[bytes], guard: Guard) -> None:
+        self._replace(lines, guard)
 
-        They replace all rows of the batch. Raises ExportError, StoreError, BatchBusyError.
-        """
-        with self._reporting(), tempfile.TemporaryDirectory(prefix="prefect-crew-") as folder:
-            lines = Path(folder) / "lines.jsonl"
-            with lines.open("wb") as file:
-                counts = await self._write_lines(pages, file)
-            # A cancellation closes the file, so that the thread cannot read on, and its transaction is rolled back.
-            with lines.open("rb") as file:
-                await asyncio.to_thread(self._replace, file, guard)
-        return counts
-
-    def _replace(self, lines: IO[bytes], guard: Guard) -> None:
+    def _replace(self, lines: Iterable[bytes], guard: Guard) -> None:
         """Replace all rows of the batch in one transaction. An error, also of `lines`, leaves the table as it was."""
         table, rows = self._results(), map(self._flat, map(from_json, lines))
 
@@ -327,8 +310,14 @@ class TableOutput(Output):
         return self._database.run(work, lambda problem: ExportError(self._unwritten(problem, consequence)))
 
     def _results(self) -> sa.Table:
-        columns = dict.fromkeys(self._columns(), sa.Text()) | {"key": sa.String(255), "seconds": sa.Float()}
-        return table_of(self._place, columns)
+        """Return the table `SCHEMA.TABLE`, or `TABLE`, in which each batch has its own rows."""
+        schema, _, name = self._place.rpartition(".")
+        kinds: dict[str, Any] = {"seconds": sa.Float(), "key": sa.String(255)}
+        columns = [
+            sa.Column(column, kinds.get(column, sa.Text()), primary_key=column == "key") for column in self._columns()
+        ]
+        batch = sa.Column("batch", sa.String(255), primary_key=True)
+        return sa.Table(name, sa.MetaData(schema=schema or None), batch, *columns)
 
 
 def has_line(row: Row) -> bool:
@@ -337,7 +326,8 @@ def has_line(row: Row) -> bool:
 
 
 _ENDED = (AttemptState.COMPLETED, AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
-_NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.ASCII | re.IGNORECASE)
+_FORMULA = re.compile(r"[=@\t\r]|[+-](?![0-9.]+(e[+-]?[0-9]+)?$)", re.ASCII | re.IGNORECASE)
+"""The begin of a text that a spreadsheet would run. A number is none."""
 
 
 def _csv_lines(lines: Sequence[Sequence[Any]]) -> bytes:
@@ -348,5 +338,4 @@ def _csv_lines(lines: Sequence[Sequence[Any]]) -> bytes:
 
 
 def _harmless(value: Any) -> Any:
-    is_formula = isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value
-    return f"'{value}" if is_formula and not _NUMBER.fullmatch(value) else value
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value

@@ -1,4 +1,4 @@
-"""The progress and the report of a batch: for code, as a line for people, and on its page in Prefect."""
+"""The report of a batch, also while it runs: for code, as a line for people, and on its page in Prefect."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from prefect_crew.crew import Crew
 from prefect_crew.exceptions import BatchFailedError
 from prefect_crew.prices import Spending, money
 from prefect_crew.runs.keys import escape_name
-from prefect_crew.store.batches import CONFLICT
-from prefect_crew.store.decision import AttemptState
+from prefect_crew.store.batches import CONFLICT, BatchUse, Counts
+from prefect_crew.store.decision import PREPARING, AttemptState
 
 FAILURES = 100
 """Failed rows that the artifact shows at most; the output has all."""
@@ -33,6 +33,7 @@ SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
 WAITS_FOR_SLOT = "waiting for a free slot of the crew's concurrency limit"
 BAR = 24
+Phase = Literal["checking", "waiting", "running", "finishing", "done"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,35 @@ class RowEnd:
         return self.state in ("unfinished", "not-started")
 
 
-@dataclass(frozen=True)
+@dataclass
+class Tally:
+    """What one call has seen of its rows, and the crew database does not count: rows that have completed but count as
+    failed (`misfits`), and rows that failed only here (`unfinished`)."""
+
+    began: float = field(default_factory=time.monotonic)
+    ended: int = 0
+    misfits: int = 0
+    unfinished: int = 0
+    failures: list[RowEnd] = field(default_factory=list[RowEnd])
+    uncertain_keys: list[str] = field(default_factory=list[str])
+    errors: Counter[str] = field(default_factory=Counter[str])
+
+    def add(self, end: RowEnd) -> None:
+        """Count a row that has ended in this call, or was found to have."""
+        self.ended += end.is_new
+        self.errors.update([end.kind] if end.kind else [])
+        self.misfits += end.state == "invalid-output"
+        self.unfinished += end.is_unfinished
+        if end.state == "uncertain":
+            if len(self.uncertain_keys) < UNCERTAIN_KEYS:
+                self.uncertain_keys.append(end.key)
+        elif end.state != "completed" and len(self.failures) < FAILURES:
+            self.failures.append(end)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchReport:
-    """The result of a batch, with all earlier calls of the same name.
+    """A batch, with all earlier calls of the same name: at its end, or while it runs.
 
     Attributes:
         name: The batch.
@@ -68,25 +95,26 @@ class BatchReport:
         conflicts: The failed rows that have completed before with other inputs.
         unfinished: The failed rows that the next call continues: the wait for their runs gave up, or the crew's server
             refused their kickoffs.
-        skipped: Rows that were not run: bad rows, rows left in flight, and rows not reached because the batch stopped.
+        in_flight: Runs in flight. `people`: how many of them wait for a person.
         seconds: The wall time of this call.
         export: The address of the lines.
         stopped: The reason why the batch stopped, None if it did not stop.
         kickoffs: Runs that this call started.
-        bad_count: Bad rows, which cannot be run. `bad`: the first 100 of them.
+        bad_count: Bad rows, which cannot be run. `bad`: the first of them.
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         spending: Usage and cost of the runs of all calls, and the number of runs that reported usage and cost.
+        phase: What the call does. In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
+        ended_here: Rows that ended in this call.
     """
 
     name: str
     total: int
-    completed: int
-    failed: int
-    uncertain: int
-    skipped: int
-    seconds: float
-    export: str
+    completed: int = 0
+    failed: int = 0
+    uncertain: int = 0
+    seconds: float = 0.0
+    export: str = ""
     stopped: str | None = None
     kickoffs: int = 0
     bad_count: int = 0
@@ -95,7 +123,64 @@ class BatchReport:
     errors: Mapping[str, int] = field(default_factory=dict[str, int])
     conflicts: int = 0
     unfinished: int = 0
+    in_flight: int = 0
+    people: int = 0
+    ended_here: int = 0
+    phase: Phase = "done"
     spending: Spending = field(default_factory=Spending)
+
+    @classmethod
+    def of(
+        cls, counts: Counts, tally: Tally, bad: BadRows, use: BatchUse | None, *, phase: Phase, **more: Any
+    ) -> BatchReport:
+        """Return the report of a batch by the states of its rows, what a call has seen, and the use of all runs."""
+        # Once the batch has ended, only a process that died left them: nobody knows whether they started.
+        preparing = sum(counts.get(state, 0) for state in PREPARING)
+        conflicts = counts.get(CONFLICT, 0)
+        failed = sum(counts.get(state, 0) for state in FAILED) + conflicts + tally.misfits + tally.unfinished
+        spending = Spending()
+        if use is not None:
+            usage = TokenUsage(total_tokens=use.tokens) if use.runs_with_tokens else None
+            cost = use.cost if use.runs_with_cost else None
+            spending = Spending(use.runs, use.runs_with_tokens, use.runs_with_cost, usage, cost)
+        return cls(
+            completed=max(0, counts.get(AttemptState.COMPLETED, 0) - tally.misfits),
+            failed=failed,
+            uncertain=counts.get(AttemptState.UNCERTAIN, 0) + (preparing if phase == "done" else 0),
+            in_flight=counts.get(AttemptState.STARTED, 0) + (0 if phase == "done" else preparing),
+            conflicts=conflicts,
+            unfinished=tally.unfinished,
+            seconds=time.monotonic() - tally.began,
+            ended_here=tally.ended,
+            bad_count=bad.count,
+            bad=tuple(bad.rows),
+            uncertain_keys=tuple(tally.uncertain_keys),
+            errors=dict(tally.errors),
+            spending=spending,
+            phase=phase,
+            **more,
+        )
+
+    @property
+    def skipped(self) -> int:
+        """Rows that were not run: bad rows, rows left in flight, and rows not reached because the batch stopped."""
+        return max(0, self.total - self.done)
+
+    @property
+    def done(self) -> int:
+        """Rows that have ended or are uncertain."""
+        return self.completed + self.failed + self.uncertain
+
+    @property
+    def rate(self) -> float:
+        """Rows that end per second, in this call."""
+        return self.ended_here / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The seconds for the remaining rows at this rate; None if no row remains, or no row has ended."""
+        remaining = self.skipped - self.bad_count
+        return remaining / self.rate if self.rate > 0 and remaining > 0 else None
 
     @property
     def usage(self) -> TokenUsage | None:
@@ -119,7 +204,7 @@ class BatchReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        return {**to_jsonable_python(asdict(self)), "spending": self.spending.as_dict()}
+        return {**to_jsonable_python(asdict(self)), "skipped": self.skipped, "spending": self.spending.as_dict()}
 
     def __str__(self) -> str:
         parts = [f"{self.completed:,} of {self.total:,} rows completed"]
@@ -134,6 +219,10 @@ class BatchReport:
         if self.usage is not None or self.cost is not None:
             text += f". Used: {self.spending}"
         return f"{text}. It stopped: {self.stopped}" if self.stopped else text
+
+
+OnProgress = Callable[[BatchReport], None]
+"""Called when a batch enters another phase, and about once a second. It must be quick and must not raise."""
 
 
 @dataclass(frozen=True)
@@ -176,101 +265,6 @@ class BatchPlan:
         return "\n".join(lines)
 
 
-@dataclass
-class BatchProgress:
-    """The progress of a batch, with all of its calls so far.
-
-    Attributes:
-        name: The batch.
-        phase: In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
-        total: Rows that can be run; 0 while they are checked. `bad`: the bad rows.
-        counts: The number of rows by the state of their last attempt, when they were last counted.
-        misfits, unfinished: Rows that have completed but count as failed, and rows that failed only here.
-        in_flight: Runs in flight. `people`: how many of them wait for a person.
-        ended_here: Rows that ended in this call.
-        failures, uncertain_keys: The first failed rows, and the keys of the first uncertain ones.
-        errors: Failures of this call by the class of their error.
-    """
-
-    name: str
-    phase: Literal["checking", "waiting", "running", "finishing", "done"] = "checking"
-    total: int = 0
-    bad: BadRows = field(default_factory=BadRows)
-    counts: Mapping[AttemptState | Literal["conflict"] | None, int] = field(default_factory=dict[Any, int])
-    misfits: int = 0
-    unfinished: int = 0
-    in_flight: int = 0
-    people: int = 0
-    ended_here: int = 0
-    started: float = field(default_factory=time.monotonic)
-    failures: list[RowEnd] = field(default_factory=list[RowEnd])
-    uncertain_keys: list[str] = field(default_factory=list[str])
-    errors: Counter[str] = field(default_factory=Counter[str])
-
-    @property
-    def completed(self) -> int:
-        """Rows that have a result for their inputs."""
-        return max(0, self.counts.get(AttemptState.COMPLETED, 0) - self.misfits)
-
-    @property
-    def conflicts(self) -> int:
-        """Rows that have completed with other inputs."""
-        return self.counts.get(CONFLICT, 0)
-
-    @property
-    def failed(self) -> int:
-        """Rows that have ended without a result, or that this call gave up."""
-        on_record = sum(self.counts.get(state, 0) for state in FAILED)
-        return on_record + self.conflicts + self.misfits + self.unfinished
-
-    @property
-    def uncertain(self) -> int:
-        """Rows whose kickoff may or may not have started a run."""
-        return self.counts.get(AttemptState.UNCERTAIN, 0)
-
-    @property
-    def done(self) -> int:
-        """Rows that have ended or are uncertain."""
-        return self.completed + self.failed + self.uncertain
-
-    @property
-    def whole(self) -> int:
-        """All rows of the data set, also those that cannot be run."""
-        return self.total + self.bad.count
-
-    @property
-    def seconds(self) -> float:
-        """The seconds since this call began."""
-        return time.monotonic() - self.started
-
-    @property
-    def rate(self) -> float:
-        """Rows that end per second, in this call."""
-        return self.ended_here / max(self.seconds, 1e-9)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """The seconds for the remaining rows at this rate; None if no row remains, or no row has ended."""
-        rate, remaining = self.rate, self.total - self.done
-        return remaining / rate if rate > 0 and remaining > 0 else None
-
-    def add(self, end: RowEnd) -> None:
-        """Count a row that has ended in this call, or was found to have."""
-        self.ended_here += end.is_new
-        self.errors.update([end.kind] if end.kind else [])
-        self.misfits += end.state == "invalid-output"
-        self.unfinished += end.is_unfinished
-        if end.state == "uncertain":
-            if len(self.uncertain_keys) < UNCERTAIN_KEYS:
-                self.uncertain_keys.append(end.key)
-        elif end.state != "completed" and len(self.failures) < FAILURES:
-            self.failures.append(end)
-
-
-OnProgress = Callable[[BatchProgress], None]
-"""Called when a batch enters another phase, and about once a second. It must be quick and must not raise."""
-
-
 class BatchArtifact:
     """The page of one batch: its progress, its failures, and at the end its figures."""
 
@@ -282,73 +276,72 @@ class BatchArtifact:
         )
         self._shown_at = 0.0
 
-    async def update(self, progress: BatchProgress, report: BatchReport | None = None) -> None:
-        """Show the progress, every few seconds at most, or the report at the end."""
-        if report is None and time.monotonic() - self._shown_at < SHOW_EVERY:
+    async def update(self, report: BatchReport, failures: Sequence[RowEnd]) -> None:
+        """Show a report: every few seconds at most, and at the end."""
+        if report.phase != "done" and time.monotonic() - self._shown_at < SHOW_EVERY:
             return
         self._shown_at = time.monotonic()
-        problems = {"failed": progress.failed, "uncertain": progress.uncertain, "bad": progress.bad.count}
+        problems = {"failed": report.failed, "uncertain": report.uncertain, "bad": report.bad_count}
         counts = ", ".join(f"{count:,} {word}" for word, count in problems.items() if count)
         parts = [f"## Batch {prose(self._name)} · {prose(self._crew.label)}{f': {counts}' if counts else ''}"]
-        if report is not None and report.stopped:
+        if report.stopped:
             parts += ["### Stopped", fenced(report.stopped)]
-        parts += [table(("", ""), self._figures(progress, report)), *self._failures(progress)]
+        parts += [table(("", ""), self._figures(report)), *self._needs_person(report, failures)]
         await self._artifact.keep("\n\n".join(parts) + "\n")
 
-    def _failures(self, progress: BatchProgress) -> list[str]:
+    def _needs_person(self, report: BatchReport, failures: Sequence[RowEnd]) -> list[str]:
         parts: list[str] = []
-        if progress.uncertain_keys:
-            text = ", ".join(code(key) for key in progress.uncertain_keys[:FAILURES])
+        if report.uncertain_keys:
+            text = ", ".join(code(key) for key in report.uncertain_keys[:FAILURES])
             command = f"prefect-crew runs resolve {shlex.quote(f'batch/{escape_name(self._name)}/KEY')}"
             parts += [
                 "### Uncertain",
-                f"Nobody knows whether {progress.uncertain:,} kickoffs started a run. Look at the crew's page, then "
+                f"Nobody knows whether {report.uncertain:,} kickoffs started a run. Look at the crew's page, then "
                 f"resolve each: {text}",
                 commands(f"{command} --kickoff-id ID", f"{command} --never-started"),
             ]
-        if progress.failures:
+        if failures:
+            is_shown, name = self._crew.show != "none", shlex.quote(self._name)
             rows = [
                 (
                     code(failure.key),
                     code(failure.kickoff_id) if failure.kickoff_id else "–",
                     cell(failure.state),
-                    cell((failure.error or "–") if self._crew.show != "none" else "not shown"),
+                    cell((failure.error or "–") if is_shown else "not shown"),
                 )
-                for failure in progress.failures
+                for failure in failures
             ]
-            name = shlex.quote(self._name)
             again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch resume {name}")
-            parts += ["### Failed", f"The first {len(rows):,} of {progress.failed:,}. To list or to retry all:", again]
+            parts += ["### Failed", f"The first {len(rows):,} of {report.failed:,}. To list or to retry all:", again]
             parts.append(table(("Row", "Run", "State", "Error"), rows))
-        if (bad := progress.bad).count:
-            lines = [(f"{row.line:,}", cell(row.reason)) for row in bad.rows[:FAILURES]]
-            text = f"The first {len(lines):,} of {bad.count:,} rows that cannot be run."
+        if report.bad_count:
+            lines = [(f"{row.line:,}", cell(row.reason)) for row in report.bad[:FAILURES]]
+            text = f"The first {len(lines):,} of {report.bad_count:,} rows that cannot be run."
             parts += ["### Bad rows", text, table(("Line", "Why"), lines)]
         return parts
 
-    def _figures(self, progress: BatchProgress, report: BatchReport | None) -> list[tuple[str, str]]:
-        share = progress.done / progress.whole if progress.whole else 1.0
+    def _figures(self, report: BatchReport) -> list[tuple[str, str]]:
+        share = report.done / report.total if report.total else 1.0
         full = round(share * BAR)
-        bar = f"{'█' * full}{'░' * (BAR - full)} {progress.done:,} of {progress.whole:,} ({share:.1%})"
-        counts = {"Completed": progress.completed, "Failed": progress.failed, "Uncertain": progress.uncertain}
-        if progress.bad.count:
-            counts["Bad"] = progress.bad.count
+        bar = f"{'█' * full}{'░' * (BAR - full)} {report.done:,} of {report.total:,} ({share:.1%})"
+        counts = {"Completed": report.completed, "Failed": report.failed, "Uncertain": report.uncertain}
+        if report.bad_count:
+            counts["Bad"] = report.bad_count
         rows = [("Done", bar), *((name, f"{count:,}") for name, count in counts.items())]
         if (run := flow_run_id()) is not None:
             rows.append(("Flow run", flow_run_link(run)))
         if self._crew.page_url:
             rows.append(("Crew", link(self._crew.label, self._crew.page_url)))
-        if progress.people:
-            rows.append(("Wait for a person", f"{progress.people:,} · `prefect-crew reviews ls`"))
-        if report is None:
-            seconds = progress.seconds_left
-            waits = f", {WAITS_FOR_SLOT}" if progress.phase == "waiting" else ""
+        if report.people:
+            rows.append(("Wait for a person", f"{report.people:,} · `prefect-crew reviews ls`"))
+        if report.phase != "done":
+            waits = f", {WAITS_FOR_SLOT}" if report.phase == "waiting" else ""
             return [
                 *rows,
-                ("In flight", f"{progress.in_flight:,}{waits}"),
-                ("Rate", f"{progress.rate:.1f} rows/s"),
-                ("Time so far", duration(progress.seconds)),
-                ("Time left", "–" if seconds is None else duration(seconds)),
+                ("In flight", f"{report.in_flight:,}{waits}"),
+                ("Rate", f"{report.rate:.1f} rows/s"),
+                ("Time so far", duration(report.seconds)),
+                ("Time left", "–" if report.seconds_left is None else duration(report.seconds_left)),
             ]
         rows += [
             ("Not run", f"{report.skipped - report.bad_count:,}"),

@@ -36,8 +36,6 @@ BAD_ROWS = 1000
 """Bad rows that are kept in memory and in the crew database."""
 MAX_KEY = 200
 """Characters of a row's key."""
-EXACT = 2**53
-"""The least whole number that a float may have rounded."""
 _SHOWN = {
     "key": "logs and artifacts show keys",
     "session": "logs show sessions",
@@ -45,8 +43,8 @@ _SHOWN = {
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-async def expected_inputs(session: CrewSession) -> list[CrewInput] | None:
-    """Return the inputs that the crew names; None if the crew cannot name them.
+async def expected_inputs(session: CrewSession) -> list[CrewInput]:
+    """Return the inputs that the crew names; none if the crew cannot name them.
 
     Raises AuthenticationError, ConfigurationError if a web page or a redirect is the answer, or CrewConnectionError,
     RateLimitedError or ServerError if the server cannot answer now.
@@ -65,7 +63,7 @@ async def expected_inputs(session: CrewSession) -> list[CrewInput] | None:
             check_is_crew(error, session.crew)
             run_logger().warning("The crew does not name its inputs, so rows are not checked for them: %s", error)
             break
-    return None
+    return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +91,6 @@ class BadRows:
     rows: Sequence[BadRow] = ()
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The result of the first reading of a data set."""
-
-    total: int
-    bad: BadRows
-
-
 class RowPlan:
     """Turns the rows of a data set into jobs; `expected` are the crew's inputs.
 
@@ -119,7 +109,7 @@ class RowPlan:
         self._crew = crew
         self._expected = expected
         self._names = [item.name for item in expected]
-        self._rows = options.row_range or slice(None)
+        self._rows = options.row_range
         inputs = options.inputs
         self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
         self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
@@ -137,8 +127,8 @@ class RowPlan:
                 "allow_extra_inputs=True on the block."
             )
 
-    def check(self) -> Checked:
-        """Read every row once, and count the bad rows.
+    def check(self) -> tuple[int, BadRows]:
+        """Read every row once, and return the number of rows that can be run, and the bad rows.
 
         Raises:
             DatasetError: The data set cannot be read to its end, or is empty.
@@ -155,7 +145,7 @@ class RowPlan:
         if total == bad_count == 0:
             where = "" if self._rows == slice(None) else f" from row {self._rows.start or 0} on"
             raise DatasetError(f"has no rows{where}.", source=self.dataset.name)
-        return Checked(total, BadRows(bad_count, bad))
+        return total, BadRows(bad_count, bad)
 
     def jobs(self) -> Iterator[RowJob]:
         """Yield the rows that can be run, in the order of the data set."""
@@ -310,13 +300,7 @@ def _value_of(source: KeyFrom, values: Values, *, what: str) -> Any:
         columns = listed_names([str(name) for name in values]) or "none"
         raise ConfigurationError(f"there is no column {source!r}, which is the {what}; the columns are {columns}")
     value = source(values) if callable(source) else values[source]
-    if not isinstance(value, float) or not value.is_integer():
-        return value
-    if abs(value) >= EXACT:
-        raise ConfigurationError(
-            f"its {what} is a float, which is not exact for so large a number: read the column as text"
-        )
-    return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _key_of(key: KeyFrom, values: Values) -> str:

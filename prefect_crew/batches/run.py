@@ -21,24 +21,17 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_away
 from prefect_crew.artifacts.events import emit_batch
 from prefect_crew.batches.batch import pages_of, since_pass
-from prefect_crew.batches.dataset import Dataset, DatasetFormat, open_dataset, shown_address, whole_address
+from prefect_crew.batches.dataset import Dataset, open_dataset, shown_address, whole_address
 from prefect_crew.batches.hold import Hold
-from prefect_crew.batches.options import (
-    BatchOptions,
-    InputsFrom,
-    KeyFrom,
-    OnFailure,
-    plain_call,
-)
+from prefect_crew.batches.options import IN_FLIGHT, BatchOptions, InputsFrom, KeyFrom, OnFailure, stored_call
 from prefect_crew.batches.output import KEPT, open_output
-from prefect_crew.batches.report import FAILURES, BatchArtifact, BatchPlan, BatchProgress, BatchReport, OnProgress
-from prefect_crew.batches.rows import Checked, RowPlan, expected_inputs
+from prefect_crew.batches.report import BatchArtifact, BatchPlan, BatchReport, OnProgress, Phase, Tally
+from prefect_crew.batches.rows import BadRows, RowPlan, expected_inputs
 from prefect_crew.batches.runner import Runner
 from prefect_crew.batches.tables import SQL, open_query
-from prefect_crew.batches.throttle import BatchClient, Throttle, rows_at_once
+from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
-from prefect_crew.client.models import CrewInput, TokenUsage
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
     BadRowsError,
@@ -48,13 +41,13 @@ from prefect_crew.exceptions import (
     CrewError,
     StoreError,
 )
-from prefect_crew.prices import Spending, cost_of
+from prefect_crew.prices import cost_of
 from prefect_crew.runs.budgets import allowances
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import render_key, scheduled_start
 from prefect_crew.store import batches
-from prefect_crew.store.batches import Batch, BatchUse
-from prefect_crew.store.decision import PREPARING, AttemptState
+from prefect_crew.store.batches import Batch, BatchUse, Counts
+from prefect_crew.store.decision import AttemptState
 
 if TYPE_CHECKING:
     from prefect_crew.client.webhooks import Webhooks
@@ -82,17 +75,12 @@ async def arun_batch(
     kickoffs_at_once: int = 64,
     on_failure: OnFailure = "continue",
     on_bad_row: Literal["refuse", "skip"] = "refuse",
-    on_cancel: Literal["stop", "drain", "leave"] = "stop",
     breaker: int | None = 20,
-    retries: int = 0,
     wait: WaitPolicy | None = None,
     output_type: type[BaseModel] | None = None,
     meta: Mapping[str, Any] | None = None,
     webhooks: Webhooks | None = None,
     budgets: Sequence[Budget] = (),
-    format: DatasetFormat | None = None,  # noqa: A002
-    encoding: str = "utf-8-sig",
-    delimiter: str | None = None,
     rows: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> BatchReport:
@@ -100,7 +88,8 @@ async def arun_batch(
 
     Rows are matched by key. New ones run, completed ones keep their result, or are conflicts if their inputs are others
     now, failed ones are started again up to the crew's `max_attempts`, and uncertain ones wait for a person. The call
-    checks every row before the first kickoff. Outside of a flow, it runs a flow of its own.
+    checks every row before the first kickoff. Outside of a flow, it runs a flow of its own, which fails unless all rows
+    completed. Cancelling the flow run stops the runs in flight.
 
     Args:
         crew: A crew, or the name of a stored block.
@@ -123,22 +112,17 @@ async def arun_batch(
         on_failure: "continue", "stop" at the first failed row, or a limit after which the batch stops: a number of
             failed rows, or a share below 1 of the rows that have ended.
         on_bad_row: "refuse" the data set, or "skip" the rows that cannot be run.
-        on_cancel: "stop", "drain" or "leave" the runs in flight when the flow run is cancelled.
         breaker: The batch stops after so many failed rows in a row; None: never. The same call goes on.
-        retries: Further runs of a failed row in this call, never beyond the crew's `max_attempts`.
         wait: The policy to wait, in place of the crew's. Left out, the first poll comes when runs usually end.
         output_type: A pydantic model for `data`; a result that does not fit makes a failed row with its reason.
         meta: Any JSON object for the crew's webhooks; idempotency key and batch are added to it.
         webhooks: Targets of your own for the crew's webhooks.
         budgets: Limits for all rows together, in addition to the block's budgets. Rows without room in a budget are not
             started; the same call goes on with them.
-        format: The format of a file, if its ending does not name it.
-        encoding: The encoding of a file.
-        delimiter: The character between the fields of a CSV file; left out, the header shows it.
         rows: A range START:STOP of row numbers from 0, the last one excluded, such as "0:500000" or "500000:", not for
             a query. A data set over several machines is several batches over ranges of it, each with a name and an
             export of its own.
-        on_progress: Called with a `BatchProgress` about once a second. It must be quick and must not raise.
+        on_progress: Called with a `BatchReport` about once a second. It must be quick and must not raise.
 
     Returns:
         The counts of rows by their states, the kickoffs, usage and cost, and the export. A failed row raises nothing:
@@ -151,8 +135,7 @@ async def arun_batch(
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
-    file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, options, name, export, **file)
+    job = await _batch_job(crew, dataset, options, name, export)
     del dataset  # its rows may hold secrets, and error reporters show the local variables of all frames
 
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
@@ -189,7 +172,7 @@ async def run_batch_flow(batch: str, crew: str, dataset: str, export: str) -> Ba
 async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport:
     try:
         async with AsyncExitStack() as stack:
-            batch = _Batch(job, on_progress)
+            batch = _Call(job, on_progress)
             await batch.open(stack)
             report = await batch.run()
     except BatchCancelledError as error:
@@ -219,9 +202,6 @@ async def aplan_batch(
     session: KeyFrom | None = None,
     inputs: InputsFrom | None = None,
     max_in_flight: int | None = None,
-    format: DatasetFormat | None = None,  # noqa: A002
-    encoding: str = "utf-8-sig",
-    delimiter: str | None = None,
     rows: str | None = None,
 ) -> BatchPlan:
     """Read the data set, check every row, and return the number of rows, the time and the cost. Nothing is started.
@@ -233,27 +213,25 @@ async def aplan_batch(
         CrewError: The data set cannot be read, the crew refused the token, or the options make no sense.
     """
     options = BatchOptions(key=key, session=session, inputs=inputs, max_in_flight=max_in_flight, rows=rows)
-    file: dict[str, Any] = {"format": format, "encoding": encoding, "delimiter": delimiter}
-    job = await _batch_job(crew, dataset, options, name, export, **file)
+    job = await _batch_job(crew, dataset, options, name, export)
     async with CrewSession(job.crew) as crew_session:
-        plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(crew_session) or ())
-    checked = await asyncio.to_thread(plan.check)
+        plan = RowPlan(job.dataset, options, job.crew, await expected_inputs(crew_session))
+    rows_to_run, bad = await asyncio.to_thread(plan.check)
     counts = await in_store(batches.count_rows, job.name)
     use = await in_store(batches.use_of_batch, job.name)
     duration, each = use.seconds if seconds_per_run is None else seconds_per_run, cost_of(job.crew.price, None)
     if each is None and use.runs_with_cost:
         each = use.cost / use.runs_with_cost
-    done = min(checked.total, counts.get(AttemptState.COMPLETED, 0))
-    rest, most = checked.total - done, rows_at_once(job.crew, options)
-    seconds = None if duration is None else -(-rest // most) * duration
+    done = min(rows_to_run, counts.get(AttemptState.COMPLETED, 0))
+    rest, most = rows_to_run - done, rows_at_once(job.crew, options)
     return BatchPlan(
         name=job.name,
-        rows=checked.total,
+        rows=rows_to_run,
         done=done,
-        bad=checked.bad.rows,
-        bad_count=checked.bad.count,
+        bad=bad.rows,
+        bad_count=bad.count,
         max_in_flight=most,
-        seconds=seconds,
+        seconds=None if duration is None else -(-rest // most) * duration,
         price=None if each is None else each * rest,
     )
 
@@ -272,13 +250,8 @@ class BatchJob:
     export: str
 
 
-async def _batch_job(
-    crew: DeployedCrew | str, dataset: Any, options: BatchOptions, name: str, export: str, **file: Any
-) -> BatchJob:
-    """Return a call that is ready to be run or planned. `file` has the format, encoding and delimiter of a file.
-
-    Raises ConfigurationError, DatasetError.
-    """
+async def _batch_job(crew: DeployedCrew | str, dataset: Any, options: BatchOptions, name: str, export: str) -> BatchJob:
+    """Return a call that is ready to be run or planned. Raises ConfigurationError, DatasetError."""
     moment = await scheduled_start()
     full, where = render_key(name, moment), render_key(str(export), moment)
     if not full.strip() or len(full) > MAX_NAME or not full.isprintable():
@@ -293,20 +266,20 @@ async def _batch_job(
                 "rows= is no option for a query: a second machine would run the query again and number other rows. Put "
                 "the range into the WHERE of the query. Nothing was started."
             )
-        if file != FILE_DEFAULTS:
-            raise ConfigurationError(f"{', '.join(file)} are options of files, not of a query. Nothing was started.")
         rows = await open_query(dataset, render)
     else:
-        rows = open_dataset(render(dataset) if isinstance(dataset, str) else dataset, **file)
+        rows = open_dataset(render(dataset) if isinstance(dataset, str) else dataset)
     loaded_crew = (await load_crew(crew)).under(options.budgets, name=full, batch=full)
     allowances(loaded_crew, full)  # raises for a budget without an estimate
     return BatchJob(loaded_crew, rows, options, full, where)
 
 
-FILE_DEFAULTS = {"format": None, "encoding": "utf-8-sig", "delimiter": None}
+def rows_at_once(crew: Crew, options: BatchOptions) -> int:
+    """Return how many rows may be in flight at once: no more than the crew's limit."""
+    return min(options.max_in_flight or IN_FLIGHT, crew.concurrency_limit or options.max_in_flight or IN_FLIGHT)
 
 
-class _Batch:
+class _Call:
     """One call of a batch."""
 
     def __init__(self, job: BatchJob, on_progress: OnProgress | None) -> None:
@@ -316,49 +289,48 @@ class _Batch:
         self.session = CrewSession(job.crew, lambda crew: BatchClient(crew, job.options.kickoffs_at_once))
         self.output = open_output(job.export, job.name, output_type=job.options.output_type)
         self.hold = Hold(job.name)
-        self.progress = BatchProgress(job.name)
+        self.tally = Tally()
         self.artifact = BatchArtifact(job.name, job.crew)
-        self.refresh_after = 0.0
+        self.total, self.bad = 0, BadRows()
+        self.counts: Counts = {}
+        self.count_after = 0.0
         self.call: dict[str, Any] = {}
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Check the rows, and take the batch. Raises CrewError."""
         job = self.job
-        self.most = rows_at_once(job.crew, job.options)
         self._tell("checking")
         await stack.enter_async_context(self.session)
         expected = await expected_inputs(self.session)
-        self.plan = RowPlan(job.dataset, job.options, job.crew, expected or ())
+        self.plan = RowPlan(job.dataset, job.options, job.crew, expected)
         before = await in_store(batches.get_batch, job.name)
         if before is not None:  # known before its rows are read, which may take minutes
             await self._take(stack, before)
         version = await self.session.version()
-        names_inputs = self._names_inputs(before, expected)
-        self.checked = await self._check_rows(before)
-        if version != await self.session.version():
-            version = None  # each answer differs, such as by a time, so another one means no other deployment
         self.session.crew = replace(self.session.crew, version=version)
-        self.progress.total, self.progress.bad = self.checked.total, self.checked.bad
+        await self._check_rows(before)
         if before is None:
-            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, total=self.checked.total)
+            before = await in_store(batches.open_batch, job.name, crew_url=job.crew.url, total=self.total)
             await self._take(stack, before)
         before = self.hold.batch
-        self._say_changes(before, version)
-        call: Mapping[str, Any] = before.call or {}
+        earlier: Mapping[str, Any] = before.call or {}
+        if version and earlier.get("crew_version") not in (None, version):
+            text = "Batch %s: its crew was deployed anew (version %s, before %s). Rows that have completed stay."
+            run_logger().info(text, job.name, version, earlier["crew_version"])
+        stored = stored_call(
+            crew=job.crew.block,
+            secret_inputs=job.crew.secret_inputs,
+            dataset=job.dataset.address,
+            export=job.export,
+            options=job.options,
+        )
         self.call = {
-            **plain_call(
-                crew=job.crew.block,
-                secret_inputs=job.crew.secret_inputs,
-                dataset=job.dataset,
-                export=job.export,
-                options=job.options,
-            ),
+            **stored,
             "whole_pass": since_pass(before),
-            "names_inputs": names_inputs,
-            "crew_version": version or call.get("crew_version"),
+            "crew_version": version or earlier.get("crew_version"),
         }
-        bad = self.checked.bad
-        await self._change(total=self.checked.total, call=self.call, bad_rows=asdict(bad) if bad.count else None)
+        bad = asdict(self.bad) if self.bad.count else None
+        await self._change(total=self.total, call=self.call, bad_rows=bad)
 
     async def _take(self, stack: AsyncExitStack, before: Batch) -> None:
         if before.crew_url != self.job.crew.url:
@@ -368,52 +340,25 @@ class _Batch:
             )
         await stack.enter_async_context(self.hold)
 
-    async def _check_rows(self, before: Batch | None) -> Checked:
+    async def _check_rows(self, before: Batch | None) -> None:
         """Check the output, and every row. Raises CrewError."""
         job = self.job
         await self.output.open()
         known = () if before is None else before.exported or ()
         await asyncio.to_thread(self.output.check, is_new=whole_address(job.export) not in known)
-        checked = await asyncio.to_thread(self.plan.check)
-        bad = checked.bad
-        if bad.count and (job.options.on_bad_row == "refuse" or not checked.total):
-            raise BadRowsError(bad.rows, bad.count, source=job.dataset.name, alone=not checked.total)
+        self.total, self.bad = await asyncio.to_thread(self.plan.check)
+        if self.bad.count and (job.options.on_bad_row == "refuse" or not self.total):
+            raise BadRowsError(self.bad.rows, self.bad.count, source=job.dataset.name, alone=not self.total)
         self.hold.check()
-        return checked
 
     async def _change(self, **values: Any) -> None:
         if not await in_store(batches.change_batch, self.job.name, self.hold.owner, **values):
             raise BatchBusyError(name=self.job.name)
 
-    def _names_inputs(self, before: Batch | None, expected: Sequence[CrewInput] | None) -> bool:
-        """Return whether the crew names its inputs, by this call or an earlier one.
-
-        Raises ConfigurationError if the crew named the inputs of the rows before, and cannot name them now.
-        """
-        if expected:
-            return True
-        has_named = bool(before and before.call and before.call.get("names_inputs"))
-        if has_named and self.job.options.inputs is None:  # all columns would be inputs, and every row would change
-            raise ConfigurationError(
-                f"The crew {self.job.crew.url} names no inputs now (GET /inputs), and the rows of "
-                f"batch {self.job.name!r} took their inputs by these names. Nothing was started. Make the same call "
-                "again when it names them, or give inputs={NAME: COLUMN}."
-            )
-        return has_named
-
-    def _say_changes(self, before: Batch, version: str | None) -> None:
-        """Log what differs from the last call, a line each."""
-        call: Mapping[str, Any] = before.call or {}
-        earlier = call.get("crew_version")
-        if version and earlier and version != earlier:
-            text = "Batch %s: its crew was deployed anew (version %s, before %s). Rows that have completed stay."
-            run_logger().info(text, self.job.name, version, earlier)
-
     async def run(self) -> BatchReport:
         """Run the rows that are not done, write the output, and report. Raises CrewError."""
-        await self._refresh()
-        use = await in_store(batches.use_of_batch, self.job.name)
-        self.kickoffs_before = use.runs
+        await self._count()
+        self.kickoffs_before = (await in_store(batches.use_of_batch, self.job.name)).runs
         try:
             self.hold.check()
             await self._run_rows()
@@ -422,15 +367,16 @@ class _Batch:
             self.hold.stopped_because = str(error) or type(error).__name__
             if not isinstance(error, StoreError | BatchBusyError):
                 await self._export_in_time()
-            await self.artifact.update(self.progress, await self._report())
+            await self.artifact.update(await self._last_report(), self.tally.failures)
             raise
         self.hold.stopped_because = self.throttle.stopped
         self._tell("finishing")
-        await self._refresh()
+        await self._count()
         await self._export()
-        report = await self._report()
-        self._tell("done")
-        await self.artifact.update(self.progress, report)
+        report = await self._last_report()
+        if self.on_progress is not None:
+            self.on_progress(report)
+        await self.artifact.update(report, self.tally.failures)
         run_logger().info("%s", report)
         return report
 
@@ -444,16 +390,16 @@ class _Batch:
         # The file may have come into being since the start, by another batch, or by `batch export` of this one.
         entry = await in_store(batches.get_batch, self.job.name)
         is_new = entry is None or address not in (entry.exported or ())
-        await asyncio.to_thread(self.output.check, is_new=is_new, consequence=KEPT)
+        await asyncio.to_thread(self.output.check, is_new=is_new, advice="move it away", consequence=KEPT)
         await in_store(batches.note_export, self.job.name, address)  # before the file exists: it is then known
         lines = await self.output.write(pages_of(entry or self.hold.batch, self.session), guard)
-        self.progress.misfits = max(self.progress.misfits, lines["invalid-output"])
+        self.tally.misfits = max(self.tally.misfits, lines["invalid-output"])
 
     async def _export_in_time(self) -> None:
         """Write the output of a batch that was cancelled or has failed, within `EXPORT_WITHIN` seconds: Prefect soon
         kills a cancelled process."""
         try:
-            await self._refresh()
+            await self._count()
             await asyncio.wait_for(self._export(), EXPORT_WITHIN)
         except (CrewError, *PREFECT_ERRORS, TimeoutError) as error:
             run_logger().warning(
@@ -463,80 +409,57 @@ class _Batch:
                 shlex.quote(self.job.name),
             )
 
-    async def _refresh(self) -> None:
-        """Count the rows by state."""
-        began = time.monotonic()
-        since = self.call["whole_pass"]
-        self.progress.counts = await in_store(batches.count_rows, self.job.name, since_pass=since)
-        self.refresh_after = time.monotonic() + max(1.0, 20 * (time.monotonic() - began))
-
-    def _tell(self, phase: Literal["checking", "waiting", "running", "finishing", "done"]) -> None:
-        self.progress.phase = phase
-        if self.on_progress is not None:
-            self.on_progress(self.progress)
-
     async def _run_rows(self) -> None:
-        options, hold = self.job.options, self.hold
-        runner = Runner(self.session, self.throttle, hold, options, max_in_flight=self.most, on_end=self.progress.add)
+        job, hold = self.job, self.hold
+        runner = Runner(
+            self.session,
+            self.throttle,
+            hold,
+            job.options,
+            max_in_flight=rows_at_once(job.crew, job.options),
+            on_end=self.tally.add,
+        )
         hold.on_end = lambda: (
             runner.stop("another process has taken the batch over.", shut=True) if hold.is_lost else None
         )
-        try:
-            await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
-        finally:
-            self.progress.in_flight = len(runner.waiting)
+        await runner.run_until_cancelled(self.plan.jobs(), lambda: self._tick(runner))
         if runner.is_whole and not hold.is_lost:
             # From now on, rows that have left the data set do not count.
             self.call["whole_pass"] = hold.batch.passes
             await self._change(call=self.call)
 
+    # What people see
+
     async def _tick(self, runner: Runner) -> None:
         """Show the progress, about once a second."""
-        progress = self.progress
-        progress.in_flight = len(runner.waiting)
+        if time.monotonic() > self.count_after:
+            await self._count()
         runs = [*runner.waiting.values()]
-        progress.people = sum(run.attempt is not None and run.attempt.human_since is not None for run in runs)
-        if time.monotonic() > self.refresh_after:
-            await self._refresh()
-        waits = self.throttle.under_way and not runner.waiting and self.session.crew.concurrency_limit is not None
-        self._tell("waiting" if waits else "running")
-        await self.artifact.update(progress)
+        people = sum(run.attempt is not None and run.attempt.human_since is not None for run in runs)
+        waits = self.throttle.under_way and not runs and self.session.crew.concurrency_limit is not None
+        report = self._tell("waiting" if waits else "running", people=people)
+        await self.artifact.update(report, self.tally.failures)
 
-    async def _report(self) -> BatchReport:
-        progress, bad, use, kickoffs = self.progress, self.progress.bad, None, 0
-        with suppress(StoreError, *PREFECT_ERRORS):  # the error that ended the batch is raised
-            use = await in_store(batches.use_of_batch, self.job.name)
-            kickoffs = use.runs - self.kickoffs_before
-        # Only a process that has died left them: once their deadline is over, nobody knows whether they started.
-        uncertain = progress.uncertain + sum(progress.counts.get(state, 0) for state in PREPARING)
-        return BatchReport(
-            name=self.job.name,
-            total=progress.whole,
-            completed=progress.completed,
-            failed=progress.failed,
-            uncertain=uncertain,
-            skipped=max(0, progress.whole - progress.completed - progress.failed - uncertain),
-            seconds=progress.seconds,
-            export=self.output.name,
-            stopped=self.throttle.stopped,
-            kickoffs=kickoffs,
-            bad_count=bad.count,
-            bad=tuple(bad.rows[:FAILURES]),
-            uncertain_keys=tuple(progress.uncertain_keys),
-            errors=dict(progress.errors),
-            conflicts=progress.conflicts,
-            unfinished=progress.unfinished,
-            spending=_spending(use),
+    async def _count(self) -> None:
+        """Count the rows by state, which may take long where there are millions."""
+        began, since = time.monotonic(), self.call["whole_pass"]
+        self.counts = await in_store(batches.count_rows, self.job.name, since_pass=since)
+        self.count_after = time.monotonic() + max(1.0, 20 * (time.monotonic() - began))
+
+    def _report(self, phase: Phase, use: BatchUse | None = None, **more: Any) -> BatchReport:
+        facts = {"name": self.job.name, "total": self.total + self.bad.count, "export": self.output.name}
+        return BatchReport.of(
+            self.counts, self.tally, self.bad, use, phase=phase, **facts, stopped=self.throttle.stopped, **more
         )
 
+    def _tell(self, phase: Phase, **more: Any) -> BatchReport:
+        report = self._report(phase, **more)
+        if self.on_progress is not None:
+            self.on_progress(report)
+        return report
 
-def _spending(use: BatchUse | None) -> Spending:
-    if use is None:
-        return Spending()
-    return Spending(
-        runs=use.runs,
-        reported=use.runs_with_tokens,
-        priced=use.runs_with_cost,
-        usage=TokenUsage(total_tokens=use.tokens) if use.runs_with_tokens else None,
-        cost=use.cost if use.runs_with_cost else None,
-    )
+    async def _last_report(self) -> BatchReport:
+        with suppress(StoreError, *PREFECT_ERRORS):  # the error that ended the batch is raised
+            use = await in_store(batches.use_of_batch, self.job.name)
+            return self._report("done", use, kickoffs=use.runs - self.kickoffs_before)
+        return self._report("done")

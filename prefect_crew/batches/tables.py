@@ -10,14 +10,12 @@ import re
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copyreg import dispatch_table
 from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import sqlalchemy as sa
 from prefect.exceptions import ObjectNotFound
-from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.pool import NullPool
 
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
@@ -33,14 +31,11 @@ _BLOCK = re.compile("[a-z0-9-]+")
 class SqlDatabase:
     """The database of a stored block. All methods but `load` block, so they run in a thread."""
 
-    def __init__(self, engine: Any, redact: Redactor) -> None:
-        self._engine = engine
-        self._redact = redact
-
-    @property
-    def kind(self) -> str:
-        """The name of the database system, such as `postgresql`."""
-        return str(self._engine.dialect.name)
+    def __init__(self, stored: Any) -> None:
+        self._engine: Any = stored.get_engine(poolclass=NullPool)
+        url = self._engine.url
+        # Options of a connection may be secrets: a password, a token, the path of a key.
+        self._redact = Redactor([url.password or "", dict(url.query), stored.connect_args or {}])
 
     @classmethod
     async def load(cls, block: str, *, name: str) -> SqlDatabase:
@@ -48,19 +43,19 @@ class SqlDatabase:
 
         Raises ConfigurationError.
         """
-        if not _BLOCK.fullmatch(block):
-            raise ConfigurationError(
-                f"{name} names no block of Prefect. Store the database as a SqlAlchemyConnector, and give "
-                "sql://BLOCK?query=… to read rows, or sql://BLOCK/TABLE for an export. Nothing was started."
-            )
+        problem = (
+            f"{name} names no block of Prefect. Store the database as a SqlAlchemyConnector, and give "
+            "sql://BLOCK?query=… to read rows, or sql://BLOCK/TABLE for an export."
+        )
         try:
             from prefect_sqlalchemy import SqlAlchemyConnector  # pyright: ignore[reportMissingTypeStubs]
-        except ImportError:
-            raise ConfigurationError(
-                f"{name} needs prefect-sqlalchemy: pip install 'prefect-crew[sql]'. Nothing was started."
-            ) from None
-        try:
-            return cls._of(await SqlAlchemyConnector.aload(block))
+
+            if _BLOCK.fullmatch(block):
+                return cls(await SqlAlchemyConnector.aload(block))
+        except ModuleNotFoundError as error:
+            problem = f"{name} needs prefect-sqlalchemy: pip install 'prefect-crew[sql]'."
+            if error.name != "prefect_sqlalchemy":
+                problem = f"{name} needs the driver {error.name}, which is not installed."
         except PREFECT_ERRORS:
             raise
         except Exception as error:  # noqa: BLE001  an error of its fields quotes the password
@@ -70,17 +65,7 @@ class SqlDatabase:
                     f"There is no SQLAlchemy block {block!r} for {name}. Make it with "
                     f"SqlAlchemyConnector(connection_info='postgresql+psycopg://…').save({block!r})."
                 )
-            elif isinstance(error, ImportError | NoSuchModuleError):
-                problem = (
-                    f"The SQLAlchemy block {block!r} for {name} cannot be used: {error}. Save it again, corrected."
-                )
         raise ConfigurationError(f"{problem} Nothing was started.")
-
-    @classmethod
-    def _of(cls, stored: Any) -> SqlDatabase:
-        engine = stored.get_engine(poolclass=NullPool)
-        # Options of a connection may be secrets: a password, a token, the path of a key.
-        return cls(engine, Redactor([engine.url.password or "", dict(engine.url.query), stored.connect_args or {}]))
 
     def run(self, work: Callable[[sa.Connection], T], failure: Callable[[str], CrewError]) -> T:
         """Run `work` in a transaction, which ends without a commit unless `work` commits it.
@@ -99,8 +84,7 @@ class SqlDatabase:
 
     def prepare(self, connection: sa.Connection, table: sa.Table) -> None:
         """Make a table if there is none."""
-        if self.kind == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")  # else Python's driver commits a new table at once
+        begin(connection, "BEGIN IMMEDIATE")
         table.create(connection, checkfirst=True)
 
     def replace(
@@ -109,12 +93,17 @@ class SqlDatabase:
         """Replace all rows of a batch in a table."""
         connection.execute(sa.delete(table).where(table.c.batch == batch))
         for page in pages:
-            if page:
-                connection.execute(sa.insert(table), [{**_storable(row), "batch": batch} for row in page])
+            connection.execute(sa.insert(table), [{**_storable(row), "batch": batch} for row in page])
 
     def commit(self, connection: sa.Connection) -> None:
         """Commit the work of `run`."""
         connection.commit()
+
+
+def begin(connection: sa.Connection, statement: str) -> None:
+    """Begin the transaction of SQLite, whose driver else commits some statements at once."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(statement)
 
 
 async def open_query(address: str, render: Callable[[str], str] = str) -> Dataset:
@@ -125,29 +114,19 @@ async def open_query(address: str, render: Callable[[str], str] = str) -> Datase
 
     Raises ConfigurationError, DatasetError, PREFECT_ERRORS.
     """
-    block, has_query, text = address.removeprefix(SQL).partition("?query=")
-    name = shown_address(f"{SQL}{block}")
-    try:
-        query = render(unquote(text, errors="strict"))
-    except UnicodeDecodeError:
-        query = ""
-    if not has_query or not query.strip():
-        raise DatasetError(
-            "has no query. Give sql://BLOCK?query=SELECT…, percent-encoded: a % is %25, as urllib.parse.quote does it.",
-            source=name,
-        )
+    block, _, text = address.removeprefix(SQL).partition("?query=")
+    name, query = shown_address(f"{SQL}{block}"), render(unquote(text))
+    if not query.strip():
+        raise DatasetError("has no query. Give sql://BLOCK?query=SELECT…, percent-encoded.", source=name)
     database = await SqlDatabase.load(block, name=name)
 
     @cache
     def spool() -> Spool:
         def read(connection: sa.Connection) -> Spool:
-            if database.kind == "sqlite":
-                connection.exec_driver_sql("BEGIN")  # else Python's driver commits some statements at once
+            begin(connection, "BEGIN")
             # Without parameters: then no driver takes a % or a colon of the query for the place of one.
             options: dict[str, Any] = {"stream_results": True, "max_row_buffer": PART, "no_parameters": True}
             result = connection.execution_options(**options).exec_driver_sql(query)
-            if not result.returns_rows:
-                raise DatasetError("has a statement that is no query, such as an UPDATE. Give a SELECT.", source=name)
             check_columns(columns := list(result.keys()), name)
             return Spool(columns, result.partitions(PART))
 
@@ -165,9 +144,7 @@ class Spool:
         self._file = tempfile.TemporaryFile(prefix="prefect-crew-")  # noqa: SIM115  the rows are read later
         weakref.finalize(self, self._file.close)
         for part in parts:
-            pickler = pickle.Pickler(self._file, pickle.HIGHEST_PROTOCOL)  # a new one: it keeps all that it has written
-            pickler.dispatch_table = _PICKLED
-            pickler.dump([[*row] for row in part])
+            pickle.dump([[*row] for row in part], self._file)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, in the order in which they came."""
@@ -179,31 +156,8 @@ class Spool:
             except EOFError:
                 return
             position = self._file.tell()
-            for values in part:
-                number += 1
+            for number, values in enumerate(part, start=number + 1):  # noqa: B020  it counts on
                 yield Row(number, dict(zip(self._columns, values, strict=True)))
-
-
-def _copied(view: Any) -> tuple[Any, ...]:
-    return bytes, (view.tobytes(),)
-
-
-_PICKLED = {**dispatch_table, memoryview: _copied}
-"""How values are pickled: a driver may return binary values as views."""
-
-
-def table_of(place: str, columns: Mapping[str, sa.types.TypeEngine[Any]]) -> sa.Table:
-    """Return the table `SCHEMA.TABLE`, or `TABLE`, in which a batch has its own rows, told apart by the column `batch`.
-
-    `columns` are its other columns and their types.
-    """
-    schema, _, name = place.rpartition(".")
-    return sa.Table(
-        name,
-        sa.MetaData(schema=schema or None),
-        sa.Column("batch", sa.String(255), primary_key=True),
-        *(sa.Column(column, kind, primary_key=column == "key") for column, kind in columns.items()),
-    )
 
 
 def _storable(row: Mapping[str, Any]) -> dict[str, Any]:

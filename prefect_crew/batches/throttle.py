@@ -1,18 +1,17 @@
-"""The pace of a batch: its kickoffs at once, its rate, the pauses that the server asks for, and its stop."""
+"""The pace of a batch: its kickoffs at once, the pauses that the server asks for, and its stop."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
 from contextlib import suppress
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew.batches.options import IN_FLIGHT, BatchOptions
+from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._transport import Answer, Call
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
-from prefect_crew.exceptions import ConfigurationError, CrewError, RateLimitedError, ServerError
+from prefect_crew.exceptions import CrewError, RateLimitedError, ServerError
 
 REFUSED_PAUSE = 5.0
 """Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
@@ -22,19 +21,6 @@ WARN_EVERY = 60.0
 """Seconds between two warnings about refused kickoffs: a full server or budget refuses one at the end of each run."""
 REQUESTS_AT_ONCE = 256
 """Status calls at a time, and likewise stops: where answers take 0.2 s, 256 are 1,280 polls a second."""
-
-
-def rows_at_once(crew: Crew, options: BatchOptions) -> int:
-    """Return how many rows may be in flight at once. Raises ConfigurationError if the crew's limit is lower."""
-    most, limit = options.max_in_flight, crew.concurrency_limit
-    if limit is None:
-        return most or IN_FLIGHT
-    if most is not None and most > limit:
-        raise ConfigurationError(
-            f"max_in_flight is {most}, but crew {crew.label} allows {limit} runs in flight (concurrency_limit). "
-            f"Nothing was started. Set max_in_flight to {limit} or less."
-        )
-    return most or min(IN_FLIGHT, limit)
 
 
 class Throttle:
@@ -57,7 +43,6 @@ class Throttle:
     def __init__(self, options: BatchOptions) -> None:
         self.stopped: str | None = None
         self.under_way = self.in_flight = 0
-        self.kickoffs_at_once = options.kickoffs_at_once
         self._options = options
         self._not_before = self._paused_until = 0.0
         self._at_once = 1
@@ -75,7 +60,9 @@ class Throttle:
         async with self._queue:
             while self.stopped is None and (seconds := self._seconds_to_wait()) > 0:
                 self._changed.clear()
-                await _wait(self._changed, seconds)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if seconds == math.inf else seconds):
+                        await self._changed.wait()
             if self.stopped is not None:
                 return False
             self.under_way += 1
@@ -110,7 +97,7 @@ class Throttle:
     def accepted(self) -> None:
         """Note that a kickoff was accepted."""
         self._refused_since, self._paused_until = None, 0.0
-        self._at_once = min(2 * self._at_once, self.kickoffs_at_once)
+        self._at_once = min(2 * self._at_once, self._options.kickoffs_at_once)
 
     def refused(self, error: CrewError) -> None:
         """Note that a kickoff surely started no run and may be sent again."""
@@ -144,33 +131,6 @@ class Throttle:
         self._failed_in_a_row += 1
         if self._options.breaker is not None and self._failed_in_a_row >= self._options.breaker:
             self.stop(f"{self._failed_in_a_row} rows failed in a row. Last error: {why}")
-
-
-class FirstPoll:
-    """The time of a run's first poll, in `seconds`: the fastest tenth of runs took so long; 0 while none has ended."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._times: deque[float] = deque(maxlen=200)
-        self._count = 0
-
-    def add(self, took: float | None, seen_after: float | None) -> None:
-        """Add the execution time of a completed run or, if the server gives none, the time until we saw its end."""
-        if took is None and seen_after is not None:
-            # We saw the end up to a pause too late. A tenth less each time approaches the truth from above.
-            took = 0.9 * seen_after
-        if took is None:
-            return
-        self._times.append(took)
-        self._count += 1
-        if self._count in (5, 10) or self._count % 20 == 0:
-            self.seconds = sorted(self._times)[len(self._times) // 10]
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(None if seconds == math.inf else seconds):
-            await event.wait()
 
 
 class BatchClient(CrewClient):

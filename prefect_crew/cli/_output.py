@@ -30,7 +30,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
-    from prefect_crew.batches.report import BatchProgress
+    from prefect_crew.batches.report import BatchReport
     from prefect_crew.client.models import CrewStatus
     from prefect_crew.runs.run import LiveRun
 
@@ -259,7 +259,7 @@ class Progress(AbstractContextManager["Progress"]):
             word = "waits for a person" if watched.state is CrewState.WAITING else str(watched.state)
             self._draw(f"Crew {watched.label} {word}{watched.share}", watched.since)
 
-    def watch_batch(self, progress: BatchProgress) -> None:
+    def watch_batch(self, progress: BatchReport) -> None:
         """Show the progress of a batch. `run_batch` calls this as its `on_progress`."""
         from prefect_crew._internal.prefect_api import flow_run_id
 
@@ -268,7 +268,7 @@ class Progress(AbstractContextManager["Progress"]):
         if progress.phase == "checking":
             self.phase(f"Batch {progress.name}: checking every row")
         elif self._is_live and progress.phase != "done":
-            self._draw(text, progress.started)
+            self._draw(text, time.monotonic() - progress.seconds)
         elif self._is_live or progress.phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
             self.close()
             self._said_at = time.monotonic()
@@ -295,7 +295,7 @@ class Progress(AbstractContextManager["Progress"]):
         current.line.start()  # not again where it is drawn already
 
 
-def figures(progress: BatchProgress) -> str:
+def figures(progress: BatchReport) -> str:
     """Return a batch's progress as a text."""
     from prefect_crew.artifacts.escape import duration
     from prefect_crew.batches.report import WAITS_FOR_SLOT

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -19,8 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from prefect_crew._text import listed_rows
-from prefect_crew.artifacts.escape import duration
-from prefect_crew.batches.batch import BatchStatus, find_batch, list_batches, state_of, stop_runs
+from prefect_crew.batches.batch import StoredBatch, bad_rows_of, find_batch, list_batches, state_of, stop_runs
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import aplan_batch, arun_batch
 from prefect_crew.batches.runner import row_key
@@ -42,7 +41,7 @@ from prefect_crew.exceptions import CrewError
 from prefect_crew.runs.database import in_store
 from prefect_crew.store.batches import cancel_batch
 
-COUNTS = ("failed", "stopped", "conflicts", "uncertain", "in_flight", "left", "kickoffs")
+COUNTS = ("failed", "conflicts", "uncertain", "in_flight", "kickoffs")
 SHOWN = 100
 """Failed rows in the table of `failures`."""
 DataSet = Annotated[
@@ -197,36 +196,34 @@ async def ls(*, output: Output = None) -> None:
 @app.command
 async def inspect(name: Name, /, *, output: Output = None) -> None:
     """Show the status of a batch, also while another process runs it."""
-    status = await (await find_batch(name)).status()
+    batch = await find_batch(name)
+    report = await batch.report()
     if output:
-        _output.put_json(asdict(status))
+        _output.put_json(report.as_dict())
         return
-    _output.put(f"Batch {status.name}: {status.completed:,} of {status.total:,} rows completed")
-    if status.running:
+    _output.put(f"Batch {name}: {report.completed:,} of {report.total:,} rows completed")
+    if report.phase == "running":
         _output.put("  A process runs it now")
-    elif again := _how_to_go_on(status):
+    elif again := _how_to_go_on(batch, report):
         _output.put(f"  No process runs it. {again}")
-    counts = {name: getattr(status, name) for name in COUNTS}
-    bad = status.bad_count and listed_rows(status.bad, status.bad_count)
-    seconds = status.seconds and f"{duration(status.seconds)} (mean)"
-    reason = None if status.running else status.stopped_because
-    others = {"bad rows": bad, "time of a row": seconds, "it stopped": reason, "export": status.export}
+    counts = {name: getattr(report, name) for name in COUNTS}
+    bad = report.bad_count and listed_rows(report.bad, report.bad_count)
+    not_run = report.skipped - report.bad_count - report.in_flight
+    others = {"not run": not_run, "bad rows": bad, "it stopped": report.stopped, "export": report.export}
     _output.put_facts({**counts, **others})
 
 
-def _how_to_go_on(status: BatchStatus) -> str:
-    """Return how to continue a batch; empty if it has run every row."""
-    if not (status.left or status.in_flight or status.stopped):
-        return ""
-    why_not = f" ({status.why_not})" if status.why_not else ""
-    return f"To go on where it stopped: {_again(status.name, not why_not)}{why_not}"
+def _how_to_go_on(batch: StoredBatch, report: BatchReport) -> str:
+    """Return how to continue a batch; empty if every row has ended."""
+    is_over = report.skipped == report.bad_count and not report.failed
+    return "" if is_over else f"To go on where it stopped: {_again(batch.name, 'crew' in batch.call)}"
 
 
 @app.command
 async def failures(name: Name, /, *, output: Output = None) -> None:
     """List the rows that failed, are uncertain or cannot be run, with their runs and the reason."""
     batch = await find_batch(name)
-    found, status = await batch.failures(None if output else SHOWN), await batch.status()
+    found, bad = await batch.failures(None if output else SHOWN), bad_rows_of(batch.entry)
     rows: list[dict[str, Any]] = [
         {
             "key": row.row_key,
@@ -238,7 +235,7 @@ async def failures(name: Name, /, *, output: Output = None) -> None:
         }
         for row in found
     ]
-    rows += [{"line": row.line, "state": "bad", "error": row.reason} for row in status.bad]
+    rows += [{"line": row.line, "state": "bad", "error": row.reason} for row in bad.rows]
     cells = [
         (row.get("key") or f"line {row['line']}", row.get("kickoff_id") or "", row["state"], row["error"] or "")
         for row in rows
@@ -247,8 +244,8 @@ async def failures(name: Name, /, *, output: Output = None) -> None:
     _output.put_rows(header, cells, empty=f"No row of batch {name} failed.", json=output and rows)
     if len(found) == SHOWN and not output:
         _output.note(f"The first {SHOWN}; -o json shows all.")
-    if status.bad_count:
-        _output.note(f"{status.bad_count:,} bad rows cannot be run.")
+    if bad.count:
+        _output.note(f"{bad.count:,} bad rows cannot be run.")
     if first := next((row for row in found if state_of(row) in ("uncertain", "posting")), None):
         _output.note(
             f"To resolve an uncertain row, look at the crew's page, then: prefect-crew runs resolve "
@@ -261,8 +258,7 @@ async def resume(name: Name, /, *, output: Output = None) -> int:
     """Go on with a batch where it stopped, with the options of its last call. Failed rows start again."""
 
     async def call(progress: Progress) -> BatchReport:
-        batch = await find_batch(name)
-        again = batch.call()
+        again = (await find_batch(name)).arguments()
         return await arun_batch(again.pop("crew"), again.pop("dataset"), on_progress=progress.watch_batch, **again)
 
     return await _run(name, call, output)
@@ -286,12 +282,13 @@ async def cancel(name: Name, /, *, crew: CrewOfRun = None) -> int:
             done += " The crew's server did not stop the others, which may have ended."
     else:
         code, done = OTHER, "no run is in flight."
-    _output.put(f"Batch {name}: {done} {_how_to_go_on(await (await find_batch(name)).status())}".rstrip())
+    batch = await find_batch(name)
+    _output.put(f"Batch {name}: {done} {_how_to_go_on(batch, await batch.report())}".rstrip())
     return code
 
 
 async def _cancel_flow_run(run_id: str | None) -> str:
-    """Ask Prefect to cancel a flow run that has not ended. The flow run then does what `on_cancel` says."""
+    """Ask Prefect to cancel a flow run that has not ended. The flow run then stops its runs."""
     async with get_client() as client:
         with suppress(ObjectNotFound):
             run = None if run_id is None else await client.read_flow_run(UUID(run_id))

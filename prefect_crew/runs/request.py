@@ -119,11 +119,13 @@ class RunOptions(BaseModel):
 
 @dataclass(frozen=True)
 class BatchRow:
-    """The row of a batch that a run is for. `owner` is the nonce of the process that holds the batch."""
+    """The row of a batch that a run is for. `owner` is the nonce of the process that holds the batch. `on_wait` is
+    called when its kickoff waits for a turn, a limit or another call."""
 
     batch: str
     key: str
     owner: str
+    on_wait: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

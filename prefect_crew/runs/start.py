@@ -194,6 +194,8 @@ class _Start:
             reason = f"turn {attempt.turn} of session {attempt.session!r} is not over"
         if step is Step.BUSY:
             reason = "another call is about to start the run of this key"
+        if self.request.row is not None and self.request.row.on_wait is not None:
+            self.request.row.on_wait()
         first, longest = LOOK_AGAIN if step is Step.BUSY else FULL_AGAIN
         if step not in self.pauses and self.request.row is None:
             run_logger().info(

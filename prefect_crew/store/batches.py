@@ -16,6 +16,8 @@ from prefect_crew.store.schema import attempts, batches, is_current, kickoff_ids
 B = batches.c
 CONFLICT: Literal["conflict"] = "conflict"
 """Rows that have completed, and whose data set has other inputs since."""
+Counts = Mapping[AttemptState | Literal["conflict"] | None, int]
+"""The number of rows by the state of their last attempt; None counts those without one."""
 HELD_FOR = 30.0
 """Seconds after which another process may take a batch whose holder has not renewed its hold."""
 
@@ -277,13 +279,9 @@ def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
 
 
 @transaction("read")
-def count_rows(
-    transaction: Transaction, name: str, *, since_pass: int = 0
-) -> dict[AttemptState | Literal["conflict"] | None, int]:
-    """Return the number of a batch's rows by the state of their last attempt; None counts those without one.
-
-    `since_pass`: without the rows that no data set of this pass or a later one had.
-    """
+def count_rows(transaction: Transaction, name: str, *, since_pass: int = 0) -> Counts:
+    """Return the number of a batch's rows by state. `since_pass`: without the rows that no data set of this pass or a
+    later one had."""
     c, number, is_conflict = attempts.c, sa.func.count(), _IS_CONFLICT.label("is_conflict")
     source = rows.outerjoin(attempts, c.id == rows.c.attempt_id)
     query = sa.select(c.state, is_conflict, number).select_from(source).group_by(c.state, "is_conflict")

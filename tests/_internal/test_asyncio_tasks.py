@@ -13,7 +13,6 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, sync_version
-from prefect_crew.batches import throttle
 from prefect_crew.exceptions import InvalidCallError
 
 
@@ -48,21 +47,6 @@ async def test_a_cancelled_task_may_finish():
     await cancel_and_wait(*tasks)
     assert tasks[0].cancelled()
     await cancel_and_wait()
-
-
-@pytest.mark.parametrize("steps", range(4))
-async def test_a_cancellation_at_a_pauses_end_is_not_lost(steps: int):
-    event = asyncio.Event()
-    pausing = asyncio.ensure_future(throttle._wait(event, 60))
-    await asyncio.sleep(0.01)
-    event.set()
-    for _ in range(steps):
-        await asyncio.sleep(0)
-    if pausing.cancel():
-        with pytest.raises(asyncio.CancelledError):
-            await pausing
-    else:
-        assert pausing.done()
 
 
 NESTED = """

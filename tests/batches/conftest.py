@@ -1,5 +1,6 @@
 """What the tests of batches share."""
 
+import base64
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +21,7 @@ class FileServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Files)
         self.files: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.users: list[str] = []
 
     def __call__(self, files: dict[str, bytes]) -> str:
         self.files = files
@@ -31,6 +33,8 @@ class _Files(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.requests.append(self.path)
+        if user := self.headers["Authorization"]:
+            self.server.users.append(base64.b64decode(user.removeprefix("Basic ")).decode())
         content = self.server.files.get(self.path.partition("?")[0])
         self.send_response(404 if content is None else 200)
         self.end_headers()

@@ -55,30 +55,32 @@ async def cancelled(batch: Batches, server: Any, rows: Any, **options: Any) -> t
     return outcome if isinstance(outcome, BaseException) else None, state.type.value
 
 
-@pytest.mark.parametrize(
-    ("on_cancel", "state", "count"),
-    [("stop", "stopped", 40), ("stop", "stopped", 10), ("drain", "completed", 40), ("leave", "running", 40)],
-)
-async def test_cancel_and_go_on(batch: Batches, crew_server: CrewServerFactory, on_cancel: str, state: str, count: int):
-    held, rows, name, looks = Held(), ROWS[:count], f"cancelled {on_cancel} {count}", list[Any]()
-    server = crew_server(slow(2.5) if on_cancel == "drain" else held)
-    options = {"name": name, "on_cancel": on_cancel, "on_progress": looks.append}
-    error, state_of_flow = await cancelled(batch, server, rows, **options)
+@pytest.mark.parametrize("count", [40, 10])
+async def test_cancel_and_go_on(batch: Batches, crew_server: CrewServerFactory, count: int):
+    held, rows, name = Held(), ROWS[:count], f"cancelled {count}"
+    server = crew_server(held)
+    error, state_of_flow = await cancelled(batch, server, rows, name=name)
     assert isinstance(error, BatchCancelledError)
     assert state_of_flow == "CANCELLING", "until the server ends it"
     assert server.kickoffs == 10, "those in flight, and none after"
-    assert {str(run.state) for run in server.runs} == {state}
-    if on_cancel == "drain":
-        assert len(looks) >= 6, "it is looked after while it drains"
-    assert len(batch.lines()) == (0 if on_cancel == "leave" else 10), "it is exported"
+    assert {str(run.state) for run in server.runs} == {"stopped"}
+    assert len(batch.lines()) == 10, "it is exported"
     held.release()
     report = await batch(server.crew(), rows, name=name)
     assert report.completed == count
     assert report.failed == 0
     assert report.uncertain == 0
     # What we had stopped is started again, the rest is not.
-    assert server.kickoffs == count + 10 * (on_cancel == "stop")
+    assert server.kickoffs == count + 10
     assert len(batch.lines()) == count
+
+
+async def left(batch: Batches, server: Any, rows: Any, **options: Any) -> None:
+    """Leave a batch with ten rows in flight, as Ctrl-C does."""
+    running = asyncio.ensure_future(batch(server.crew(), rows, max_in_flight=10, **options))
+    await until(lambda: server.kickoffs >= 10, "ten kickoffs")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 @pytest.mark.parametrize("answer", ["late", "lost", "requested", "requested by command"])
@@ -97,7 +99,7 @@ async def test_a_stopped_row_runs_again(
         return answer_of_server.model_copy(update={"outcome": StopOutcome.REQUESTED, "state": None})
 
     monkeypatch.setattr(CrewClient, "stop", answered)
-    await cancelled(batch, server, ROWS[:20], name=name, on_cancel="leave" if by_command else "stop")
+    await (left if by_command else cancelled)(batch, server, ROWS[:20], name=name)
     if by_command:
         monkeypatch.setenv("CREW_TOKEN", server.token)
         await cancel(name, crew=server.url)
@@ -115,7 +117,7 @@ async def test_a_stopped_run_that_is_forgotten_is_not_started_again(batch: Batch
         WaitPolicy(grace=0, lost_after=0.5, error_timeout=0.5),
     )
     unseen = WaitPolicy(initial=60.0)  # no poll sees the end
-    await cancelled(batch, server, ROWS[:20], name="forgotten", on_cancel="stop", wait=unseen)
+    await cancelled(batch, server, ROWS[:20], name="forgotten", wait=unseen)
     server.faults.add("status:forgotten")
     report = await batch(server.crew(), ROWS[:10], name="forgotten", wait=quick)
     assert report.unfinished == 10
@@ -126,7 +128,7 @@ async def test_a_stopped_run_that_is_forgotten_is_not_started_again(batch: Batch
 async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_server: CrewServerFactory):
     """The flow run that started the rows never ends, as that of a killed process; the latest starts nothing."""
     server, phases = crew_server(Held()), list[str]()
-    await cancelled(batch, server, ROWS[:10], name="latest", on_cancel="leave")
+    await left(batch, server, ROWS[:10], name="latest")
 
     @flow
     async def mine() -> BatchReport:
@@ -186,11 +188,11 @@ async def test_a_suspended_flow_run_leaves_rows_and_batch(batch: Batches, crew_s
     crew, held = Held(), HeldFlowRun(cast("Any", None), asyncio.get_running_loop())
     server = crew_server(crew)
 
-    async def left() -> BatchReport:
+    async def mine() -> BatchReport:
         held_flow_run.set(held)
         return await batch(server.crew(), ROWS[:3], name="left", max_in_flight=2)
 
-    running = asyncio.create_task(left())
+    running = asyncio.create_task(mine())
     await until(lambda: server.requests["status"] >= 2, "two rows wait")
     held.end("suspended", "Flow run was suspended.")
     await asyncio.wait({running}, timeout=10)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import httpx
 import pytest
 from sqlalchemy import create_engine
 from sqlalchemy import text as text_of
@@ -68,15 +67,10 @@ def test_parquet_of_many_parts_gives_all_rows(tmp_path: Path):
     assert values(open_dataset(tmp_path / "rows.parquet")) == rows
 
 
-def test_encodings_are_named_and_a_byte_order_mark_is_no_text(tmp_path: Path):
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     path = tmp_path / "rows.csv"
     path.write_bytes(CSV.encode("utf-8-sig"))
     assert values(open_dataset(path)) == ROWS
-    for encoding in ("latin-1", "utf-16", "utf-32-le"):
-        path.write_bytes(CSV.encode(encoding))
-        assert values(open_dataset(path, encoding=encoding)) == ROWS
-    with pytest.raises(DatasetError, match="there is no encoding 'klingon'"):
-        values(open_dataset(path, encoding="klingon"))
 
 
 def test_a_field_may_be_huge(tmp_path: Path):
@@ -115,15 +109,13 @@ def test_file_that_changes_between_or_within_readings_is_refused(tmp_path: Path,
 def test_remote_file_is_fetched_once_and_no_log_has_its_secrets(httpserver: Any, caplog: pytest.LogCaptureFixture):
     url = httpserver({"/rows.csv.gz": gzip.compress(CSV.encode())})
     dataset = open_dataset(f"{url.replace('://', '://user:hunter2@')}/rows.csv.gz?signature=hunter3")
-    with caplog.at_level("INFO", logger="httpx"):
+    with caplog.at_level("DEBUG"):
         assert values(dataset) == values(dataset) == ROWS
-        httpx.get(f"{url}/rows.csv?page=2")
-    assert httpserver.requests == ["/rows.csv.gz?signature=hunter3", "/rows.csv?page=2"]
+    assert httpserver.requests == ["/rows.csv.gz?signature=hunter3"]
+    assert httpserver.users == ["user:hunter2"]
     assert dataset.name == f"{url}/rows.csv.gz"
-    own, other = (record.getMessage() for record in caplog.records if record.name == "httpx")
-    assert f'GET {url}/rows.csv.gz "HTTP' in own
-    assert "rows.csv?page=2" in other
-    with pytest.raises(DatasetError, match=r"none\.csv: cannot be fetched: HTTP 404"):
+    assert "hunter" not in caplog.text
+    with pytest.raises(DatasetError, match=r"none\.csv: cannot be read: HTTP 404"):
         values(open_dataset(f"{url}/none.csv"))
 
 
@@ -156,17 +148,17 @@ def test_address_is_shown_without_its_secrets(address: str, shown: str):
 
 
 UNREADABLE: dict[str, tuple[str, bytes | None, str]] = {
-    "no file": ("none/rows.csv", None, "cannot be opened: No such file"),
-    "no parquet": ("none/rows.parquet", None, "cannot be opened: No such file"),
-    "folder": ("folder.csv", None, "cannot be opened"),
+    "no file": ("none/rows.csv", None, "cannot be read: No such file"),
+    "no parquet": ("none/rows.parquet", None, "cannot be read: .*No such file"),
+    "folder": ("folder.csv", None, "cannot be read"),
     "no protocol": ("nonsense://x/rows.csv", None, "cannot be read: ValueError: Protocol not known"),
-    "no server": ("http://127.0.0.1:9/rows.csv", None, "cannot be fetched"),
+    "no server": ("http://127.0.0.1:9/rows.csv", None, "cannot be read: URLError"),
     "empty csv": ("x.csv", b"", "is empty: it has no header"),
     "only blank lines": ("x.csv", b"\n", "is empty"),
     "doubled column": ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: the columns 'a' appear twice"),
     "open quote": ("x.csv", b'a,b\n1,2\n3,"x\n4,5\n', r"line 3: is not CSV: a quote that opens in this row"),
-    "other encoding": ("x.csv", "a,b\n1,2\nü,3\n".encode("latin-1"), r"line 3: the bytes fc are not utf-8"),
-    "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not utf-8"),
+    "other encoding": ("x.csv", "a,b\n1,2\nü,3\n".encode("latin-1"), r"line 3: the bytes fc are not UTF-8"),
+    "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not UTF-8"),
     "empty json": ("x.json", b" \n ", r"line 2: is not JSON: Expecting value"),
     "a number": ("x.json", b"7", "is not a JSON array of objects"),
     "cut off": ("x.json", b'[{"a": 1},\n{"a": "x', r"line 2: is not JSON: Unterminated string"),
@@ -195,13 +187,11 @@ def test_unreadable_file_is_reported_with_its_line(tmp_path: Path, monkeypatch: 
 
 
 def test_row_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dataset_module, "ROW_LIMIT", 10_000)
+    monkeypatch.setattr(dataset_module, "FIELD_LIMIT", 10_000)
     (tmp_path / "x.csv").write_text('a,b\n1,2\n3,"' + "x\n" * 20_000)
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n{"a": "' + "x" * 40_000)
-    for name, line in (("x.csv", 3), ("x.jsonl", 2)):
-        with pytest.raises(DatasetError, match=r"a quote that opens .* never closed|a line without an end") as caught:
-            values(open_dataset(tmp_path / name))
-        assert caught.value.line == line
+    with pytest.raises(DatasetError, match=r"a quote that opens .* never closed") as caught:
+        values(open_dataset(tmp_path / "x.csv"))
+    assert caught.value.line == 3
 
 
 @pytest.mark.parametrize(("name", "sign"), [("x.csv", ";"), ("x.csv", "\t"), ("x.tsv", ",")])
@@ -209,13 +199,6 @@ def test_another_delimiter_is_read_from_the_header(tmp_path: Path, name: str, si
     path, column = tmp_path / name, f"id{sign}text"
     path.write_text(f"{column}\n1{sign}tea\n", encoding="utf-8-sig")  # as Excel writes it
     assert values(open_dataset(path))[0] == {"id": "1", "text": "tea"}
-    assert list(values(open_dataset(path, delimiter="#"))[0]) == [column], "a file of one column"
-
-
-@pytest.mark.parametrize("delimiter", ["", ";;", '"', "\n"])
-def test_delimiter_is_one_character(tmp_path: Path, delimiter: str):
-    with pytest.raises(DatasetError, match="cannot have the delimiter"):
-        open_dataset(tmp_path / "x.csv", delimiter=delimiter)
 
 
 # Lines that hold no row

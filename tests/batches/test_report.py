@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefect_crew import aplan_batch
-from prefect_crew.batches.report import BatchProgress
+from prefect_crew import BatchReport, aplan_batch
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, topics
 from support.scripts import script, slow
@@ -45,7 +44,7 @@ async def test_progress_moves_with_rows(
     monkeypatch.setattr("prefect_crew.batches.report.SHOW_EVERY", 0.1)
     seen, pages = list[tuple[str, int, int]](), set[str]()
 
-    def see(progress: BatchProgress) -> None:
+    def see(progress: BatchReport) -> None:
         seen.append((progress.phase, progress.done, progress.in_flight))
 
     options: dict[str, Any] = {"name": "watched", "max_in_flight": 3, "on_progress": see}

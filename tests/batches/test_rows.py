@@ -33,7 +33,7 @@ def keys(rows: list[dict[str, Any]], **options: Any) -> list[str]:
 
 
 def reasons(rows: list[dict[str, Any]], **options: Any) -> list[tuple[int, str]]:
-    return [(row.line, row.reason) for row in plan(rows, **options).check().bad.rows]
+    return [(row.line, row.reason) for row in plan(rows, **options).check()[1].rows]
 
 
 def refusing(text: str) -> Callable[[Mapping[str, Any]], str]:
@@ -121,7 +121,6 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "long key": ({"topic": "x", "id": "k" * 201}, {"key": "id"}, "201 characters, the limit is 200"),
     "NUL in the key": ({"topic": "x", "id": "a\0b"}, {"key": "id"}, "a control character or half a character"),
     "half a key": ({"topic": "x", "id": "\ud800"}, {"key": "id"}, "a control character or half a character"),
-    "rounded": ({"topic": "x", "id": 2.0**53}, {"key": "id"}, "its key is a float, which is not exact"),
     "key function": ({"topic": "x"}, {"key": lambda row: row["id"]}, "KeyError: 'id'"),
 }
 
@@ -137,11 +136,11 @@ def test_bad_row_has_a_reason(case: str):
 
 def test_message_about_many_bad_rows_has_an_end():
     rows = [{"topic": "" if number % 2 else "tea"} for number in range(100)]
-    checked = plan(rows).check()
-    assert checked.total == 50
-    assert checked.bad.count == 50
-    assert len(checked.bad.rows) == 50
-    error = BadRowsError(checked.bad.rows, checked.bad.count, source="leads.csv")
+    total, bad = plan(rows).check()
+    assert total == 50
+    assert bad.count == 50
+    assert len(bad.rows) == 50
+    error = BadRowsError(bad.rows, bad.count, source="leads.csv")
     assert error.rows[0] == BadRow(2, "has no value for topic")
     assert str(error).startswith(
         "leads.csv: 50 rows cannot be run: lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 40 more: has no value for "
@@ -172,8 +171,8 @@ def test_range_of_rows_is_checked_and_run_alone(rows: str, keys: list[str]):
     data = [{"id": key, "topic": "" if key == "c" else "tea"} for key in "abcde"]
     part = plan(data, key="id", rows=rows)
     assert [job.key for job in part.jobs()] == keys
-    assert part.check().total == len(keys)
-    assert part.check().bad.count == int(rows == "2:4")
+    total, bad = part.check()
+    assert (total, bad.count) == (len(keys), int(rows == "2:4"))
 
 
 def test_range_without_rows_is_an_error():

@@ -76,8 +76,8 @@ async def test_rows_are_matched_by_their_keys(batch: Batches, crew_server: CrewS
         report = await batch(first.crew(), topics(7)[3:], name="growing")
         assert (report.total, report.completed, report.ok) == (4, 4, True)
         assert len(batch.lines()) == 4
-    status = await (await find_batch("growing")).status()
-    assert (status.total, status.completed, status.left) == (4, 4, 0)
+    stored = await (await find_batch("growing")).report()
+    assert (stored.total, stored.completed, stored.skipped) == (4, 4, 0)
     # They stay on record.
     report = await batch(first.crew(), topics(7), name="growing")
     assert (report.completed, report.kickoffs, first.kickoffs, second.kickoffs) == (7, 0, 7, 0)
@@ -120,15 +120,6 @@ async def test_failed_rows_are_started_with_their_new_inputs_and_completed_ones_
     assert (report.completed, report.conflicts, report.kickoffs) == (2, 0, 0)
     assert batch.lines()["b"]["output"] == "on milk"
     assert server.kickoffs == 6
-
-
-async def test_retries_of_one_call(batch: Batches, crew_server: CrewServerFactory):
-    server, rows = crew_server(PICKY), [{"topic": "bad tea"}]
-    report = await batch(server.crew(max_attempts=3), rows, name="again", retries=1)
-    assert (report.failed, report.kickoffs) == (1, 2)
-    report = await batch(server.crew(max_attempts=3), rows, name="again", retries=5)
-    assert (report.failed, report.kickoffs) == (1, 1), "never beyond max_attempts"
-    assert dict(report.errors) == {"CrewFailedError": 1}
 
 
 @pytest.mark.parametrize("place", ["{folder}/out.csv", "memory://lost/out.jsonl"], ids=["here", "elsewhere"])
@@ -204,19 +195,16 @@ async def test_bad_rows_are_in_every_report(batch: Batches, echo: CrewServer, tm
         for part in ("2 of 4 (50.0%)", "| Bad | 2 |", table):
             assert part in pages[-1]
     assert echo.kickoffs == 2
-    status = await (await find_batch("dirty")).status()
-    assert status.total == 4
-    assert status.completed == 2
-    assert status.bad_count == 2
-    assert status.left == 0
-    assert [(row.line, row.reason) for row in status.bad] == bad
+    stored = await (await find_batch("dirty")).report()
+    assert (stored.total, stored.completed, stored.bad_count, stored.skipped) == (4, 2, 2, 2)
+    assert [(row.line, row.reason) for row in stored.bad] == bad
     # Once the file is repaired nothing is left of it.
     dirty.write_text("id,topic\n1,tea\n")
     report = await batch(echo.crew(), dirty, **options)
     assert report.total == 1
     assert report.bad_count == 0
     assert report.ok is True
-    assert (await (await find_batch("dirty")).status()).bad_count == 0
+    assert (await (await find_batch("dirty")).report()).bad_count == 0
 
 
 async def test_a_bad_row_shows_no_secret(batch: Batches, crew_server: CrewServerFactory, tmp_path: Path):
@@ -252,23 +240,6 @@ async def test_a_server_without_inputs_starts_nothing(batch: Batches, echo: Crew
     echo.faults.clear()
     echo.faults.add("inputs:404")
     assert (await batch(echo.crew(allow_extra_inputs=True), topics(2))).ok
-
-
-async def test_names_of_inputs_that_are_gone_start_no_row_again(batch: Batches, echo: CrewServer):
-    server, rows = echo, topics(2, note="no input")
-    server.faults.add("inputs:404@2", "inputs:404@3")
-    crew = server.crew(allow_extra_inputs=True)
-    await batch(crew, rows, name="named")
-    with pytest.raises(pc.ConfigurationError, match=r"the rows of batch 'named' took.*Nothing was started"):
-        await batch(crew, rows, name="named")
-    for options in ({"inputs": {"topic": "topic"}}, {}):
-        report = await batch(crew, rows, name="named", **options)
-        assert report.completed == 2
-        assert report.kickoffs == 0
-        assert server.kickoffs == 2
-    server.program = load_program(script({"output": "x"}))
-    with pytest.raises(pc.ConfigurationError, match="names no inputs now"):
-        await batch(crew, rows, name="named")
 
 
 async def test_a_server_that_is_away_leaves_no_files(batch: Batches, echo: CrewServer):
@@ -344,13 +315,13 @@ async def test_an_output_is_exported_while_the_batch_runs(batch: Batches, crew_s
     await until(lambda: server.kickoffs == 3, "all rows are in flight")
 
     async def are_completed() -> bool:
-        status = await (await find_batch("exported")).status()
-        return (status.completed, status.in_flight, status.running) == (2, 1, True)
+        stored = await (await find_batch("exported")).report()
+        return (stored.completed, stored.in_flight, stored.phase) == (2, 1, "running")
 
     await until(are_completed, "two rows have completed")
     for place in (early, early, str(batch.output)):  # the second time it is of this batch
         assert await (await find_batch("exported")).export(place) == (place, 2)
-    with pytest.raises(pc.ConfigurationError, match="is not on record: its crew is not a stored block"):
+    with pytest.raises(pc.ConfigurationError, match=r"is not on record\. Name a file for it"):
         await (await find_batch("exported")).export()
     assert (await running).ok
     assert len(batch.lines()) == 3
@@ -363,7 +334,7 @@ async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches,
     await until(lambda: server.kickoffs, "a kickoff")
     await batch(server.crew(), topics(2), name="early")
     with pytest.raises(
-        pc.ExportError, match=r"is not from this batch: move that file. All results are in the crew database"
+        pc.ExportError, match=r"is not from this batch: move it away. All results are in the crew database"
     ):
         await late
     assert [line["output"] for line in batch.lines().values()] == ["on topic 0", "on topic 1"]

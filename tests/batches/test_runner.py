@@ -9,8 +9,7 @@ import pytest
 import prefect_crew as pc
 from prefect_crew.batches import hold, throttle
 from prefect_crew.batches.batch import find_batch
-from prefect_crew.batches.report import BatchArtifact, BatchProgress
-from prefect_crew.batches.throttle import FirstPoll
+from prefect_crew.batches.report import BatchArtifact
 from prefect_crew.devserver import CrewServer
 from prefect_crew.runs import start
 from prefect_crew.runs.database import find_store
@@ -19,7 +18,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches, topics
 from support.crash import CrashingServer
 from support.held import Held
-from support.scripts import FAILS, JOURNAL, PICKY, script, slow
+from support.scripts import FAILS, PICKY, script, slow
 from support.waiting import until
 
 
@@ -27,7 +26,7 @@ async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer)
     path = batch.folder / "rows.csv"
     path.write_text("topic\n" + "tea\n" * 3000)
 
-    def append(progress: BatchProgress) -> None:
+    def append(progress: pc.BatchReport) -> None:
         if progress.phase == "running":
             with path.open("a") as file:
                 file.write("late\n" * 3000)
@@ -92,8 +91,8 @@ async def test_a_long_look_does_not_hold_up_the_end(
 ):
     looks = list[bool]()
 
-    async def update(self: BatchArtifact, progress: BatchProgress, report: pc.BatchReport | None = None) -> None:
-        if report is None:
+    async def update(self: BatchArtifact, report: pc.BatchReport, failures: Any) -> None:
+        if report.phase != "done":
             looks.append(True)
             await asyncio.sleep(60)
 
@@ -114,14 +113,13 @@ async def test_a_budget_of_kickoffs_holds_for_all_calls_together(batch: Batches,
     assert len(batch.lines()) == 20
 
 
-async def test_failed_retries_count_for_the_breaker(batch: Batches, crew_server: CrewServerFactory):
+async def test_failures_in_a_row_stop_a_batch(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(FAILS)
-    about: dict[str, Any] = {"name": "down", "max_in_flight": 20, "breaker": 5}
-    report = await batch(server.crew(max_attempts=3), topics(200), retries=2, **about)
+    report = await batch(server.crew(), topics(200), name="down", max_in_flight=20, breaker=5)
     assert report.stopped == "5 rows failed in a row. Last error: the search engine is down"
     assert server.kickoffs <= 5 + 20, "the five, and those in flight with them"
     assert report.failed + report.skipped == 200
-    assert len(batch.lines()) == report.failed, "a row whose retry was not sent any more has failed"
+    assert len(batch.lines()) == report.failed
 
 
 async def test_a_wrong_token_fails_one_row_and_stops_the_batch(batch: Batches, echo: CrewServer):
@@ -246,8 +244,6 @@ async def test_the_limit_of_the_crew_holds_for_two_batches(batch: Batches, crew_
     assert [report.completed for report in reports] == [6, 6]
     begins = sorted(run.created_at for run in server.runs)
     assert all((third - first).total_seconds() > 0.25 for first, third in zip(begins, begins[2:], strict=False))
-    with pytest.raises(pc.ConfigurationError, match="allows 2 runs in flight"):
-        await batch(crew, topics(6), max_in_flight=3)
 
 
 ASKS = script({"name": "draft", "output": "a draft", "human": True}, {"output": "printed"}, inputs=["topic"])
@@ -279,24 +275,3 @@ async def test_a_lost_run_is_not_started_again(batch: Batches, crew_server: Crew
         assert (report.completed, report.unfinished) == (2, 1)
         assert dict(report.errors) == {"CrewLostError": 1}
     assert server.kickoffs == 3
-
-
-async def test_rows_of_a_session_run_one_after_the_other(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(JOURNAL, speed=10)
-    rows = [{"note": f"{number}", "who": who} for number in range(3) for who in ("ann", "bob")]
-    report = await batch(server.crew(flow=True), rows, name="turns", session="who", inputs={"note": "note"})
-    assert report.completed == 6
-    starts = [run.restore_from for run in server.runs]
-    assert starts.count(None) == 2
-    assert len(set(starts)) == 5, "each turn starts from another one"
-
-
-async def test_the_first_poll_comes_when_the_fastest_tenth_of_runs_has_ended():
-    times = FirstPoll()
-    assert times.seconds == 0
-    for seconds in range(100, 120):
-        times.add(float(seconds), None)
-    assert 100 <= times.seconds <= 102
-    for _ in range(200):
-        times.add(None, 5 / 0.9)
-    assert times.seconds == pytest.approx(5.0)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from prefect_crew.batches.report import BatchProgress
+from prefect_crew.batches.report import BatchReport
 from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.cli import _options, _output
 from prefect_crew.cli._options import gather_inputs, read_token
@@ -25,7 +25,6 @@ from prefect_crew.exceptions import ConfigurationError, CrewError
 from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.states import CrewState
-from prefect_crew.store.decision import AttemptState
 
 
 @pytest.fixture(autouse=True)
@@ -165,9 +164,8 @@ def run(kickoff_id: str = "k1", *, owned: bool = True, **fields: Any) -> LiveRun
     return LiveRun(crew, kickoff_id, request=request, owned=owned)
 
 
-def batch(phase: Any, completed: int = 0, failed: int = 0) -> BatchProgress:
-    counts = {AttemptState.COMPLETED: completed, AttemptState.FAILED: failed}
-    return BatchProgress("[red]leads[/red]\x1b[2J", phase, total=1_200, counts=counts)
+def batch(phase: Any, completed: int = 0, failed: int = 0) -> BatchReport:
+    return BatchReport(name="[red]leads[/red]\x1b[2J", phase=phase, total=1_200, completed=completed, failed=failed)
 
 
 @pytest.fixture

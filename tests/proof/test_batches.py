@@ -123,7 +123,6 @@ class Place:
             "key": "id" if world.keyed else None,
             "max_in_flight": world.max_in_flight,
             "kickoffs_at_once": world.kickoffs_at_once,
-            "retries": world.retries,
             "breaker": None,
             "wait": WAIT,
         }
