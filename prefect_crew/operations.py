@@ -6,12 +6,11 @@ Each is asynchronous and has plain values as parameters, so that any work pool c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
 from prefect import flow, get_client, get_run_logger
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import SetStateStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Scheduled
@@ -49,7 +48,7 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
 
     Args:
         flow_run_id: The flow run that crashed.
-        max_attempts: The number of times that it may begin in all, with the first time.
+        max_attempts: The number of times that it may begin in all, with the first time: each time ends with a crash.
     """
     with naming_prefect_errors(f"Recover flow run {flow_run_id} again: if it is scheduled by now, it is left alone."):
         async with get_client() as client:
@@ -57,9 +56,9 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
                 run = await client.read_flow_run(flow_run_id)
             except ObjectNotFound:
                 raise ConfigurationError(f"There is no flow run {flow_run_id}. Nothing was scheduled.") from None
-            # A run that dies before it begins is never counted by Prefect, so its crashes count as well.
+            # Not `run_count`: Prefect counts no run that dies before it begins, and up to 3.9.2 the answer to a form.
             states = await client.read_flow_run_states(flow_run_id)
-            attempts = max(_count_attempts(states), sum(state.type is StateType.CRASHED for state in states))
+            attempts = sum(state.type is StateType.CRASHED for state in states)
             if run.state is None or not run.state.is_crashed():
                 done = f"left alone, it is {run.state.name if run.state else 'without a state'}"
             elif run.deployment_id is None:
@@ -74,19 +73,3 @@ async def recover(flow_run_id: UUID, max_attempts: int = 3) -> str:
                     done = f"left alone, Prefect did not take it: {getattr(answer.details, 'reason', answer.status)}"
     get_run_logger().info("Flow run %s: %s", flow_run_id, done)
     return done
-
-
-def _count_attempts(states: Sequence[State[Any]]) -> int:
-    """Return the number of a flow run's attempts. One that is resumed, for example after a form, continues its attempt.
-
-    Up to Prefect 3.9.2, `run_count` counts the first resumption as an attempt, and does not count some later attempts.
-    """
-    attempts, is_resumed = 0, False
-    for state in sorted(states, key=lambda state: state.timestamp):
-        if state.is_paused() or state.name == "Resuming":
-            is_resumed = True
-        elif state.is_running():
-            attempts, is_resumed = attempts + (not is_resumed), False
-        elif not state.is_pending():
-            is_resumed = False
-    return attempts

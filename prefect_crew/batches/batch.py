@@ -40,11 +40,6 @@ async def find_batch(name: str) -> StoredBatch:
     return StoredBatch(entry)
 
 
-async def list_batches(limit: int = 1000) -> list[Batch]:
-    """Return the batches of the crew database, the one that a process held last first."""
-    return await in_store(batches.list_batches, limit)
-
-
 def bad_rows_of(batch: Batch) -> BadRows:
     """Return the rows of a batch that cannot be run."""
     known: Mapping[str, Any] = batch.bad_rows or {}

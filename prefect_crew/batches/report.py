@@ -31,9 +31,8 @@ FAILED = (AttemptState.FAILED, AttemptState.STOPPED, AttemptState.LOST)
 """The states of rows that have ended without a result."""
 SHOW_EVERY = 5.0
 """Seconds, at least, between two updates of the artifact."""
-WAITS_FOR_SLOT = "waiting for a free slot of the crew's concurrency limit"
 BAR = 24
-Phase = Literal["checking", "waiting", "running", "finishing", "done"]
+Phase = Literal["checking", "running", "finishing", "done"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class BatchReport:
         uncertain_keys: The keys of the uncertain rows, up to 1,000.
         errors: Failures of this call by the class of their error.
         spending: Usage and cost of the runs of all calls, and the number of runs that reported usage and cost.
-        phase: What the call does. In `waiting`, no run is in flight, and the crew's concurrency limit has no free slot.
+        phase: What the call does.
         ended_here: Rows that ended in this call.
     """
 
@@ -335,10 +334,9 @@ class BatchArtifact:
         if report.people:
             rows.append(("Wait for a person", f"{report.people:,} · `prefect-crew reviews ls`"))
         if report.phase != "done":
-            waits = f", {WAITS_FOR_SLOT}" if report.phase == "waiting" else ""
             return [
                 *rows,
-                ("In flight", f"{report.in_flight:,}{waits}"),
+                ("In flight", f"{report.in_flight:,}"),
                 ("Rate", f"{report.rate:.1f} rows/s"),
                 ("Time so far", duration(report.seconds)),
                 ("Time left", "–" if report.seconds_left is None else duration(report.seconds_left)),

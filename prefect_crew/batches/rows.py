@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -111,8 +111,7 @@ class RowPlan:
         self._names = [item.name for item in expected]
         self._rows = options.row_range
         inputs = options.inputs
-        self._mapping: Mapping[str, Any] = {} if inputs is None or callable(inputs) else inputs
-        self._inputs_of = _by_name(expected) if inputs is None else _chosen(inputs)
+        self._inputs_of = _chosen(inputs, expected)
         for name, column in (("key", options.key), ("session", options.session)):
             if isinstance(column, str) and column in crew.secret_inputs:
                 raise ConfigurationError(
@@ -121,7 +120,7 @@ class RowPlan:
                 )
         if options.session is not None:
             crew.check_has_sessions()
-        if unknown := self._unknown(self._mapping):
+        if unknown := self._unknown({} if inputs is None or callable(inputs) else inputs):
             raise ConfigurationError(
                 f"The inputs mapping {unknown}. Nothing was started. To send inputs that the crew does not name, set "
                 "allow_extra_inputs=True on the block."
@@ -229,30 +228,23 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _by_name(expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
+def _chosen(inputs: InputsFrom | None, expected: Sequence[CrewInput]) -> Callable[[Values], Values]:
+    """Return the function that makes the inputs of a row."""
+    if callable(inputs):
+        return inputs
     names = {item.name for item in expected} - {STATE_ID}
+    sources = {name: _source(name, source) for name, source in (inputs or {}).items()}
 
     def inputs_of(values: Values) -> Values:
-        if names and names.isdisjoint(values):
+        if inputs is not None:
+            chosen = {name: source(values) for name, source in sources.items()}
+        elif names and names.isdisjoint(values):
             raise ConfigurationError(
                 f"no column has the name of an input of the crew ({', '.join(sorted(names))}): rename or map columns"
             )
-        return {
-            name: value
-            for name, value in values.items()
-            if name != STATE_ID and (not expected or name in names) and not _is_empty(value)
-        }
-
-    return inputs_of
-
-
-def _chosen(inputs: InputsFrom) -> Callable[[Values], Values]:
-    if callable(inputs):
-        return inputs
-    sources = {name: _source(name, source) for name, source in inputs.items()}
-
-    def inputs_of(values: Values) -> Values:
-        return {name: value for name, source in sources.items() if not _is_empty(value := source(values))}
+        else:
+            chosen = {name: values[name] for name in values if name != STATE_ID and (not expected or name in names)}
+        return {name: value for name, value in chosen.items() if not _is_empty(value)}
 
     return inputs_of
 
@@ -264,31 +256,27 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
     if not isinstance(source, str):
         return lambda values: source
     if not is_column(source):
-        return _template(name, source)
+        needed, fill = names_in(source, collections=frozenset({"row"})), compiled(source)
+
+        def rendered(values: Values) -> str:
+            """Fill a template over the columns: `{{ name }}` or `{{ row["a name"] }}`."""
+            _check_columns(name, needed, values)
+            plain = {column: "" if value is None else value for column, value in values.items()}
+            return fill({"row": plain, **plain})
+
+        return rendered
 
     def column(values: Values) -> Any:
-        if source not in values:
-            raise ConfigurationError(
-                f"input {name!r} needs column {with_guesses([source], map(str, values))}, which the row does not have "
-                "(for a constant text, write it as a template, with both pairs of braces: {{ 'text' }})"
-            )
+        _check_columns(name, {source}, values, " (for a constant text, write it as a template: {{ 'text' }})")
         return values[source]
 
     return column
 
 
-def _template(name: str, source: str) -> Callable[[Values], Any]:
-    """Return the function that fills a template over the columns: `{{ name }}` or `{{ row["a name"] }}`."""
-    needed, fill = names_in(source, collections=frozenset({"row"})), compiled(source)
-
-    def rendered(values: Values) -> str:
-        if unknown := needed - set(values):
-            wrong = with_guesses(sorted(unknown), map(str, values))
-            raise ConfigurationError(f"input {name!r} uses {wrong}: the row has no such column")
-        plain = {column: "" if value is None else value for column, value in values.items()}
-        return fill({"row": plain, **plain})
-
-    return rendered
+def _check_columns(name: str, needed: Set[str], values: Values, advice: str = "") -> None:
+    if unknown := needed - set(values):
+        wrong = with_guesses(sorted(unknown), map(str, values))
+        raise ConfigurationError(f"input {name!r} needs column {wrong}, which the row does not have{advice}")
 
 
 def _value_of(source: KeyFrom, values: Values, *, what: str) -> Any:

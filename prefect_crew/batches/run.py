@@ -436,8 +436,7 @@ class _Call:
             await self._count()
         runs = [*runner.waiting.values()]
         people = sum(run.attempt is not None and run.attempt.human_since is not None for run in runs)
-        waits = self.throttle.under_way and not runs and self.session.crew.concurrency_limit is not None
-        report = self._tell("waiting" if waits else "running", people=people)
+        report = self._tell("running", people=people)
         await self.artifact.update(report, self.tally.failures)
 
     async def _count(self) -> None:

@@ -298,11 +298,9 @@ class Progress(AbstractContextManager["Progress"]):
 def figures(progress: BatchReport) -> str:
     """Return a batch's progress as a text."""
     from prefect_crew.artifacts.escape import duration
-    from prefect_crew.batches.report import WAITS_FOR_SLOT
 
     parts = (
         f"{progress.done:,} of {progress.total:,} rows",
-        WAITS_FOR_SLOT if progress.phase == "waiting" else "",
         f"{progress.failed:,} failed" if progress.failed else "",
         f"{progress.uncertain:,} uncertain" if progress.uncertain else "",
         f"{progress.in_flight:,} in flight" if progress.in_flight else "",

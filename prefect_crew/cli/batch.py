@@ -19,7 +19,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from prefect_crew._text import listed_rows
-from prefect_crew.batches.batch import StoredBatch, bad_rows_of, find_batch, list_batches, state_of, stop_runs
+from prefect_crew.batches.batch import StoredBatch, bad_rows_of, find_batch, state_of, stop_runs
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.batches.run import aplan_batch, arun_batch
 from prefect_crew.batches.runner import row_key
@@ -39,7 +39,7 @@ from prefect_crew.cli._prefect import page_url
 from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import CrewError
 from prefect_crew.runs.database import in_store
-from prefect_crew.store.batches import cancel_batch
+from prefect_crew.store.batches import cancel_batch, list_batches
 
 COUNTS = ("failed", "conflicts", "uncertain", "in_flight", "kickoffs")
 SHOWN = 100
@@ -187,7 +187,7 @@ async def plan(
 @app.command
 async def ls(*, output: Output = None) -> None:
     """List the batches, the one that ran last first. `batch inspect` shows a status."""
-    batches = await list_batches()
+    batches = await in_store(list_batches)
     as_json = output and [{"name": batch.name, "crew_url": batch.crew_url, "rows": batch.total} for batch in batches]
     rows = [(batch.name, f"{batch.total:,}", batch.crew_url) for batch in batches]
     _output.put_rows(("Batch", "Rows", "Crew"), rows, empty="The crew database has no batch.", json=as_json)

@@ -71,8 +71,6 @@ class Row:
     error: str | None
     started_at: float | None
     ended_at: float | None
-    tokens: int | None
-    cost: float | None
     usage: Any
     crew_version: str | None
     result: Any
@@ -85,7 +83,7 @@ def get_batch(transaction: Transaction, name: str) -> Batch | None:
 
 
 @transaction("read")
-def list_batches(transaction: Transaction, limit: int = 100) -> list[Batch]:
+def list_batches(transaction: Transaction, limit: int = 1000) -> list[Batch]:
     """Return the batches, the one that a process held last first."""
     query = sa.select(batches).where(sa.not_(B.is_going)).order_by(B.owner_seen.desc()).limit(limit)
     return [Batch(**row) for row in transaction.connection.execute(query).mappings()]
@@ -273,8 +271,7 @@ def _rows_with_attempts() -> tuple[sa.FromClause, list[Any]]:
         sa.func.coalesce(_IS_CONFLICT, sa.false(), type_=sa.Boolean).label("is_conflict"),
         last_id.label("kickoff_id"),
     ]
-    columns += [c.number, c.state, c.error, c.started_at, c.ended_at, c.tokens, c.cost]
-    columns += [c.usage, c.crew_version]
+    columns += [c.number, c.state, c.error, c.started_at, c.ended_at, c.usage, c.crew_version]
     return rows.outerjoin(attempts, c.id == rows.c.attempt_id), columns
 
 

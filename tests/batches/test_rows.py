@@ -111,7 +111,7 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "column": ({"a": "x"}, {"inputs": {"topic": "b"}}, "needs column b, which the row does not have"),
     "near": ({"note": "x"}, {"inputs": {"topic": "noet"}}, "column noet (did you mean note?), which"),
     "empty column": ({"a": ""}, {"inputs": {"topic": "a"}}, "has no value for topic"),
-    "template": ({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "uses b: the row has no such column"),
+    "template": ({"a": "x"}, {"inputs": {"topic": "{{ b }}"}}, "needs column b, which the row does not have"),
     "empty template": ({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "has no value for topic"),
     "attribute": ({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled"),
     "function": ({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError"),

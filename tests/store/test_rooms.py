@@ -21,6 +21,7 @@ from prefect_crew.store.batches import (
     put_rows,
     read_rows,
     renew_hold,
+    use_of_batch,
 )
 from prefect_crew.store.database import Store
 from prefect_crew.store.decision import AttemptState, Request
@@ -128,7 +129,9 @@ async def test_the_state_of_a_row_is_that_of_its_last_attempt(store: Store):
         ("c", AttemptState.STARTED, 1),
         ("d", None, None),
     ]
-    assert (rows[0].result, rows[0].tokens, rows[0].cost) == ({"output": "of a"}, 3, 0.5)
+    assert rows[0].result == {"output": "of a"}
+    use = await store.run(use_of_batch, "leads")
+    assert (use.tokens, use.cost) == (3, 0.5)
     assert (rows[1].kickoff_id, rows[2].attempt_id, rows[3].inputs) == ("again", attempt.id, {"topic": "x"})
     assert await store.run(count_rows, "leads") == {AttemptState.COMPLETED: 1, AttemptState.STARTED: 2, None: 1}
 
