@@ -40,6 +40,7 @@ _SHOWN = {
     "key": "logs and artifacts show keys",
     "session": "logs show sessions",
 }
+CONSTANT = " (for a constant text, write it as a template, with both pairs of braces: {{ 'text' }})"
 _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -267,7 +268,7 @@ def _source(name: str, source: Any) -> Callable[[Values], Any]:
         return rendered
 
     def column(values: Values) -> Any:
-        _check_columns(name, {source}, values, " (for a constant text, write it as a template: {{ 'text' }})")
+        _check_columns(name, {source}, values, CONSTANT)
         return values[source]
 
     return column

@@ -61,7 +61,7 @@ from prefect_crew.store.decision import PREPARING, STARTS, TIMEOUT, Attempt, Att
 PAGE = 500
 """Rows that are read and written at once."""
 READ_AHEAD = 1_000
-"""Rows, at most, that wait for a place of `max_in_flight`: those of a session wait for the rows before them."""
+"""Rows of sessions, at most, that wait for the rows before them, and have no place of `max_in_flight` yet."""
 LOG_EVERY = 60.0
 """Seconds between two log lines of the same kind, for any number of rows."""
 TICK = 1.0
@@ -110,7 +110,7 @@ class Runner:
         self._seconds = deque[float](maxlen=20)
         self._logged_at: dict[str, float] = {}
         self._places = asyncio.Semaphore(max_in_flight)
-        self._room = asyncio.Semaphore(max_in_flight + READ_AHEAD)
+        self._room = asyncio.Semaphore(max_in_flight + (READ_AHEAD if options.session is not None else 0))
         self._last_of: dict[str, asyncio.Task[None]] = {}
         self._blocked = set[str]()
         self._running: set[asyncio.Task[None]] = set()
