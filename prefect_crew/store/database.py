@@ -373,8 +373,7 @@ class Store:
         try:
             connection = self._connect(lane) if connection is None else connection
             self._check_file()
-            with connection.begin():
-                values = [job.work(Transaction(connection, self._clock)) for job in jobs]
+            values = self._transact(connection, jobs)
         except BaseException as error:  # noqa: BLE001  a caller whose job nobody answers waits for ever
             _closed(connection)
             if may_repeat and (_is_conflict(error) or (may_be_old and _is_gone(error))):
@@ -387,6 +386,10 @@ class Store:
             return None
         _tell([(job, value, None) for job, value in zip(jobs, values, strict=True)])
         return connection
+
+    def _transact(self, connection: sa.Connection, jobs: Sequence[_Job]) -> list[Any]:
+        with connection.begin():
+            return [job.work(Transaction(connection, self._clock)) for job in jobs]
 
     # Opening
 
