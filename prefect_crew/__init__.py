@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 
 __all__ = [
-    "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BasicAuth",
+    "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BasicAuth",
     "BatchBusyError", "BatchCancelledError", "BatchFailedError", "BatchPlan", "BatchReport",
     "BearerAuth", "Budget", "BudgetExceededError", "ConfigurationError", "CrewAPIError", "CrewClient",
     "CrewConnectionError", "CrewError", "CrewFailedError", "CrewInput", "CrewLostError", "CrewResult", "CrewRun",

@@ -19,7 +19,7 @@
     ├── IdempotencyConflictError     the idempotency key belongs to another crew or other inputs
     ├── SessionBlockedError          an earlier turn of the session is not over, and nobody may know its end
     ├── BudgetExceededError          a budget has no room for another run
-    ├── NotWaitingError              the run does not wait for a person
+    ├── NotWaitingError              the run does not wait for a person, or not for this answer
     ├── AnswerUncertainError         an answer was sent, and nobody knows whether it arrived
     ├── FlowRunCancelledError        the flow run was cancelled, so it starts no run and waits for none
     ├── CrewFailedError              the crew ran and failed
@@ -27,7 +27,6 @@
     ├── CrewLostError                the server no longer knows the run
     ├── CrewTimeoutError             a time limit is over; the crew may run on
     ├── ReviewLimitError             a task asked for a person's answer too often
-    ├── AlreadyAnsweredError         a person's question has its answer already
     ├── PipelineFailedError          at least one step of a pipeline failed
     ├── BatchFailedError             not every row of a batch completed
     ├── BatchCancelledError          the flow run of a batch was cancelled
@@ -56,7 +55,7 @@ from prefect_crew._text import excerpt, listed_names, listed_rows, plain, with_g
 from prefect_crew.states import CrewState
 
 __all__ = [
-    "AlreadyAnsweredError", "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BatchBusyError",
+    "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BatchBusyError",
     "BatchCancelledError", "BatchFailedError", "BudgetExceededError", "ConfigurationError",
     "CrewAPIError", "CrewConnectionError", "CrewError", "CrewFailedError", "CrewLostError", "CrewStoppedError",
     "CrewTimeoutError", "DatasetError", "ExportError", "FlowRunCancelledError", "IdempotencyConflictError",
@@ -295,7 +294,8 @@ class NotStartedError(CrewError):
 
 
 class NotWaitingError(CrewError):
-    """The run does not wait for a person. Nothing was sent."""
+    """The run does not wait for a person, or not for this answer: the question has one, or is no longer open. Nothing
+    was sent."""
 
 
 class AnswerUncertainError(CrewError):
@@ -465,10 +465,6 @@ class ReviewLimitError(_RunError):
             f"{self._run}: task {excerpt(self.task_id, 100)} has asked a person more than {self.max_rounds} times "
             f"(max_rounds). {after}"
         )
-
-
-class AlreadyAnsweredError(CrewError):
-    """A question has its answer already, is being answered at this moment, or is no longer open. Nothing was sent."""
 
 
 class PipelineFailedError(_FactsError):

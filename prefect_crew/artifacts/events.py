@@ -15,29 +15,6 @@ from prefect.events import emit_event
 
 from prefect_crew.store.decision import Attempt
 
-
-def resources_of(
-    idempotency_key: str, run: str, name: str, crew: str, step: str | None, flow_run_id: str | None
-) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return the resource of an event about a run, and the related resources: crew, step and flow run.
-
-    `run` is part of the resource's id: the kickoff id, or key and attempt if that is unknown. `name` is for people.
-    """
-    resource = {
-        "prefect.resource.id": f"prefect-crew.run.{run}",
-        "prefect.resource.name": f"{crew} run {name}",
-        "prefect-crew.idempotency-key": idempotency_key,
-        "prefect-crew.crew": crew,
-    }
-    ids = {
-        "crew": f"prefect-crew.crew.{crew}",
-        "step": f"prefect-crew.step.{step}" if step else None,
-        "flow-run": f"prefect.flow-run.{flow_run_id}" if flow_run_id else None,
-    }
-    related = [{"prefect.resource.id": id_, "prefect.resource.role": role} for role, id_ in ids.items() if id_]
-    return resource, related
-
-
 LINK = "prefect-crew.answer-link"
 """The label of `crew.waiting`: "yes" if a notification with a link goes out for the question, else "no"."""
 
@@ -54,8 +31,19 @@ def emit(
         once: Derive the event's id from the run and the event, so that the server keeps only one if two waits emit it.
         payload: Plain values, already masked.
     """
-    run, name = attempt.first_id or f"{attempt.key}/{attempt.number}", attempt.first_id or attempt.key
-    resource, related = resources_of(attempt.key, run, name, attempt.crew, attempt.step, attempt.flow_run_id)
+    run = attempt.first_id or f"{attempt.key}/{attempt.number}"
+    resource = {
+        "prefect.resource.id": f"prefect-crew.run.{run}",
+        "prefect.resource.name": f"{attempt.crew} run {attempt.first_id or attempt.key}",
+        "prefect-crew.idempotency-key": attempt.key,
+        "prefect-crew.crew": attempt.crew,
+    }
+    ids = {
+        "crew": f"prefect-crew.crew.{attempt.crew}",
+        "step": attempt.step and f"prefect-crew.step.{attempt.step}",
+        "flow-run": attempt.flow_run_id and f"prefect.flow-run.{attempt.flow_run_id}",
+    }
+    related = [{"prefect.resource.id": id_, "prefect.resource.role": role} for role, id_ in ids.items() if id_]
     if FlowRunContext.get() is not None:
         # Inside a flow run Prefect adds the flow run itself.
         related = [entry for entry in related if entry["prefect.resource.role"] != "flow-run"]

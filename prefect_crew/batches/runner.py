@@ -481,7 +481,7 @@ class _RowWait(Wait):
         run.notify(status)
         # Most rows ask nobody.
         if self.people is None and (status.state is CrewState.WAITING or (status.state.ended and self.human_seconds)):
-            self.people = People(run, runner.policy, None, stop=self.stop, news=self.news, quiet=True)
+            self.people = People(run, runner.policy, None, stop=self.stop, quiet=True)
         if self.people is None:
             return False
         if status.state.ended:

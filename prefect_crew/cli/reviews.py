@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import shlex
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -42,15 +41,12 @@ class AnswerOptions:
     by: str | None = None
     task: str | None = None
     option: str | None = None
-    round: Annotated[
-        int | None, Parameter(help="Answer only if the question has this number, which `reviews inspect` shows.")
-    ] = None
 
 
 @app.command
 async def ls(*, output: Output = None) -> None:
     """List the runs that wait for a person, the longest waiting first."""
-    waiting = await list_open_questions(partial(find_crew, crew=None))
+    waiting = await list_open_questions()
     rows = [
         (
             short_name(attempt),
@@ -72,7 +68,7 @@ async def ls(*, output: Output = None) -> None:
 async def inspect(run: RunName, /, *, output: Output = None, crew: CrewOfRun = None) -> None:
     """Show the question of one run, how to answer it, and the answers before."""
     attempt = await find_run_in_flight(run)
-    question = await read_question(attempt, partial(find_crew, crew=crew))
+    question = await read_question(attempt, await find_crew(attempt, crew=crew))
     if question is None:
         raise NotWaitingError(f"Run {attempt.first_id} of crew {attempt.crew} does not wait for a person.")
     if output:
@@ -111,7 +107,7 @@ async def _answer(run: str, approve: bool, feedback: str, options: AnswerOptions
     attempt = await find_run_in_flight(run)
     live_run = LiveRun(await need_crew(attempt, crew), str(attempt.first_id), attempt)
     review = Review(approve=approve, feedback=feedback, option=options.option, by=options.by or getpass.getuser())
-    _, written = await answer_run(live_run, review, task_id=options.task, round=options.round)
+    _, written = await answer_run(live_run, review, task_id=options.task)
     _output.put(f"Run {attempt.first_id}: {_sentence(written)}")
 
 

@@ -1,13 +1,8 @@
-"""The webhook receiver: it writes news and questions of runs into the crew database, and makes events of ends.
+"""The webhook receiver: it writes news and questions of runs into the crew database, and emits an event of each.
 
     from prefect_crew.receiver import create_receiver
 
     app.mount("/crews", create_receiver())        # into your own ASGI app
-
-Each event is about the run that the URL was made for:
-
-    crew.webhook.crew, .human_input        the crew completed; a person is asked
-    crew.webhook.stream.<type>             the crew failed, or a Flow ended
 
 A webhook is news, not proof: a process that a webhook wakes makes the status call.
 """

@@ -3,9 +3,8 @@
     GET  /answer/{id}    the question, what is judged, a form; it changes nothing, since chat programs fetch links
     POST /answer/{id}    sends the answer, once
 
-    200 the question, or: sent          404 unknown, expired, sent by another site, or not about the open question
-    400, 408, 413, 415 no whole form
-    409 the question changed, was answered or was closed after the person had opened its page
+    200 the question, or: sent          404 unknown, expired, or sent by another site
+    400, 408, 413, 415 no whole form    409 the question has its answer, or is closed
     502 it may have arrived             503 not sent, or nothing can be read: try again
 
 The id is random, and everybody who has it may answer. `answer_question` sends the answer, and the crew database says
@@ -18,13 +17,11 @@ import asyncio
 import base64
 import hashlib
 import logging
-import time
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 from jinja2 import Environment, StrictUndefined
 from starlette.requests import Request
@@ -38,21 +35,14 @@ from prefect_crew.client._callbacks import approves
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
-from prefect_crew.exceptions import (
-    AlreadyAnsweredError,
-    AnswerUncertainError,
-    ConfigurationError,
-    CrewError,
-    NotWaitingError,
-)
+from prefect_crew.exceptions import AnswerUncertainError, ConfigurationError, CrewError, NotWaitingError
 from prefect_crew.receiver.bodies import BodyError, read_body
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, look
-from prefect_crew.runs.reviews.questions import Asked, describe_answer, digest, request_of, reviews_of, state_of
+from prefect_crew.runs.reviews.questions import describe_answer, reviews_of
 from prefect_crew.runs.reviews.reviewer import NOBODY
 from prefect_crew.runs.run import LiveRun, read_status
 from prefect_crew.store import attempts, questions
-from prefect_crew.store.questions import Question
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
@@ -68,10 +58,8 @@ MAX_ID = 64
 """Characters of an id."""
 READ_WITHIN = 15.0
 """Seconds to read a question, from the crew database and the crew's server."""
-KNOWN_WITHIN = 60.0
-"""Seconds until a page about another answer says that nobody knows whether that arrived."""
 ANSWER_WITHIN = 90.0
-"""Seconds until a page says the same about its own answer, which is sent on."""
+"""Seconds until a page says that nobody knows whether its answer arrived. It is sent on."""
 AT_ONCE = 20
 """Questions that are read at the same time."""
 NOBODY_NAMED = "an answer link"
@@ -96,10 +84,9 @@ _HEADERS = {
 class _Form:
     """A form as a person has sent it: texts of any content, bounded in size."""
 
-    decision: str
-    feedback: str
-    name: str
-    seen: str
+    decision: str = ""
+    feedback: str = ""
+    name: str = ""
 
     def review(self, question: ReviewRequest) -> Review:
         """Return the answer.
@@ -129,14 +116,11 @@ async def _read_form(request: Request) -> _Form:
         raise BodyError(415, "the body is no form")
     body = (await read_body(request, MAX_FORM)).decode("utf-8", "replace")
     try:
-        fields = parse_qs(body, keep_blank_values=True, max_num_fields=10, errors="replace")
+        fields = dict(parse_qsl(body, keep_blank_values=True, max_num_fields=10, errors="replace"))
     except ValueError:
         raise BodyError(400, "the form has too many fields") from None
-    if any(len(values) > 1 for values in fields.values()):
-        raise BodyError(400, "the form has a field twice")
-    texts = {name: values[0] for name, values in fields.items()}
-    feedback = plain(texts.get("feedback", "").replace("\r\n", "\n"))
-    return _Form(texts.get("decision", ""), feedback, texts.get("name", ""), texts.get("seen", ""))
+    feedback = plain(fields.get("feedback", "").replace("\r\n", "\n"))
+    return _Form(fields.get("decision", ""), feedback, fields.get("name", ""))
 
 
 class AnswerPages:
@@ -178,69 +162,66 @@ class AnswerPages:
                 now, question = await in_store(questions.get_question, id_) if len(id_) <= MAX_ID else (0.0, None)
                 if question is None or now >= (question.expires_at or now + 1):
                     return _refuse()
-                run = await stack.enter_async_context(_open_run(question))
-                asked = None if run is None else await _open_question(run, id_)
-            if run is None or asked is None:
-                return _refuse() if form is None or run is None else await self._closed(run, id_, form)
-            request = request_of(run.kickoff_id, asked)
-            seen = digest(request.id, request.output, request.message, request.options)
-            page = _Question(run, request, seen)
+                attempt = await in_store(attempts.get, question.attempt_id)
+                if attempt is None or attempt.ended_at is not None:
+                    return await _closed(id_, form)
+                crew = await find_crew(attempt)
+                if crew is None:
+                    raise CrewError(
+                        f"The crew {attempt.crew} of the run is not stored, or has another URL than the run. Store it "
+                        "under this name with the run's URL."
+                    )
+                run = LiveRun(crew, str(attempt.first_id), attempt)
+                stack.enter_context(withholding(run.redact_text))
+                await stack.enter_async_context(run.session)
+                asked = await look(run, await read_status(run), after=crew.wait.next_round_after)
+            if asked is None or asked.question.id != id_ or asked.state != "open":
+                return await _closed(id_, form)
+            request = asked.request(run.kickoff_id)
             if form is None:
-                return page.response(200)
-            if form.seen != seen:
-                again = "The question has changed since you read it. Nothing was sent. Read it again, then answer."
-                return page.response(409, replace(form, decision=""), notice=again)
+                return _page(200, run, request)
             try:
                 review = form.review(request)
             except ConfigurationError as error:
-                return page.response(400, form, notice=f"{error} Nothing was sent.")
-            return await self._send(page, form, review)
+                return _page(400, run, request, form, f"{error} Nothing was sent.")
+            return await _send(run, request, form, review)
 
-    async def _closed(self, run: LiveRun, id_: str, form: _Form) -> Response:
-        """Return the page about a question that is not open any more, with the reason, once that is known."""
-        until = time.monotonic() + KNOWN_WITHIN
-        while True:
-            now, question = await in_store(questions.get_question, id_)
-            state = None if question is None else state_of(question, now)
-            if question is None or state == "open" or state != "answering" or time.monotonic() > until:
-                break
-            await asyncio.sleep(0.5)
-        if question is not None and state == "open" and (asked := await _open_question(run, id_)):
-            again = "The crew did not take the answer before yours. Yours was not sent: choose again."
-            page = _Question(run, request_of(run.kickoff_id, asked), form.seen)
-            return page.response(409, replace(form, decision=""), notice=again)
-        if question is None or question.answer is None:
-            why = "The crew does not wait for this answer any more. Nothing was sent."
-            return _message(409, "The question is closed", why, form)
-        (answer,) = reviews_of([question], now)
-        verb = "approved" if answer.approve else "rejected"
-        unsure = "" if answer.outcome == "sent" else " Nobody knows yet whether that answer arrived."
-        why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
-        return _message(409, "The question has its answer", plain(why), form)
 
-    async def _send(self, page: _Question, form: _Form, review: Review) -> Response:
-        run, id_ = page.run, page.request.id
-        try:
-            _, answer = await answer_question(run, review, seen=page.request)
-        except (AlreadyAnsweredError, NotWaitingError):
-            return await self._closed(run, id_, form)
-        except Exception as error:  # noqa: BLE001  any error has to be a page
-            logger.warning("An answer by a link to run %s: %s", run.kickoff_id, run.redact(str(error)))
-            if isinstance(error, AnswerUncertainError) or not isinstance(error, (CrewError, *PREFECT_ERRORS)):
-                return _uncertain(form, run.crew.page_url)
-            if kickoff_fate(error) is KickoffFate.REFUSED:
-                why = "It cannot be sent from this page. Answer on the crew's page."
-                return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
-            why = "Your answer was not sent. Nothing is lost: try again in a minute."
-            return page.response(503, form, notice=why)
-        verb = "approved" if answer.approve else "rejected"
-        logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
-        choice = f"“{plain(run.redact(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
-        return _message(200, "Your answer was sent", f"{choice} by {answer.by}. You can close this page.")
+async def _send(run: LiveRun, request: ReviewRequest, form: _Form, review: Review) -> Response:
+    try:
+        _, answer = await answer_question(run, review, seen=request)
+    except NotWaitingError:
+        return await _closed(request.id, form)
+    except Exception as error:  # noqa: BLE001  any error has to be a page
+        logger.warning("An answer by a link to run %s: %s", run.kickoff_id, run.redact(str(error)))
+        if isinstance(error, AnswerUncertainError) or not isinstance(error, (CrewError, *PREFECT_ERRORS)):
+            return _uncertain(form, run.crew.page_url)
+        if kickoff_fate(error) is KickoffFate.REFUSED:
+            why = "It cannot be sent from this page. Answer on the crew's page."
+            return _message(503, "Your answer was not sent", why, form, run.crew.page_url)
+        return _page(503, run, request, form, "Your answer was not sent. Nothing is lost: try again in a minute.")
+    verb = "approved" if answer.approve else "rejected"
+    logger.info("Run %s: question %d was %s by %s.", run.kickoff_id, answer.round, verb, answer.by)
+    choice = f"“{plain(run.redact(answer.option))[:SHOWN_NAME]}”" if answer.option else verb.capitalize()
+    return _message(200, "Your answer was sent", f"{choice} by {answer.by}. You can close this page.")
+
+
+async def _closed(id_: str, form: _Form | None) -> Response:
+    """Return the page about a question that is not open any more, with the reason."""
+    now, question = await in_store(questions.get_question, id_)
+    if question is None or question.answer is None:
+        return _message(
+            409, "The question is closed", "The crew does not wait for this answer any more. Nothing was sent.", form
+        )
+    (answer,) = reviews_of([question], now)
+    verb = "approved" if answer.approve else "rejected"
+    unsure = "" if answer.outcome == "sent" else " Nobody knows yet whether that answer arrived."
+    why = f"It was {verb} by {describe_answer(answer)}.{unsure} Nothing else was sent."
+    return _message(409, "The question has its answer", plain(why), form)
 
 
 def _refuse() -> Response:
-    why = "It is incomplete, its time is over, or the question is closed. Ask the channel where you got the link."
+    why = "It is incomplete, or its time is over. Ask the channel where you got the link."
     return _message(404, "This link does not answer a question", why)
 
 
@@ -249,76 +230,32 @@ def _uncertain(form: _Form | None, page_url: str | None = None) -> Response:
     return _message(502, "Your answer may have arrived", why, form, page_url)
 
 
-@asynccontextmanager
-async def _open_run(question: Question) -> AsyncGenerator[LiveRun | None]:
-    """Connect to the run of a question. None: it has ended, and its crew is not stored any more.
-
-    Raises:
-        CrewError: The crew of a run in flight is not stored any more, or the crew database cannot be used.
-        PREFECT_ERRORS: The Prefect API cannot be reached or refuses.
-    """
-    attempt = await in_store(attempts.get, question.attempt_id)
-    crew = None if attempt is None else await find_crew(attempt)
-    if attempt is None or (crew is None and attempt.ended_at is not None):
-        yield None
-        return
-    if crew is None:
-        raise CrewError(
-            f"The crew {attempt.crew} of the run is not stored, or has another URL than the run. Store it under this "
-            "name with the run's URL."
-        )
-    run = LiveRun(crew, str(attempt.first_id), attempt)
-    with withholding(run.redact_text):
-        async with run.session:
-            yield run
-
-
-async def _open_question(run: LiveRun, id_: str) -> Asked | None:
-    """Return the question of a link, None if the run asks another one, or none, or if it has its answer."""
-    if run.attempt is None or run.attempt.ended_at is not None:
-        return None
-    asked = await look(run, await read_status(run), after=run.crew.wait.next_round_after, if_approved=False)
-    return asked if asked is not None and asked.question.id == id_ and asked.state == "open" else None
-
-
-@dataclass(frozen=True)
-class _Question:
-    """The page of an open question. `seen` says what it shows. Every text of the crew is masked and cut."""
-
-    run: LiveRun
-    request: ReviewRequest
-    seen: str
-
-    def response(self, status: int, form: _Form | None = None, *, notice: str = "") -> Response:
-        """Return the page, with a notice and the texts of a form that was not sent."""
-        run, question = self.run, self.request
-        is_full = run.show == "full"
-        message, output = (run.redact(text or "") if is_full else "" for text in (question.message, question.output))
-        withheld = ""
-        if not output:
-            withheld = "It is not known here." if question.output is None else "It is not shown here."
-        options = [plain(run.redact(option))[:SHOWN_NAME] for option in question.options]
-        if len({*options}) < len(options):
-            why = "Its answers look alike here. Answer on the crew's page."
-            return _message(status, "A crew asks", why, form, run.crew.page_url)
-        return _response(
-            status,
-            title="A crew asks",
-            notice=notice,
-            crew=run.crew.label,
-            task="" if run.show == "none" else plain(run.redact_name(question.task_id))[:SHOWN_NAME],
-            number=question.round,
-            message=plain(message[:SHOWN]),
-            output=plain(output[:SHOWN]),
-            is_cut=max(len(output), len(message)) > SHOWN,
-            withheld=withheld,
-            page_url=run.crew.page_url,
-            options=options,
-            form=form or _Form("", "", "", ""),
-            seen=self.seen,
-            max_feedback=MAX_FEEDBACK,
-            max_name=MAX_NAME,
-        )
+def _page(status: int, run: LiveRun, question: ReviewRequest, form: _Form | None = None, notice: str = "") -> Response:
+    """Return the page of an open question, with a notice and the texts of a form that was not sent. Every text of the
+    crew is masked and cut."""
+    is_full = run.show == "full"
+    message, output = (run.redact(text or "") if is_full else "" for text in (question.message, question.output))
+    options = [plain(run.redact(option))[:SHOWN_NAME] for option in question.options]
+    if len({*options}) < len(options):
+        why = "Its answers look alike here. Answer on the crew's page."
+        return _message(status, "A crew asks", why, form, run.crew.page_url)
+    return _response(
+        status,
+        title="A crew asks",
+        notice=notice,
+        crew=run.crew.label,
+        task="" if run.show == "none" else plain(run.redact_name(question.task_id))[:SHOWN_NAME],
+        number=question.round,
+        message=plain(message[:SHOWN]),
+        output=plain(output[:SHOWN]),
+        is_cut=max(len(output), len(message)) > SHOWN,
+        withheld="It is not known here." if question.output is None else "It is not shown here.",
+        page_url=run.crew.page_url,
+        options=options,
+        form=form or _Form(),
+        max_feedback=MAX_FEEDBACK,
+        max_name=MAX_NAME,
+    )
 
 
 def _message(status: int, heading: str, text: str, form: _Form | None = None, page_url: str | None = None) -> Response:

@@ -1,6 +1,6 @@
 """The receiver as an ASGI app: it verifies webhooks, writes what they bring into the crew database, and answers.
 
-    POST /hooks/{kind}/{token}   200; 404 for a URL that is not ours, 415, 413, 400, 408; 503: not written
+    POST /hooks/{kind}/{token}   200; 404 for a URL that is not ours, 413, 400, 408; 503: not written
     POST /requests               the same; 404 without the platform's signature: the question of a Flow to a person
     GET  /answer/{id}            the page of a question, see answers.py
     POST /answer/{id}            the answer to it
@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+import re
 from typing import Any
 
-from prefect.events import emit_event
-from prefect.events.worker import EventsWorker
 from prefect.settings import get_current_settings
 from pydantic import SecretStr
 from starlette.applications import Starlette
@@ -30,12 +27,13 @@ from starlette.routing import Route
 from prefect_crew._internal.clock import utcnow
 from prefect_crew._internal.prefect_api import OneLine
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew.artifacts.events import emit
 from prefect_crew.blocks import find_crew
 from prefect_crew.client._callbacks import FlowQuestion, parse_question, signed
 from prefect_crew.exceptions import ConfigurationError, CrewError, ResponseFormatError, StoreError
 from prefect_crew.receiver.answers import AnswerPages
 from prefect_crew.receiver.bodies import BodyError, read_body
-from prefect_crew.receiver.events import WebhookEvent, event_name, is_task_name, prefect_event, read_events
+from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import write_evidence
 from prefect_crew.runs.reviews.callbacks import keep_callback
@@ -44,20 +42,17 @@ from prefect_crew.settings import CrewSettings
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
 from prefect_crew.store.questions import FLOW
-from prefect_crew.webhooks import REPORTED, WAKING, checked_secret, read_token
+from prefect_crew.webhooks import Hook, checked_secret, read_token
 
 logger: OneLine = OneLine(logging.getLogger("prefect_crew.receiver"), {})
 
 MAX_BODY = 1024 * 1024
 """Bytes of a body."""
-PARSED_AT_ONCE = 256 * 1024
-"""Bytes of a body that is parsed on the event loop; a larger one is parsed in a thread and holds up no other answer."""
 LOAD_WITHIN = 5.0
 """Seconds to load a crew, whose token is masked in the text of a question."""
 KNOWN_AFTER = (0.0, 1.0, 2.0, 4.0)
 """Pauses in seconds before a look for the run of a Flow's question: its kickoff may not be answered yet."""
-CLOSE_WITHIN = 5.0
-"""Seconds for events that Prefect's thread has not sent at the end."""
+_WORD = re.compile(r"[\w.-]{1,80}", re.ASCII)  # an id or one word: nobody writes an input into it
 
 
 def create_receiver(secret: SecretStr | str | None = None, *, max_body: int = MAX_BODY) -> Starlette:
@@ -83,13 +78,6 @@ def create_receiver(secret: SecretStr | str | None = None, *, max_body: int = MA
             "http://127.0.0.1:4200/api, or choose a profile that has it."
         )
     receiver = _Receiver(SecretStr(checked_secret(signing_secret)), max_body)
-
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
-        EventsWorker.instance()  # connects now: its thread drops events that wait for 7 s for the first connection
-        yield
-        await asyncio.to_thread(EventsWorker.drain_all, timeout=CLOSE_WITHIN)
-
     app = Starlette(
         routes=[
             Route("/hooks/{kind}/{token}", receiver.take_webhook, methods=["POST"]),
@@ -99,7 +87,6 @@ def create_receiver(secret: SecretStr | str | None = None, *, max_body: int = MA
         ],
         # Another path, another method.
         exception_handlers={404: receiver.nothing_here, 405: receiver.nothing_here},
-        lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app
@@ -119,25 +106,19 @@ class _Receiver:
     async def take_webhook(self, request: Request) -> Response:
         """Take a crew's webhook, at a URL that this package has signed."""
         kind, token = request.path_params["kind"], request.path_params["token"]
-        authorization = request.headers.get("authorization")
-        hook = read_token(kind, token, self._secret, now=utcnow(), authorization=authorization)
+        hook = read_token(kind, token, self._secret, now=utcnow())
         if hook is None:
             return _refuse(404, "not found")
-        if not _is_json(request):
-            return _refuse(415, "a webhook's body is JSON, not compressed")
         try:
-            body = await read_body(request, self._max_body)
-            is_large = len(body) > PARSED_AT_ONCE
-            events = await asyncio.to_thread(read_events, hook, body) if is_large else read_events(hook, body)
-        except BodyError as error:
-            return _refuse(error.status, str(error))
-        except ResponseFormatError:
-            return _refuse(400, f"the body is not one of a {hook.kind} webhook")
-        try:
+            events = read_events(kind, await read_body(request, self._max_body))
             attempt = await in_store(attempts.get, hook.attempt)
             for event in events:
                 if attempt is not None:  # else it was pruned
-                    attempt = await _take(event, attempt) or attempt
+                    attempt = await _take(event, hook, attempt)
+        except BodyError as error:
+            return _refuse(error.status, str(error))
+        except ResponseFormatError:
+            return _refuse(400, f"the body is not one of a {kind} webhook")
         except (StoreError, *PREFECT_ERRORS) as error:
             return _not_written(error)
         return JSONResponse({"status": "accepted"})
@@ -147,93 +128,81 @@ class _Receiver:
         secret, headers = CrewSettings().review_secret, request.headers
         timestamp = headers.get("x-timestamp") or headers.get("x-crewai-timestamp")
         signature = headers.get("x-signature") or headers.get("x-crewai-signature")
-        if secret is None or not timestamp or not signature or not _is_json(request):
+        if secret is None or not timestamp or not signature:
             return _refuse(404, "not found")
         try:
             body = await read_body(request, self._max_body)
             if not signed(secret, timestamp, signature, body, now=utcnow().timestamp()):
                 return _refuse(404, "not found")
             question = parse_question(body)
+            if question is not None and not await _take_question(question):
+                logger.warning("A Flow asks about run %r, which is not on record.", question.kickoff_id[:300])
         except BodyError as error:
             return _refuse(error.status, str(error))
         except ResponseFormatError:
             return _refuse(400, "this names no run, or no callback URL")
-        try:
-            if question is not None and not await _take_question(question):
-                logger.warning("A Flow asks about run %r, which is not on record.", question.kickoff_id[:300])
         except (StoreError, *PREFECT_ERRORS) as error:
             return _not_written(error)
         return JSONResponse({"status": "accepted"})
 
 
-async def _take(event: WebhookEvent, attempt: Attempt) -> Attempt | None:
-    """Write an event of a run, the id under which the run goes on, and report an end or a question to Prefect once.
-
-    Return the attempt as it is now, if it was changed.
-    """
-    hook, name, changed = event.hook, event_name(event), None
-    if event.kickoff_id is not None and attempt.kickoff_id is None:
+async def _take(event: WebhookEvent, hook: Hook, attempt: Attempt) -> Attempt:
+    """Write an event of a run, and the id under which the run goes on, and emit it. Return the attempt as it is now."""
+    id_ = event.kickoff_id
+    if id_ is not None and attempt.kickoff_id is None:
         # The URL names the attempt, so a run with this id is its run.
-        changed = await write_evidence(attempt, event.kickoff_id)
-        attempt = changed or attempt
-    elif event.kickoff_id is not None and hook.round and hook.kind != "stream":
-        is_known = event.kickoff_id in await in_store(attempts.ids_of, attempt.id)
-        if not is_known:
-            changed = (await in_store(attempts.continued, attempt, event.kickoff_id)).attempt
-    if name in WAKING:
-        body = None
-        if event.usage is not None:
-            # The id of a streamed event: it may be delivered twice.
-            body = {"usage": event.usage.model_dump(exclude_none=True), "id": event.facts.get("id")}
-        facts: dict[str, Any] = {"number": hook.round, "kickoff_id": event.kickoff_id, "body": body}
-        question = await _question_of(event, attempt) if hook.kind == "human_input" else None
-        await in_store(questions.take_webhook, attempt, name, **facts, question=question)
-    if name in REPORTED:
-        emit_event(**prefect_event(event, attempt))
-    return changed
-
-
-async def _question_of(event: WebhookEvent, attempt: Attempt) -> dict[str, Any]:
-    """Return what a webhook tells of a question, without what may be secret."""
-    task, output = event.task, None if attempt.secret_names else event.output
-    if output is not None:
-        # A crew may repeat its token. Whoever waits knows it, and masks what the status shows.
-        try:
-            crew = await asyncio.wait_for(find_crew(attempt), LOAD_WITHIN)
-            output = output if crew is None else crew.redactor()(output)
-        except (*PREFECT_ERRORS, CrewError, TimeoutError):
-            output = None
-    is_kept = output is not None and len(output) <= MOST_TEXT
-    return {
-        "task": task if task is not None and is_task_name(event.hook, attempt, task) else None,
-        "text": output if is_kept else None,
-        "marks": {"webhook": digest(event.kickoff_id, task, event.output)},
-    }
+        attempt = await write_evidence(attempt, id_) or attempt
+    elif (
+        id_ is not None
+        and hook.round
+        and hook.kind != "stream"
+        and id_ not in await in_store(attempts.ids_of, attempt.id)
+    ):
+        attempt = (await in_store(attempts.continued, attempt, id_)).attempt or attempt
+    question = body = None
+    if hook.kind == "human_input":
+        question = await _facts(attempt, hook.texts, event.task, text=event.output)
+        question["marks"] = {"webhook": digest(id_, event.task, event.output)}
+    if event.usage is not None:  # with the id of a streamed event, since it may be delivered twice
+        body = {"usage": event.usage.model_dump(exclude_none=True), "id": event.id}
+    facts: dict[str, Any] = {"number": hook.round, "kickoff_id": id_, "body": body, "question": question}
+    await in_store(questions.take_webhook, attempt, event.kind, **facts)
+    if not event.kind.endswith(".crew_kickoff_completed"):  # the crew webhook says it too
+        emit(event.kind, attempt, once=question is None, round=hook.round)
+    return attempt
 
 
 async def _take_question(question: FlowQuestion) -> bool:
-    """Write a Flow's question, and keep the URL for its answer. Return False if its run is not on record."""
+    """Keep the URL for the answer to a Flow's question, and write the question. Return False if its run is not on
+    record."""
     found: list[Attempt] = []
     for pause in KNOWN_AFTER:
         await asyncio.sleep(pause)
-        found = await in_store(attempts.of_kickoff_id, question.kickoff_id)
-        if found:
+        if found := await in_store(attempts.of_kickoff_id, question.kickoff_id):
             break
     attempt = next((attempt for attempt in found if attempt.state is AttemptState.STARTED), None)
-    if attempt is None:
-        return bool(found)
-    facts: dict[str, Any] = {"task": question.task_id, "options": [*question.options] or None}
-    if not attempt.secret_names:
-        crew = None
-        with suppress(*PREFECT_ERRORS, CrewError, TimeoutError):
-            crew = await asyncio.wait_for(find_crew(attempt), LOAD_WITHIN)
-        if crew is None or crew.show == "full":
-            mask = str if crew is None else crew.redactor()
-            texts = {"text": question.output, "message": question.message}
-            facts |= {name: mask(text) for name, text in texts.items() if text is not None and len(text) <= MOST_TEXT}
-    asked = await in_store(questions.ask, attempt, 1, marks={FLOW: question.id}, **facts)
-    await keep_callback(asked, question.callback_url)
-    return True
+    if attempt is not None:
+        await keep_callback(question.id, question.callback_url)
+        facts = await _facts(attempt, True, question.task_id, text=question.output, message=question.message)
+        options = [*question.options] or None
+        await in_store(questions.ask, attempt, 1, marks={FLOW: question.id}, options=options, **facts)
+    return bool(found)
+
+
+async def _facts(attempt: Attempt, with_texts: bool, task: str | None, **texts: str | None) -> dict[str, Any]:
+    """Return what the crew database may have of a question: no token, and no text of a run with secret inputs."""
+    facts: dict[str, Any] = {"task": task if task is not None and _WORD.fullmatch(task) else None}
+    if attempt.secret_names or not with_texts:
+        return facts
+    try:
+        # A crew may repeat its token. Where the crew is not stored, whoever waits masks what it shows.
+        crew = await asyncio.wait_for(find_crew(attempt), LOAD_WITHIN)
+    except (*PREFECT_ERRORS, CrewError, TimeoutError):
+        return facts
+    if crew is not None and crew.show != "full":
+        return facts
+    mask = str if crew is None else crew.redactor()
+    return {name: text and mask(text) for name, text in {"task": task, **texts}.items() if len(text or "") <= MOST_TEXT}
 
 
 def _refuse(status: int, error: str) -> Response:
@@ -246,11 +215,3 @@ def _not_written(error: Exception) -> Response:
         "A webhook could not be written: %s", error if isinstance(error, CrewError) else type(error).__name__
     )
     return _refuse(503, "the webhook could not be written: send it again")
-
-
-def _is_json(request: Request) -> bool:
-    """Return whether the headers name plain JSON as the body's type, or name no type."""
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        return False
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    return media in ("", "application/json") or (media.startswith("application/") and media.endswith("+json"))

@@ -133,7 +133,7 @@ class _RunWait(Wait):
     async def _meet_people(self) -> People:
         if self.people is None:
             await self._read_news()
-            self.people = People(self.run, self.policy, self.review, stop=self.stop, news=self.news)
+            self.people = People(self.run, self.policy, self.review, stop=self.stop)
         return self.people
 
     async def on_status(self, status: CrewStatus) -> bool:

@@ -146,17 +146,18 @@ def open_link(transaction: Transaction, question_id: str, seconds: float) -> flo
 
 
 @transaction("write")
-def answer(transaction: Transaction, question_id: str, answer: Any, by: str) -> bool:
-    """Write the answer to a question that is open and has none."""
+def answer(
+    transaction: Transaction, question_id: str, answer: Any, by: str, sender: str | None = None, seconds: float = 0.0
+) -> bool:
+    """Write the answer to a question that is open and has none. With a sender, it takes the right to send it, too."""
     now = transaction.lock()
-    if not _set(
-        transaction, question_id, Q.answer.is_(None), _is_open(), answer=answer, answered_by=by, answered_at=now
-    ):
+    values = {"answer": answer, "answered_by": by, "answered_at": now}
+    if sender is not None:
+        values |= {"sender": sender, "send_deadline": now + seconds}
+    if not _set(transaction, question_id, Q.answer.is_(None), _is_open(), **values):
         return False
-    attempt_id, number = transaction.connection.execute(
-        sa.select(Q.attempt_id, Q.number).where(Q.id == question_id)
-    ).one()
-    tell(transaction, now, attempt_id, "answer", number=number)
+    (question,) = _read(transaction, Q.id == question_id)
+    tell(transaction, now, question.attempt_id, "answer", number=question.number)
     return True
 
 

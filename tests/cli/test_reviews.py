@@ -74,13 +74,10 @@ def test_what_waits_is_answered_once_a_round(
         rejected = here("reviews", "reject", first["kickoff_id"], "--feedback", "warmer", "--by", "Grace")
         assert "task draft, question 1 rejected by Grace" in rejected.ok
         wait_until(lambda: [run["round"] for run in listed(here, key)] == [2], "the next question")
-        resumes = crews.requests["resume"]
-        assert here("reviews", "approve", key, "--round", "1").code == 1
-        assert crews.requests["resume"] == resumes
         assert "question 1 rejected by Grace" in here("reviews", "inspect", key).out
         for other in others:
             assert here("reviews", "approve", other["kickoff_id"]).code == 0
-        approve = ("reviews", "approve", key, "--round", "2")
+        approve = ("reviews", "approve", key)
         approved: Any = wait_until(
             lambda: (done := here(*approve)).code == 0 and done, "it counts as the next question"
         )

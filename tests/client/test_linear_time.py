@@ -10,7 +10,6 @@ import json
 import time
 import timeit
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -24,7 +23,6 @@ from prefect_crew.client.models import CrewStatus, TaskResult
 from prefect_crew.exceptions import CrewError
 from prefect_crew.receiver.events import read_events
 from prefect_crew.states import CrewState
-from prefect_crew.webhooks import Hook
 from support.transports import ask
 
 ALLOWED = 9.0
@@ -37,9 +35,9 @@ Call = Callable[[str], object]
 
 
 def read_of(kind: str, status_code: int = 200) -> Callable[[bytes], object]:
-    """Return what reads a body: of a webhook (`WebhookKind`), or of an answer to a call."""
+    """Return what reads a body: of a webhook , or of an answer to a call."""
     if kind in ("human_input", "stream"):
-        return lambda body: read_events(Hook(kind, "key", datetime(2026, 5, 1, tzinfo=UTC)), body)
+        return lambda body: read_events(kind, body)
     return lambda body: asyncio.run(ask(kind, body, status_code))
 
 

@@ -17,7 +17,7 @@ from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.store import attempts
-from support.links import QUICK, Chat, Shown, answers_of, notifying, read, running, send
+from support.links import QUICK, Chat, Shown, answers_of, notifying, running, send
 from support.scripts import script
 from support.waiting import until
 from support.webhooks import SECRET, served
@@ -57,14 +57,13 @@ async def test_links_a_command_and_a_form_give_one_answer(with_form: bool, monke
             async with running(server.crew(wait=QUICK), key, **options) as flow_run:
                 link = await chat.link()
                 links = [link, link.replace(url, other)]
-                seen = (await read(link)).seen
                 form = (await in_store(attempts.of_key, key))[0].flow_run_id if with_form else None
                 if with_form:
                     await see_form(str(form))
                 run = LiveRun(crew_of(await pc.DeployedCrew.aload(key)), server.runs[0].id)
                 given = await asyncio.gather(
                     *(submit_form(str(form)) for _ in range(with_form)),
-                    *(send(links[n % 2], seen=seen, decision="approve", name=f"person {n}") for n in range(CLICKS)),
+                    *(send(links[n % 2], decision="approve", name=f"person {n}") for n in range(CLICKS)),
                     resume_run(run, feedback="", approve=True),
                     return_exceptions=True,
                 )

@@ -13,7 +13,7 @@ from prefect_crew.receiver.app import create_receiver
 from prefect_crew.runs.database import find_store
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.news import News, Place, read_news
-from support.webhooks import BODIES, SECRET, events_of, headers_of, url_of
+from support.webhooks import BODIES, SECRET, events_of, url_of
 
 BODY = json.dumps(BODIES["crew-first"]).encode()
 MIB = 1024 * 1024
@@ -23,14 +23,14 @@ async def news_about(topic: str) -> list[News]:
     return (await find_store().run(read_news, [topic], Place(0)))[0]
 
 
-@pytest.mark.parametrize("which", BODIES)
+@pytest.mark.parametrize("which", [name for name in BODIES if not name.startswith(("task", "step"))])
 async def test_each_kind_of_both_generations_is_taken(which: str, client: Any, urls: Any, new_attempt: Any):
     kind, attempt = which.partition("-")[0], await new_attempt()
     hooks = urls(attempt)
-    answer = await client.post(url_of(hooks, kind), json=BODIES[which], headers=headers_of(hooks, kind))
+    answer = await client.post(url_of(hooks, kind), json=BODIES[which])
     assert answer.status_code == 200
     assert answer.json() == {"status": "accepted"}
-    kinds = {"crew": ["crew.webhook.crew"], "human_input": ["crew.webhook.human_input", "question"]}
+    kinds = {"crew": ["webhook.crew"], "human_input": ["webhook.human_input", "question"]}
     assert [event.kind for event in await news_about(attempt.id)] == kinds.get(kind, []), "others wake nobody"
 
 
@@ -39,14 +39,12 @@ async def test_whatever_is_not_ours_gets_the_same_404(client: httpx.AsyncClient,
     good, stale = urls(attempt), urls(attempt, days=-1)
     crew = url_of(good, "crew")
     posts = [
-        *(crew[:-1] + ("A" if crew[-1] != "A" else "B"), crew + "/", url_of(stale, "crew"), url_of(good, "stream")),
-        *(crew.replace("/crew/", "/task/"), crew.replace("/crew/", "/nonsense/")),
+        *(crew[:-1] + ("A" if crew[-1] != "A" else "B"), crew + "/", url_of(stale, "crew")),
+        *(crew.replace("/crew/", "/stream/"), crew.replace("/crew/", "/nonsense/")),
         *("/hooks/crew/" + "A" * 5000, "/hooks/crew/%00%ff", "/hooks/crew", "/", "/recent"),
     ]
     answers = [await client.post(url, json=BODIES["crew-first"]) for url in posts]
     answers += [await client.request(method, crew) for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")]
-    stream = url_of(good, "stream")
-    answers.append(await client.post(stream, json={}, headers={"Authorization": "Bearer wrong"}))
     answers.append(await client.post("/hooks/crew/AAAA", content=unread()))
     kinds = {(answer.status_code, answer.text, tuple(sorted(answer.headers.items()))) for answer in answers}
     assert [kind[:2] for kind in kinds] == [(404, '{"error":"not found"}')]
@@ -73,9 +71,8 @@ JSON = {"Content-Type": "application/json"}
         pytest.param(BODY, {"Content-Type": "Application/JSON; charset=utf-8"}, 200, id="charset"),
         pytest.param(BODY, {"Content-Type": "application/vnd.crew+json"}, 200, id="like-json"),
         pytest.param(BODY, {}, 200, id="no-type"),
-        pytest.param(BODY, {"Content-Type": "text/plain"}, 415, id="text"),
-        pytest.param(BODY, {"Content-Type": "image/svg+json"}, 415, id="image"),
-        pytest.param(gzip.compress(BODY), {**JSON, "Content-Encoding": "gzip"}, 415, id="gzip"),
+        pytest.param(BODY, {"Content-Type": "text/plain"}, 200, id="text"),
+        pytest.param(gzip.compress(BODY), {**JSON, "Content-Encoding": "gzip"}, 400, id="gzip"),
         pytest.param(b"nonsense", JSON, 400, id="no-json"),
         pytest.param(b"\xff\xfe\x00", JSON, 400, id="no-text"),
         pytest.param(b'{"kickoff_id":' * 60_000, JSON, 400, id="deep"),
@@ -118,7 +115,7 @@ async def test_a_receiver_whose_secret_is_short_does_not_start(prefect_api: Any)
 
 async def test_the_url_is_evidence_of_an_uncertain_kickoff(client: httpx.AsyncClient, urls: Any, new_attempt: Any):
     attempt = await new_attempt(None)
-    await client.post(url_of(urls(attempt), "step"), json=BODIES["step-first"])
+    await client.post(url_of(urls(attempt), "crew"), json=BODIES["crew-first"])
     now = await find_store().run(attempts.get, attempt.id)
     assert (str(now.state), now.first_id) == ("started", "k-1")
 
@@ -138,11 +135,11 @@ async def test_a_later_round_names_the_run_that_goes_on(client: httpx.AsyncClien
     assert [question.id for question in await store.run(questions.open_questions)] == [second.id]
 
 
-@pytest.mark.parametrize("facts", [{"texts": False}, {"texts": False, "names": False}])
-async def test_a_question_of_a_secret_run_keeps_no_text(facts: Any, client: Any, urls: Any, new_attempt: Any):
-    attempt = await new_attempt(secret_names=["topic"])
+@pytest.mark.parametrize("is_known_by", ["url", "attempt"])
+async def test_a_question_of_a_secret_run_keeps_no_text(is_known_by: str, client: Any, urls: Any, new_attempt: Any):
+    attempt = await new_attempt(secret_names=["topic"] if is_known_by == "attempt" else [])
     body = {**BODIES["human_input-first"], "task_id": "hunter2 is the task"}
-    await client.post(url_of(urls(attempt, **facts), "human_input"), json=body)
+    await client.post(url_of(urls(attempt, texts=is_known_by != "url"), "human_input"), json=body)
     (question,) = await find_store().run(questions.open_questions)
     assert (question.text, question.task) == (None, None)
 

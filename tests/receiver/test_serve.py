@@ -2,14 +2,12 @@
 
 import asyncio
 import signal
-import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from prefect_crew.receiver import app as receiver_app
 from prefect_crew.receiver import serve
 from prefect_crew.receiver.app import create_receiver
 from support.prefect_server import PrefectServer
@@ -75,18 +73,3 @@ async def test_heads_and_connections_have_limits(prefect_api: PrefectServer, mon
         assert await exchange(port, request("GET", "/health")) == 503
         for _, writer in opened:
             writer.transport.abort()
-
-
-async def test_a_large_body_is_parsed_in_a_thread(port: int, urls: Any, new_attempt: Any, monkeypatch: Any):
-    attempt = await new_attempt()
-    threads, parse = list[threading.Thread](), receiver_app.read_events
-
-    def parse_here(*facts: Any) -> object:
-        threads.append(threading.current_thread())
-        return parse(*facts)
-
-    monkeypatch.setattr(receiver_app, "read_events", parse_here)
-    large = raw(urls, attempt, {**BODIES["crew-later"], "result": "x" * 300_000})
-    assert await asyncio.gather(exchange(port, large), exchange(port, large)) == [200, 200]
-    assert await exchange(port, raw(urls, attempt, BODIES["crew-later"])) == 200
-    assert [thread is threading.main_thread() for thread in threads] == [False, False, True]

@@ -78,11 +78,6 @@ class Shown:
     headers: dict[str, str]
 
     @property
-    def seen(self) -> str:
-        """The hidden field of the form."""
-        return re.findall(r'name="seen" value="([^"]*)"', self.text)[0]
-
-    @property
     def said(self) -> str:
         """The page without its tags and its style."""
         body = self.text.partition("<body>")[2]
@@ -100,9 +95,7 @@ async def read(url: str, *, method: str = "GET", **headers: str) -> Shown:
 
 
 async def send(url: str, *, headers: dict[str, str] | None = None, content: Any = None, **fields: str) -> Shown:
-    """Send the form of a page; `seen` is that of the page now, if the fields do not have it."""
-    if content is None and "seen" not in fields:
-        fields["seen"] = (await read(url, **(headers or {}))).seen
+    """Send the form of a page."""
     sent: dict[str, Any] = {"data": fields} if content is None else {"content": content}
     async with httpx.AsyncClient(timeout=60) as client:
         return _shown(await client.post(url, headers=headers, **sent))

@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shlex
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Awaitable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from prefect_crew._internal.asyncio_tasks import OwnTask
-from prefect_crew._internal.clock import utcnow
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS, naming_prefect_errors
 from prefect_crew._text import one_line
@@ -26,28 +26,23 @@ from prefect_crew.client.models import CrewStatus, ResumeAnswer, Review, ReviewR
 from prefect_crew.client.redaction import withholding
 from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import (
-    AlreadyAnsweredError,
     AnswerUncertainError,
     ConfigurationError,
-    CrewAPIError,
     CrewError,
     CrewLostError,
     NotWaitingError,
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import find_attempts, latest
-from prefect_crew.runs.reviews.callbacks import forget_callback, read_callback
+from prefect_crew.runs.reviews.callbacks import read_callback
 from prefect_crew.runs.reviews.questions import (
     MOST_TEXT,
     Asked,
     describe_answer,
     is_over,
-    judged_output,
     marks_of,
     masked_request,
-    request_of,
-    reviews_of,
-    round_of,
+    review_of,
     shown_output,
     state_of,
     waiting_task,
@@ -57,7 +52,7 @@ from prefect_crew.runs.run import LiveRun, goes_on_as, read_attempt, read_status
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
-from prefect_crew.store.questions import FLOW, Question
+from prefect_crew.store.questions import FLOW
 from prefect_crew.webhooks import webhooks_for
 
 if TYPE_CHECKING:
@@ -65,37 +60,26 @@ if TYPE_CHECKING:
 
 MAX_NAME = 100
 """Characters of the giver's name."""
-MOST_FEEDBACK = 20_000
-"""Characters of a feedback that is stored."""
 LOOKS, LOOK_AGAIN = 5, 1.0
 """The number of status calls, and the seconds between them, by which a caller without a wait checks that the crew
 continues after its answer."""
 SEND_WITHIN = 10.0
 """Seconds for which a cancelled caller waits for the answer to its POST."""
-AT_ONCE = 8
-"""Status calls at a time."""
-REFUSALS = (400, 404, 409)
-"""Status codes of `/resume` if the run does not wait, or does not wait for this answer."""
-REFUSALS_OF_FLOWS = (401, 403, 404, 409, 410)
-"""Status codes of a callback URL if its token is used up or invalid."""
 NO_WEBHOOKS = (
     "After this answer run %s sends no webhooks: each answer has to ask for them again, and this process has no "
     "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL. Waits of the run go on polling, and its next question may come without the "
     "output to judge: look at the crew's page. Before the next answer, set the URL and "
     "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET here."
 )
-CrewOf = Callable[[Attempt], Awaitable[Crew | None]]  # None if an attempt's crew is not a stored block
 
 
 # The question at this moment
 
 
-async def look(
-    run: LiveRun, status: CrewStatus, *, after: float | None, if_approved: bool = True, task_id: str | None = None
-) -> Asked | None:
+async def look(run: LiveRun, status: CrewStatus, *, after: float | None, task_id: str | None = None) -> Asked | None:
     """Return the question that a run on record asks at a status, and write it if it is new. None if it asks nothing.
 
-    With a `task_id`, the run counts as waiting: not every server reports a wait. `after`, `if_approved`: see `is_over`.
+    With a `task_id`, the run counts as waiting: not every server reports a wait. `after`: see `is_over`.
 
     Raises:
         StoreError, PREFECT_ERRORS: The crew database cannot be used.
@@ -104,36 +88,30 @@ async def look(
     now, attempt, rows = await in_store(questions.look, run.attempt.id)
     goes_on_as(run, attempt or run.attempt)
     last, before = rows[-1] if rows else None, rows[-2] if len(rows) > 1 else None
-    is_alive = not status.state.ended and status.state is not CrewState.UNKNOWN
-    asks_by_callback = last is not None and FLOW in last.marks and last.answer is None and is_alive
-    named = task_id is not None and not status.state.ended
-    if not (status.state is CrewState.WAITING or asks_by_callback or named):
+    if status.state is not CrewState.WAITING and (task_id is None or status.state.ended):
         if last is not None and state_of(last, now) == "uncertain" and status.state is not CrewState.UNKNOWN:
             await in_store(questions.sent, last.id)  # the crew has moved on, so the answer arrived
         return None
-    if named and waiting_task(status) is None:
+    if task_id is not None:
         status = status.model_copy(update={"human_task_id": task_id})
-    marks, output, task = marks_of(status), shown_output(status), task_id or waiting_task(status)
-    text = None if output is None else run.redact(output)
-    is_stored = text is not None and may_store(run) and len(text) <= MOST_TEXT
-    is_name = task is not None and run.redact_name(task) == task
-    facts = {"task": task if is_name else None, "text": text if is_stored else None}
-    number = 1
-    if last is not None:
-        number = last.number + is_over(last, run.attempt, now, after, if_approved=if_approved)
-    is_known = last is not None and number == last.number and questions.is_same(last.marks, marks)
-    if last is None or not is_known or (not asks_by_callback and questions.new_facts(last, before, marks, facts)):
-        last = await in_store(questions.ask, run.attempt, number, marks=marks, **facts)
+    task, output, marks = waiting_task(status), shown_output(status), marks_of(status)
+    is_stored = may_store(run) and output is not None and len(output) <= MOST_TEXT
+    facts = {
+        "task": task if task and run.redact_name(task) == task else None,
+        "text": run.redact(output) if is_stored and output is not None else None,
+    }
+    number = 1 if last is None else last.number + is_over(last, run.attempt, now, after)
+    is_known = last is not None and last.number == number and questions.is_same(last.marks, marks)
+    is_of_flow = is_known and last is not None and FLOW in last.marks  # its webhook has told everything
+    if last is None or not is_known or (not is_of_flow and questions.new_facts(last, before, marks, facts)):
+        await in_store(questions.ask, run.attempt, number, marks=marks, **facts)
         rows = await in_store(questions.questions_of, run.attempt.id)
-    answer: dict[str, Any] = last.answer or {}
-    if state_of(last, now) == "left" and "withheld" in answer:  # nobody else has its text: it is asked once more
-        sender = uuid4().hex
-        if await in_store(questions.send, last.id, sender, 0.0):
-            await in_store(questions.not_sent, last.id, sender)
-            return await look(run, status, after=after, if_approved=if_approved, task_id=task_id)
-    is_of_it = FLOW not in last.marks and marks.items() <= last.marks.items()
-    task = last.task if FLOW in last.marks else waiting_task(status) or last.task
-    return Asked(last, state_of(last, now), rows, task or task_id, judged_output(status) if is_of_it else None, now)
+    last = rows[-1]
+    if is_of_flow:
+        return Asked(rows, now, last.task, last.text)
+    # A status that is late shows the question before.
+    judged = output or status.last_step if marks.items() <= last.marks.items() else None
+    return Asked(rows, now, task or last.task, last.text or judged)
 
 
 def may_store(run: LiveRun) -> bool:
@@ -150,7 +128,6 @@ async def answer_question(
     *,
     seen: ReviewRequest | None = None,
     task_id: str | None = None,
-    round: int | None = None,  # noqa: A002 - the word of the domain
     webhooks: Webhooks | None = None,
     call: str | None = None,
     looks: int = LOOKS,
@@ -164,69 +141,61 @@ async def answer_question(
         seen: The question that the giver has seen. No other question is answered.
         task_id: The task; default: the task in the status. With a task, the run counts as waiting whatever its status
             says.
-        round: The number of the question about its task; no other is answered.
         webhooks: The kickoff's webhooks, if they are not this package's own; default: those of the run's request.
         call: The name of the call, the same on each of its retries. A call that has answered sends no other answer.
         looks: The number of status calls by which this checks that the crew continues. A wait looks by itself.
 
     Raises:
-        AlreadyAnsweredError: The question has its answer, or the run asks another one, or none any more.
+        NotWaitingError: The run does not wait, or not for this answer: the question has one, or it asks another one.
         CrewLostError: The server does not know the run at this moment. Nothing was sent.
         StoreError, PREFECT_ERRORS: The crew database cannot be used. Nothing was sent.
-        CrewError: The run does not wait.
         AnswerUncertainError: This answer, or an earlier one, was sent, and nobody knows whether it arrived.
         CrewAPIError, CrewConnectionError: The server refused the answer, or the answer surely did not arrive.
     """
     assert run.attempt is not None  # noqa: S101  the callers looked
     if call is not None:
         now, _, rows = await in_store(questions.look, run.attempt.id)
-        answers = zip([row.answer for row in rows if row.answer is not None], reviews_of(rows, now), strict=True)
-        own = next((review for answer, review in answers if answer.get("call") == call), None)
-        if own is not None and own.outcome != "intended":
-            return _repeat_answer(run, own), own
-    asked = await _question_to_answer(run, seen, task_id, round)
-    question, where = asked.question, _where(run, asked)
+        own = [row for row in rows if row.answer and row.answer.get("call") == call and row.sender is not None]
+        if own:
+            return _repeat_answer(run, review_of(own[0], rows, now))
+    asked = await _question_to_answer(run, seen, task_id)
+    question = asked.question
     if asked.state == "left":
-        left, answer = await send_left(run, asked), question.answer
-        if left is not None and call is not None and answer.get("call") == call:
-            return _repeat_answer(run, left), left
+        left = await send_left(run, asked)
+        if left is not None and call is not None and question.answer.get("call") == call:
+            return left
     if asked.state != "open":
-        raise _answered(asked, where, run)
-    is_stored = may_store(run) and len(review.feedback) <= MOST_FEEDBACK and not run.redact.hides(review.feedback)
-    stored = {"approve": review.approve, "option": review.option and run.redact(review.option), "call": call}
-    task = asked.task or ""
-    stored |= {"feedback": review.feedback} if is_stored else {"withheld": True}
-    stored |= {"task": task} if run.redact_name(task) == task else {}
-    by = run.redact(one_line(review.by))[:MAX_NAME]
-    if not await in_store(questions.answer, question.id, stored, by):
-        raise AlreadyAnsweredError(f"{where} was answered by somebody else at this moment. Nothing was sent.")
-    return await _send(run, asked, review, webhooks, looks)
+        raise _answered(run, asked)
+    sender, by, within = uuid4().hex, run.redact(one_line(review.by))[:MAX_NAME], _post_within(run)
+    answer = {"approve": review.approve, "option": review.option and run.redact(review.option), "call": call}
+    if run.redact_name(asked.task or "") == asked.task:
+        answer["task"] = asked.task
+    if may_store(run) and not run.redact.hides([review.feedback, review.option or ""]):
+        answer["feedback"] = review.feedback
+        is_written = await in_store(questions.answer, question.id, answer, by)
+        is_mine = is_written and await in_store(questions.send, question.id, sender, within)
+    else:  # nobody else could send it, so the right to send it is taken at once
+        is_mine = await in_store(questions.answer, question.id, answer, by, sender, within)
+    if not is_mine:
+        raise NotWaitingError(f"{_where(run, asked)} was answered by somebody else at this moment. Nothing was sent.")
+    question = replace(question, answer=answer, answered_by=by, answered_at=asked.now)
+    asked = replace(asked, questions=[*asked.questions[:-1], question])
+    return await _send(run, asked, review, sender, webhooks, looks)
 
 
-async def _question_to_answer(
-    run: LiveRun,
-    seen: ReviewRequest | None,
-    task_id: str | None,
-    round: int | None,  # noqa: A002 - the word of the domain
-) -> Asked:
+async def _question_to_answer(run: LiveRun, seen: ReviewRequest | None, task_id: str | None) -> Asked:
     """Return the question that a run asks at this moment, with its task. Raise if it asks none, or another one."""
     status = await read_status(run)
     asked = await look(run, status, after=run.crew.wait.next_round_after, task_id=task_id)
-    if asked is None and seen is None:
-        raise NotWaitingError(
-            f"Run {run.kickoff_id} of crew {run.crew.label} does not wait for a person: it is {status.state}."
-        )
-    if asked is None and status.state is CrewState.UNKNOWN:  # it may be known again in a moment
-        raise CrewLostError(**run.names)
+    if asked is None and seen is not None and status.state is CrewState.UNKNOWN:
+        raise CrewLostError(**run.names)  # it may be known again in a moment
     if asked is None:
-        raise AlreadyAnsweredError(
-            f"Run {run.kickoff_id} does not wait any more: it is {status.state}. Nothing was sent."
+        raise NotWaitingError(
+            f"Run {run.kickoff_id} of crew {run.crew.label} does not wait for a person: it is {status.state}. Nothing "
+            "was sent."
         )
-    question, number, where = asked.question, round_of(asked.question, asked.questions), _where(run, asked)
-    if seen is not None and (seen.id, seen.options) != (question.id, tuple(question.options or ())):
-        raise AlreadyAnsweredError(f"{where} asks another question by now. Nothing was sent.")
-    if round not in (None, number):
-        raise AlreadyAnsweredError(f"{where} asks question {number}, not {round}. Nothing was sent.")
+    if seen is not None and (seen.id, seen.options) != (asked.question.id, tuple(asked.question.options or ())):
+        raise NotWaitingError(f"{_where(run, asked)} asks another question by now. Nothing was sent.")
     if not asked.task:
         raise ConfigurationError(
             f"Run {run.kickoff_id} of crew {run.crew.label} waits, but its status does not name the task. Give it "
@@ -235,39 +204,32 @@ async def _question_to_answer(
     return asked
 
 
+async def send_left(run: LiveRun, asked: Asked) -> tuple[ResumeAnswer, Review] | None:
+    """Send an answer that its giver left behind, as a process that died. Return None if somebody else sends it."""
+    sender, review = uuid4().hex, asked.answers[-1]
+    if not await in_store(questions.send, asked.question.id, sender, _post_within(run)):
+        return None
+    return await _send(run, asked, review, sender, None, 0)
+
+
 def _where(run: LiveRun, asked: Asked) -> str:
     return f"Run {run.kickoff_id}, task {run.redact_name(asked.task or '')},"
 
 
-async def send_left(run: LiveRun, asked: Asked) -> Review | None:
-    """Send an answer that its giver left behind, as a process that died. Return it, None if somebody else sends it."""
-    answer = asked.question.answer
-    review = Review(
-        approve=answer["approve"],
-        feedback=answer.get("feedback") or "",
-        option=answer.get("option"),
-        by=asked.question.answered_by or "",
-    )
-    with contextlib.suppress(AlreadyAnsweredError):
-        return (await _send(run, asked, review, None, 0))[1]
-    return None
+def _post_within(run: LiveRun) -> float:
+    return POST_DEADLINE * max(run.crew.request_timeout, 30.0) + SEND_WITHIN
 
 
 async def _send(
-    run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None, looks: int
+    run: LiveRun, asked: Asked, review: Review, sender: str, webhooks: Webhooks | None, looks: int
 ) -> tuple[ResumeAnswer, Review]:
-    """Take the right to send an answer on record, send it, and write the outcome. Only this function sends answers."""
-    question, sender = asked.question, uuid4().hex
-    seconds = POST_DEADLINE * max(run.crew.request_timeout, 30.0) + SEND_WITHIN
-    if not await in_store(questions.send, question.id, sender, seconds):
-        raise AlreadyAnsweredError(f"Somebody else sends the answer to run {run.kickoff_id}. This call sent nothing.")
-    work = OwnTask()
+    """Send an answer on record, whose `sender` has the right to, and write the outcome. Only this function sends."""
+    question, work = asked.question, OwnTask()
     with work.uncut():  # a cancellation waits for the answer to the POST
         accepted = await work.run(_post(run, asked, review, sender, webhooks), within=SEND_WITHIN)
-    written = _written(run, asked, review, "sent")
+    written = review_of(replace(question, sent_at=asked.now), asked.questions, asked.now)
     if run.attempt is not None:
-        facts = written.model_dump(include={"task_id", "round", "approve", "by"})
-        emit("reviewed", run.attempt, **facts)
+        emit("reviewed", run.attempt, **written.model_dump(include={"task_id", "round", "approve", "by"}))
     for number in range(looks):
         await asyncio.sleep(LOOK_AGAIN if number else 0.0)  # at once, since a fast crew soon asks again
         with contextlib.suppress(CrewError, *PREFECT_ERRORS):
@@ -284,20 +246,16 @@ async def _post(run: LiveRun, asked: Asked, review: Review, sender: str, webhook
     try:
         accepted = await _deliver(run, asked, review, webhooks)
     except BaseException as error:
-        if kickoff_fate(error) is KickoffFate.UNCERTAIN:
-            await _note(run, in_store(questions.uncertain, question.id, sender))
-            if isinstance(error, CrewError):
-                raise uncertain_error(run, _written(run, asked, review, "uncertain")) from error
-        else:
-            await _note(run, in_store(questions.not_sent, question.id, sender))
-            if isinstance(error, CrewAPIError) and is_refusal(question, error):
-                await forget_callback(question)
+        is_uncertain = kickoff_fate(error) is KickoffFate.UNCERTAIN
+        outcome = questions.uncertain if is_uncertain else questions.not_sent
+        await _note(run, in_store(outcome, question.id, sender))
+        if is_uncertain and isinstance(error, CrewError):
+            raise uncertain_error(run, asked.answers[-1]) from error
         raise
-    new_id = accepted.kickoff_id if FLOW not in question.marks else None
-    if new_id not in (None, run.current_id) and run.attempt is not None:
-        await _note(run, _continue(run, run.attempt, str(new_id)))
+    new_id = accepted.kickoff_id
+    if FLOW not in question.marks and new_id not in (None, run.current_id) and run.attempt is not None:
+        await _note(run, _continue(run, run.attempt, new_id))
     await _note(run, in_store(questions.sent, question.id))
-    await forget_callback(question)
     return accepted
 
 
@@ -306,15 +264,20 @@ async def _continue(run: LiveRun, attempt: Attempt, new_id: str) -> None:
     goes_on_as(run, started.attempt or attempt)
 
 
+async def _note(run: LiveRun, writing: Awaitable[Any]) -> None:
+    """Await a write of an answer's outcome, and log its error, which does not change whether the answer was sent."""
+    try:
+        await writing
+    except (*PREFECT_ERRORS, CrewError) as error:
+        run_logger().warning("The outcome of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
+
+
 async def _deliver(run: LiveRun, asked: Asked, review: Review, webhooks: Webhooks | None) -> ResumeAnswer:
     """Send an answer once: to the callback URL of a Flow's question, else to `/resume`."""
     question, attempt = asked.question, run.attempt
-    if FLOW in question.marks:
-        of_flow = FlowQuestion(
-            kickoff_id=run.kickoff_id,
-            callback_url=await read_callback(run.kickoff_id, question),
-            options=tuple(question.options or ()),
-        )
+    if (flow_id := question.marks.get(FLOW)) is not None:
+        url, options = await read_callback(run.kickoff_id, flow_id), tuple(question.options or ())
+        of_flow = FlowQuestion(kickoff_id=run.kickoff_id, callback_url=url, options=options)
         return await post_answer(of_flow, review, allow_http=run.crew.allow_http)
     if webhooks is None and attempt is not None and attempt.has_webhooks:
         # Without the request, this process does not know the policy of the run.
@@ -331,59 +294,38 @@ async def _deliver(run: LiveRun, asked: Asked, review: Review, webhooks: Webhook
     )
 
 
-def _written(run: LiveRun, asked: Asked, review: Review, outcome: Literal["sent", "uncertain"]) -> Review:
-    """Return an answer as it is on record."""
-    number = round_of(asked.question, asked.questions)
-    facts: dict[str, Any] = {"task_id": run.redact_name(asked.task or ""), "round": number, "outcome": outcome}
-    facts |= {"by": run.redact(one_line(review.by))[:MAX_NAME], "option": review.option and run.redact(review.option)}
-    feedback = run.redact_text(review.feedback) if run.show == "full" else ""
-    return review.model_copy(update={**facts, "feedback": feedback, "at": utcnow()})
-
-
-def is_refusal(question: Question, error: CrewAPIError) -> bool:
-    """Return whether an error means that the question takes no answer: it has one, or the run does not wait."""
-    return error.status_code in (REFUSALS_OF_FLOWS if FLOW in question.marks else REFUSALS)
-
-
-async def _note(run: LiveRun, writing: Awaitable[Any]) -> None:
-    """Await a write of an answer's outcome, and log its error, which does not change whether the answer was sent."""
-    try:
-        await writing
-    except (*PREFECT_ERRORS, CrewError) as error:
-        run_logger().warning("The outcome of the answer to run %s could not be recorded: %s", run.kickoff_id, error)
-
-
 def uncertain_error(run: LiveRun, last: Review) -> CrewError:
     """Return the error about an answer that may have arrived: it is not sent again, and a person has to look."""
     return AnswerUncertainError(
         f"The answer to run {run.kickoff_id}, task {last.task_id}, question {last.round} (by {describe_answer(last)}) "
-        f"was sent and nobody knows whether it arrived. It is not sent again automatically. {where_to_look(run)} If "
-        "the run still waits, answer on that page. If it goes on under another id, run: prefect-crew runs resolve "
+        "was sent and nobody knows whether "
+        f"it arrived. It is not sent again automatically. {where_to_look(run)} If the run still waits, answer on that "
+        "page. If it goes on under another id, run: prefect-crew runs resolve "
         f"{shlex.quote(run.idempotency_key or run.kickoff_id)} --kickoff-id ID. Then wait for the run again under the "
         "same key."
     )
 
 
-def _answered(asked: Asked, where: str, run: LiveRun) -> CrewError:
+def _answered(run: LiveRun, asked: Asked) -> CrewError:
     """Return the error of an answer to a question that has one."""
-    last = reviews_of(asked.questions, asked.now)[-1]
+    last = asked.answers[-1]
     if asked.state == "uncertain":
         return uncertain_error(run, last)
     verb = "approved" if last.approve else "rejected"
     still = ", but the crew's server still shows the same question" if asked.state == "answered" else ""
-    return AlreadyAnsweredError(
-        f"{where} question {last.round} was already {verb} (by {describe_answer(last)}){still}. Nothing was sent. Look "
-        "again in a moment: prefect-crew reviews ls."
+    return NotWaitingError(
+        f"{_where(run, asked)} question {last.round} was already {verb} (by {describe_answer(last)}){still}. Nothing "
+        "was sent. Look again in a moment: prefect-crew reviews ls."
     )
 
 
-def _repeat_answer(run: LiveRun, earlier: Review) -> ResumeAnswer:
-    """Return an answer of the server for a call that has answered in an earlier attempt."""
+def _repeat_answer(run: LiveRun, earlier: Review) -> tuple[ResumeAnswer, Review]:
+    """Return the answer for a call that has answered in an earlier attempt."""
     if earlier.outcome != "sent":
         raise uncertain_error(run, earlier)
     message = f"Question {earlier.round} of task {earlier.task_id} was answered by an earlier attempt of this call."
     run_logger().info("Crew run %s: %s Nothing was sent.", run.kickoff_id, message)
-    return ResumeAnswer(kickoff_id=run.kickoff_id, message=message)
+    return ResumeAnswer(kickoff_id=run.kickoff_id, message=message), earlier
 
 
 # Answering from outside of a wait
@@ -427,47 +369,42 @@ async def resume_run(
 # The runs that wait for people
 
 
-async def list_open_questions(crew_of: CrewOf) -> list[tuple[Attempt, ReviewRequest]]:
-    """Return the runs that wait for a person, each with its question, masked, the longest waiting first.
-
-    If the crew is a stored block, its server is asked for the status; else the crew database decides.
-    """
-    gate, opened = asyncio.Semaphore(AT_ONCE), await in_store(questions.open_questions)
-
-    async def read(question: Question) -> tuple[Attempt, ReviewRequest] | None:
-        async with gate:
-            attempt = await in_store(attempts.get, question.attempt_id)
-            request = None if attempt is None else await read_question(attempt, crew_of)
-            return None if attempt is None or request is None else (attempt, request)
-
-    return [run for run in await asyncio.gather(*map(read, opened)) if run is not None]
+async def list_open_questions() -> list[tuple[Attempt, ReviewRequest]]:
+    """Return the runs that wait for a person, each with its question, as the crew database has them, oldest first."""
+    waiting: list[tuple[Attempt, ReviewRequest]] = []
+    for question in await in_store(questions.open_questions):
+        _, attempt, _ = await in_store(questions.look, question.attempt_id)
+        request = None if attempt is None else await read_question(attempt, None)
+        if attempt is not None and request is not None:
+            waiting.append((attempt, request))
+    return waiting
 
 
-async def read_question(attempt: Attempt, crew_of: CrewOf) -> ReviewRequest | None:
+async def read_question(attempt: Attempt, crew: Crew | None) -> ReviewRequest | None:
     """Return the question of a run in flight, masked for people, with all answers on record; None if the run asks none.
-    The task is "" if it is unknown."""
-    crew = await crew_of(attempt)
-    run = None if crew is None else LiveRun(crew, str(attempt.first_id), attempt)
+
+    It is the one that the crew's server shows; without the crew, or an answer of its server, that of the crew database.
+    """
     asked = request = None
-    if run is not None:
-        # If the server does not answer, only the crew database counts.
+    if crew is not None:
+        run = LiveRun(crew, str(attempt.first_id), attempt)
         with contextlib.suppress(CrewError), withholding(run.redact_text):
             async with run.session:
                 status = await read_status(run)
-            asked = await look(run, status, after=run.crew.wait.next_round_after)
+            asked = await look(run, status, after=crew.wait.next_round_after)
             if asked is None or asked.state == "answered":
                 return None
-            request = masked_request(run, request_of(run.kickoff_id, asked))
+            request = masked_request(run, asked.request(run.kickoff_id))
     if asked is None or request is None:
         now, _, rows = await in_store(questions.look, attempt.id)
         if not rows or rows[-1].sent_at is not None:
             return None
-        asked = Asked(rows[-1], state_of(rows[-1], now), rows, rows[-1].task, None, now)
-        request = request_of(str(attempt.first_id), asked)
+        asked = Asked(rows, now, rows[-1].task, rows[-1].text)
+        request = asked.request(str(attempt.first_id))
         if request.output is None:
             why = "its crew's server was not asked. Look at the crew's page, or give --crew."
             request = request.model_copy(update={"withheld": why})
-    return request.model_copy(update={"answers": tuple(reviews_of(asked.questions, asked.now))})
+    return request.model_copy(update={"answers": tuple(asked.answers)})
 
 
 async def find_run_in_flight(name: str) -> Attempt:

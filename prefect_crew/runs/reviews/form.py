@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import PrefectClient, get_client
@@ -17,7 +17,7 @@ from prefect.input import Keyset, RunInput, keyset_from_base_key
 from prefect.input.actions import aread_flow_run_input
 from prefect.states import Paused, Running
 from prefect.utilities.urls import url_for
-from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from prefect_crew._internal.clock import utcnow
 from prefect_crew._internal.prefect_api import run_logger
@@ -81,17 +81,11 @@ class ReviewForm(RunInput):
         only = Field(default=name, title=own.title, description=own.description, json_schema_extra={"enum": [name]})
         fields: dict[str, Any] = {"question": (str, only)}
         if shown := options or question.options:
-            options_shown: list[Any] = list(shown)
-
-            def checked(decision: str) -> str:
-                # Another process may have put this form up, and masked its options in another way.
-                if decision not in options_shown:
-                    raise ValueError("this is no choice that the question offers; choose again on its form")
-                return decision
-
-            description = "The outcome that the Flow continues with."
-            outcome = Field(title="Decision", description=description, json_schema_extra={"enum": options_shown})
-            fields["decision"] = (Annotated[str, AfterValidator(checked)], outcome)
+            choice: Any = Literal[tuple(shown)]
+            fields["decision"] = (
+                choice,
+                Field(title="Decision", description="The outcome that the Flow continues with."),
+            )
         form = create_model(cls.__name__, __base__=cls, **fields)
         form.has_options = bool(shown)
         return form.with_initial_data(description=text)
@@ -143,10 +137,10 @@ class Form:
         self._own = UUID(own)
         self._run = run
         self._until = None if policy.human_timeout is None else timedelta(seconds=policy.human_timeout) + MARGIN
-        self._mark = ""
         self._base = ""
         """The prefix of the keys of all pauses with this question's form."""
         self._model = ReviewForm
+        self._options: list[str] = []
         self._filled: ReviewForm | None = None
         self._was_up = self._has_warned = False
 
@@ -159,14 +153,14 @@ class Form:
         if question is None:
             return
         # The same in every process and attempt, so that a later process finds the answer; the id itself is secret.
-        self._mark = digest(question.id)
-        self._base = _of_run(question.kickoff_id) + self._mark
+        mark = digest(question.id)
+        self._base = _of_run(question.kickoff_id) + mark
         task = self._run.redact_name(question.task_id)
-        options = masked_options(self._run, question)
-        self._model = ReviewForm.about(question, _text(self._run, question), task, self._mark, options)
+        self._options = masked_options(self._run, question)
+        self._model = ReviewForm.about(question, _text(self._run, question), task, mark, self._options)
 
-    async def look(self) -> ReviewForm | None:
-        """Return the submitted form, also if no process ran when a person submitted it. Else put the form up."""
+    async def look(self) -> Review | None:
+        """Return the answer of the submitted form, also if no process ran when it was submitted. Else put it up."""
         if self.question is not None and self._filled is None:
             try:
                 async with asyncio.timeout(PREFECT_WITHIN), get_client() as client:
@@ -175,7 +169,9 @@ class Form:
                 warn = run_logger().debug if self._was_up or self._has_warned else run_logger().warning
                 self._has_warned = True
                 warn("The form for run %s is not on its page yet; it is tried again: %r", self._run.kickoff_id, error)
-        return self._filled
+        return (
+            None if self.question is None or self._filled is None else self._filled.review(self.question, self._options)
+        )
 
     async def _look(self, client: PrefectClient, question: ReviewRequest) -> ReviewForm | None:
         up = await self._key_up(client)

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import re
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +38,8 @@ ASKED_ALERT = "prefect-crew: alert asked"
 """The automation (automations.py) whose block sends the links. Its own alert goes out for questions without a link."""
 NOTIFY_WITHIN = 20.0
 """Seconds to load the block and to send one notification."""
-QUEUED_WITHIN = 300.0
-"""Seconds for the notifications before it, and for itself."""
 _WORDS = re.compile(r"[^\W_](?:[\w /-]{0,78}[^\W_])?")
 """Names that a notification shows. Without dots, signs and colons they are no link, mention or formatting."""
-_SENDERS = ("apprise", "httpx", "urllib3", "slack_sdk")
-"""Libraries whose loggers may write the body of a notification, or a URL with it, at the level DEBUG or INFO."""
 
 
 async def notify_people(run: LiveRun, request: ReviewRequest, policy: WaitPolicy) -> None:
@@ -62,23 +55,19 @@ async def notify_people(run: LiveRun, request: ReviewRequest, policy: WaitPolicy
     if settings.answer_url is None or run.crew.block is None:
         raise ConfigurationError("the crew is no stored block, so the receiver has no token for it")
     base = checked_url(settings.answer_url, allow_http=True, what="PREFECT_INTEGRATIONS_CREW_ANSWER_URL")
-    sender, within = "the notifications before it", QUEUED_WITHIN
+    sender = "the Prefect API"
     try:
-        async with asyncio.timeout(within), lock_here("notifications"):
-            sender, within = "the Prefect API", NOTIFY_WITHIN
-            async with asyncio.timeout(within):
-                block = await _load_block()
-                until = (
-                    None if block is None else await in_store(open_link, request.id, policy.human_timeout or UNLIMITED)
-                )
-                if block is None or until is None:
-                    return
-                subject, body = describe_link(run, request, f"{base}/answer/{request.id}", until)
-                sender = f"the block {block.get_block_type_slug()}"
-                # A block may be sync, and Prefect calls one so in a sync flow: here it would hold up all polls.
-                await call_in_thread(asyncio.run, _notify(block, subject, body, request.id))
+        async with lock_here("notifications"), asyncio.timeout(NOTIFY_WITHIN):
+            block = await _load_block()
+            until = None if block is None else await in_store(open_link, request.id, policy.human_timeout or UNLIMITED)
+            if block is None or until is None:
+                return
+            subject, body = describe_link(run, request, f"{base}/answer/{request.id}", until)
+            sender = f"the block {block.get_block_type_slug()}"
+            # A block may be sync, and Prefect calls one so in a sync flow: here it would hold up all polls.
+            await call_in_thread(asyncio.run, _notify(block, subject, body))
     except TimeoutError:
-        raise CrewError(f"{sender} took more than {within:g} s") from None
+        raise CrewError(f"{sender} took more than {NOTIFY_WITHIN:g} s") from None
     except CrewError:
         raise
     except Exception as error:  # noqa: BLE001  a block may raise anything
@@ -117,25 +106,9 @@ async def _load_block() -> Block | None:
         raise prefect_error(error, "The block cannot be loaded.") from None
 
 
-async def _notify(block: Any, subject: str, body: str, token: str) -> None:
-    with _unlogged(token), block.raise_on_failure():
+async def _notify(block: Any, subject: str, body: str) -> None:
+    with block.raise_on_failure():
         # By Prefect's context, a block's method returns a coroutine or does its work at once.
         sending = block.notify(body=body, subject=subject)
         if inspect.isawaitable(sending):
             await sending
-
-
-@contextmanager
-def _unlogged(token: str) -> Generator[None]:
-    """Drop the lines with a token from the logs of libraries that send notifications."""
-
-    def has_no_token(line: logging.LogRecord) -> bool:
-        return token not in line.getMessage()
-
-    with ExitStack() as stack:
-        # The filter of a logger is not one of the loggers below it.
-        for name in {*_SENDERS, *(name for name in [*logging.root.manager.loggerDict] if name.startswith(_SENDERS))}:
-            logger = logging.getLogger(name)
-            logger.addFilter(has_no_token)
-            stack.callback(logger.removeFilter, has_no_token)
-        yield

@@ -24,8 +24,6 @@ MOST_TEXT = 200_000
 """Characters of a text to judge. A longer one is not stored: nobody can judge a part of it."""
 LEFT_AFTER = 5.0
 """Seconds after which an answer without a sender was left behind: its giver sends it at once."""
-WITHHELD_FOR = 60.0
-"""The same for an answer whose text is not stored, so that nobody else can send it."""
 
 
 def waiting_task(status: CrewStatus) -> str | None:
@@ -38,15 +36,6 @@ def shown_output(status: CrewStatus) -> str | None:
     task_id = waiting_task(status)
     of_task = next((task.output for task in reversed(status.tasks) if task.name == task_id and task.output), None)
     return of_task or waiting_output(status.raw)
-
-
-def judged_output(status: CrewStatus) -> str | None:
-    """Return the text that a person judges, None if the status shows none. The status that CrewAI documents shows none.
-
-    The text is the output of the task that waits, else the status's `last_step`. The output of an earlier task does not
-    count.
-    """
-    return shown_output(status) or status.last_step
 
 
 def digest(*facts: object) -> str:
@@ -71,37 +60,63 @@ def state_of(question: Question, now: float) -> State:
     if question.sent_at is not None:
         return "answered"
     if question.sender is None:
-        pause = WITHHELD_FOR if "withheld" in question.answer else LEFT_AFTER
-        return "left" if now > (question.answered_at or now) + pause else "answering"
+        return "left" if now > (question.answered_at or now) + LEFT_AFTER else "answering"
     return "uncertain" if now >= (question.send_deadline or now) else "answering"
 
 
-def is_over(last: Question, attempt: Attempt, now: float, after: float | None, *, if_approved: bool) -> bool:
+def is_over(last: Question, attempt: Attempt, now: float, after: float | None) -> bool:
     """Return whether a run that waits asks something else than its last question, though it looks the same.
 
     The run went on since the answer was sent; or `after` seconds are over, since a rejected task may ask again in the
-    same words. `if_approved`: the time counts for an approved task as well.
+    same words.
     """
     until = last.sent_at or (None if last.sender is None else last.send_deadline)
     if until is None or until > now:
         return False
     if attempt.human_since is None or attempt.human_since > until:
         return True
-    has_time = last.sent_at is not None and after is not None and now - until >= after
-    return has_time and (if_approved or not last.answer["approve"])
+    is_rejected = last.sent_at is not None and not last.answer["approve"]
+    return is_rejected and after is not None and now - until >= after
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The question that a run asks at a status, with its state, and all questions of the run up to it. `shown` is the
-    text to judge in that status."""
+    """The question that a run asks, the last one of `questions`, as of `now`. `output` is the text to judge."""
 
-    question: Question
-    state: State
     questions: Sequence[Question]
-    task: str | None
-    shown: str | None
     now: float
+    task: str | None
+    output: str | None
+
+    @property
+    def question(self) -> Question:
+        """The question."""
+        return self.questions[-1]
+
+    @property
+    def state(self) -> State:
+        """How far it is."""
+        return state_of(self.question, self.now)
+
+    @property
+    def answers(self) -> list[Review]:
+        """All answers to the questions of the run, masked as they are stored."""
+        return reviews_of(self.questions, self.now)
+
+    def request(self, kickoff_id: str, meta: Mapping[str, Any] | None = None) -> ReviewRequest:
+        """Return the question for its function or its page."""
+        question = self.question
+        return ReviewRequest(
+            kickoff_id=kickoff_id,
+            task_id=self.task or "",
+            output=self.output,
+            round=round_of(question, self.questions),
+            answers=tuple(reviews_of(self.questions[:-1], self.now)),
+            meta=meta,
+            options=tuple(question.options or ()),
+            message=question.message,
+            id=question.id,
+        )
 
 
 def round_of(question: Question, questions: Sequence[Question]) -> int:
@@ -113,43 +128,26 @@ def round_of(question: Question, questions: Sequence[Question]) -> int:
 
 def reviews_of(questions: Sequence[Question], now: float) -> list[Review]:
     """Return the answers on record, the first one first, masked as they are stored."""
-    reviews: list[Review] = []
-    for question in questions:
-        if question.answer is None:
-            continue
-        state = state_of(question, now)
-        reviews.append(
-            Review(
-                **{name: question.answer.get(name) for name in ("approve", "option")},
-                feedback=question.answer.get("feedback") or "",
-                by=question.answered_by or "",
-                at=None if question.answered_at is None else moment(question.answered_at),
-                task_id=question.task or question.answer.get("task") or "",
-                round=round_of(question, questions),
-                outcome={"answered": "sent", "uncertain": "uncertain"}.get(state, "intended"),  # pyright: ignore[reportArgumentType]
-            )
-        )
-    return reviews
+    return [review_of(question, questions, now) for question in questions if question.answer is not None]
 
 
-def request_of(kickoff_id: str, asked: Asked, meta: Mapping[str, Any] | None = None) -> ReviewRequest:
-    """Return a question for its function or its page: with the text on record, else with that of the status."""
-    question = asked.question
-    return ReviewRequest(
-        kickoff_id=kickoff_id,
-        task_id=asked.task or "",
-        output=question.text or asked.shown,
-        round=round_of(question, asked.questions),
-        answers=tuple(reviews_of(asked.questions[:-1], asked.now)),
-        meta=meta,
-        options=tuple(question.options or ()),
-        message=question.message,
-        id=question.id,
+def review_of(question: Question, questions: Sequence[Question], now: float) -> Review:
+    """Return the answer on record to one of a run's questions, masked as it is stored."""
+    answer, state = question.answer, state_of(question, now)
+    return Review(
+        approve=answer["approve"],
+        feedback=answer.get("feedback") or "",
+        option=answer.get("option"),
+        by=question.answered_by or "",
+        at=None if question.answered_at is None else moment(question.answered_at),
+        task_id=question.task or answer.get("task") or "",
+        round=round_of(question, questions),
+        outcome="sent" if state == "answered" else "uncertain" if state == "uncertain" else "intended",
     )
 
 
 def masked_request(run: LiveRun, request: ReviewRequest) -> ReviewRequest:
-    """Return a question as people may see it in a terminal."""
+    """Return a question as people may see it."""
     changes: dict[str, Any] = {"message": None, "meta": None, "task_id": run.redact_name(request.task_id)}
     if request.output is None:
         changes["withheld"] = f"neither the status nor a webhook shows it. {where_to_look(run)}"
@@ -173,11 +171,8 @@ def answer_commands(run: LiveRun) -> list[str]:
 def how_to_answer(run: LiveRun) -> str:
     """Return how to answer, for logs and events."""
     page = f": {run.crew.page_url}" if run.crew.page_url else "."
-    return f"{', or: '.join(answer_commands(run))}. {_token(run)}The crew's own page takes answers too{page}"
-
-
-def _token(run: LiveRun) -> str:
-    return "" if run.crew.block else "The crew's token goes into CREW_TOKEN. "
+    token = "" if run.crew.block else "The crew's token goes into CREW_TOKEN. "
+    return f"{', or: '.join(answer_commands(run))}. {token}The crew's own page takes answers too{page}"
 
 
 def where_to_look(run: LiveRun) -> str:
@@ -190,21 +185,15 @@ def describe_answer(answer: Review) -> str:
     return answer.by if answer.at is None else f"{answer.by}, {answer.at:%Y-%m-%d %H:%M:%S} UTC"
 
 
-def describe_question(
-    run: LiveRun, request: ReviewRequest, unsure: Review | None, page: str | None = None, *, with_commands: bool = True
-) -> str:
-    """Return the message about a question, which follows the run's name. `unsure`: its answer that may have arrived;
-    `page`: the page with the form."""
+def describe_question(run: LiveRun, request: ReviewRequest, unsure: Review | None) -> str:
+    """Return the sentences about a question, which follow the run's name. `unsure`: its answer that may have
+    arrived."""
     where = f"task {run.redact_name(request.task_id)}, question {request.round}."
     if unsure is not None:
         return (
             f"may wait for a person: {where} An answer was sent (by {describe_answer(unsure)}) and nobody knows "
             f"whether it arrived. It is not sent again. {where_to_look(run)} If it still waits, answer there."
         )
-    parts = [f"waits for a person: {where}", f"The form is on {page} (Resume)." if page else ""]
-    if request.output is None or run.show != "full":
-        parts.append(where_to_look(run))
-    elif with_commands:
-        parts.append(f"See what is to be judged: prefect-crew reviews inspect {run.as_argument()}.")
-    parts.append(f"Answer: {how_to_answer(run)}" if with_commands else _token(run).rstrip())
-    return " ".join(filter(None, parts))
+    is_shown = request.output is not None and run.show == "full"
+    look = f"See what is to be judged: prefect-crew reviews inspect {run.as_argument()}."
+    return f"waits for a person: {where} {look if is_shown else where_to_look(run)}"

@@ -15,22 +15,15 @@ from prefect_crew.artifacts.events import LINK, emit
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import (
-    AlreadyAnsweredError,
     CrewAPIError,
     CrewError,
     CrewLostError,
+    NotWaitingError,
     ReviewLimitError,
     StoreError,
 )
-from prefect_crew.runs.news import Subscription
-from prefect_crew.runs.reviews.answer import (
-    answer_question,
-    is_refusal,
-    look,
-    send_left,
-    uncertain_error,
-)
-from prefect_crew.runs.reviews.form import Form, masked_options
+from prefect_crew.runs.reviews.answer import answer_question, look, send_left, uncertain_error
+from prefect_crew.runs.reviews.form import Form
 from prefect_crew.runs.reviews.links import notify_people
 from prefect_crew.runs.reviews.questions import (
     Asked,
@@ -39,8 +32,6 @@ from prefect_crew.runs.reviews.questions import (
     answer_commands,
     describe_question,
     how_to_answer,
-    request_of,
-    reviews_of,
 )
 from prefect_crew.runs.run import read_attempt
 from prefect_crew.settings import CrewSettings
@@ -54,12 +45,12 @@ NOBODY = "nobody, in time"
 """The giver of a rejection by `on_human_timeout`."""
 GOES_ON_WITHIN = 20.0
 """Seconds for the crew to continue after an answer that came as people's time ended."""
-REQUEST_WITHIN = 60.0
-"""Seconds within which the question of a Flow may arrive after `/resume` has refused an answer to it."""
 OUTPUT_WITHIN = 5.0
-"""Seconds for which a question without an output waits for the output that its webhook brings."""
+"""Seconds for which a question without an output waits for the webhook that brings it."""
 STOP_WITHIN = 5.0
 """Seconds for a review function to end after its answer is no longer needed."""
+REFUSALS = (400, 404, 409, 410)
+"""Status codes of a server if the question of a form takes no answer, or not this one: a person sees what is asked."""
 NOT_ON_RECORD = (
     "Crew run %s waits for a person. It is not in the crew database, so no question of it can be answered here: answer "
     "on the crew's page, or with resume_crew."
@@ -76,7 +67,6 @@ class People:
         policy: The time for people, and the most questions about one task.
         review: The source of answers. None: a person answers by link, on the command line or on the crew's page.
         stop: Stops the crew; True if its server accepted that.
-        news: The run's news.
         quiet: Write no log line about each question: a batch writes one line about many.
     """
 
@@ -86,21 +76,19 @@ class People:
         policy: WaitPolicy,
         review: ReviewChoice | None,
         stop: Callable[[], Awaitable[bool]],
-        news: Subscription | None = None,
         quiet: bool = False,
     ) -> None:
-        self.run, self.policy, self.stop, self.news, self.quiet = run, policy, stop, news, quiet
+        self.run, self.policy, self.stop, self.quiet = run, policy, stop, quiet
         self.question: ReviewRequest | None = None
         self.answers: list[Review] = []
         self._form = Form(flow_run_id(), run, policy) if review == "form" else None
         self._function: ReviewFunction | None = None if review == "form" else review
         self._asked: Asked | None = None
         self._thinking: asyncio.Task[Review] | None = None
-        self._thinks_about: tuple[object, ...] = ()  # the question that the review function got
+        self._thinks_about = ""  # the id of the question that the review function got
         self._notifying: asyncio.Task[None] | None = None
         self._held_until: float | None = None  # a question without an output waits until then; monotonic
-        self._has_extra_time = self._has_warned = self._was_refused = False
-        self._has_ended_pause = False  # a decision ends one pause only: if status calls fail, later pauses are full
+        self._has_extra_time = self._has_warned = False
 
     # The open question
 
@@ -115,51 +103,19 @@ class People:
         except (StoreError, *PREFECT_ERRORS) as error:
             run_logger().debug("The questions of run %s could not be read: %r", self.run.kickoff_id, error)
             return False
-        before, question = self.question, None
+        before, was_unsure, question = self.question, self._unsure is not None, None
         if asked is not None and asked.state in ("open", "uncertain") and not self._is_held(asked):
             meta = None if self.run.request is None else self.run.request.options.meta
-            question = request_of(self.run.kickoff_id, asked, meta)
-        was_uncertain = self._asked is not None and self._asked.state == "uncertain"
+            question = asked.request(self.run.kickoff_id, meta)
         self._asked, self.question = asked, question
-        if asked is not None:
-            self.answers = reviews_of(asked.questions, asked.now)
-        is_uncertain = asked is not None and asked.state == "uncertain"
-        if before is not None and question is not None and before.id == question.id and was_uncertain == is_uncertain:
+        self.answers = self.answers if asked is None else asked.answers
+        is_unsure = self._unsure is not None
+        if before is not None and question is not None and before.id == question.id and was_unsure is is_unsure:
             return before != question  # only its output is new
         if self._notifying is not None:
             self._notifying.cancel()  # its link may still be in the queue
-        if question is None or asked is None:
+        if question is None:
             return before is not None
-        await self._check_rounds(question)
-        self._announce(question, asked)
-        return True
-
-    async def _look(self, status: CrewStatus) -> Asked | None:
-        run = self.run
-        if status.state is CrewState.WAITING and run.attempt is None and run.is_unread:
-            await read_attempt(run)
-        if run.attempt is not None:
-            return await look(run, status, after=self.policy.next_round_after, if_approved=False)
-        if status.state is CrewState.WAITING and not self._has_warned:
-            self._has_warned = True
-            run_logger().warning(NOT_ON_RECORD, run.kickoff_id)
-        return None
-
-    def _is_held(self, asked: Asked) -> bool:
-        """Return whether to wait some seconds for the webhook with the output, or with a Flow's question."""
-        is_full = asked.shown is not None or asked.question.text is not None or FLOW in asked.question.marks
-        has_webhook = self.run.has_webhooks and not is_full
-        if asked.state != "open" or not (has_webhook or self._was_refused or CrewSettings().review_secret):
-            self._held_until = None
-            return False
-        if FLOW in asked.question.marks:
-            self._held_until, self._was_refused = None, False
-            return False
-        if self._held_until is None:
-            self._held_until = time.monotonic() + OUTPUT_WITHIN
-        return time.monotonic() < self._held_until
-
-    async def _check_rounds(self, question: ReviewRequest) -> None:
         most = self.policy.max_rounds
         if most is not None and question.round > most:
             raise ReviewLimitError(
@@ -170,6 +126,30 @@ class People:
                 idempotency_key=self.run.idempotency_key,
                 stopped=self.policy.on_human_timeout == "stop" and await self.stop(),
             )
+        self._announce(question)
+        return True
+
+    async def _look(self, status: CrewStatus) -> Asked | None:
+        run = self.run
+        if status.state is CrewState.WAITING and run.attempt is None and run.is_unread:
+            await read_attempt(run)
+        if run.attempt is not None:
+            return await look(run, status, after=self.policy.next_round_after)
+        if status.state is CrewState.WAITING and not self._has_warned:
+            self._has_warned = True
+            run_logger().warning(NOT_ON_RECORD, run.kickoff_id)
+        return None
+
+    def _is_held(self, asked: Asked) -> bool:
+        """Return whether to wait some seconds for the webhook with the output, or with a Flow's question."""
+        is_full = asked.output is not None or asked.state != "open"
+        has_webhook = (self.run.has_webhooks and not is_full) or CrewSettings().review_secret is not None
+        if FLOW in asked.question.marks or asked.state != "open" or not has_webhook:
+            self._held_until = None
+            return False
+        if self._held_until is None:
+            self._held_until = time.monotonic() + OUTPUT_WITHIN
+        return time.monotonic() < self._held_until
 
     # Messages to people
 
@@ -181,27 +161,26 @@ class People:
     @property
     def notes(self) -> tuple[list[str], list[str]]:
         """The notes of the artifact about the open question, and the commands that answer it."""
-        run, question, unsure = self.run, self.question, self._unsure
+        question, unsure = self.question, self._unsure
         if question is None or (self._function is not None and unsure is None):
             return [], []
         form = "" if self._form is None else "The form is on this flow run's page: Resume. "
-        note = f"{form}It {describe_question(run, question, unsure, with_commands=False)}"
-        commands = [f"prefect-crew reviews inspect {run.as_argument()}", *answer_commands(run)]
-        return [note], [] if unsure is not None else commands
+        note = f"{form}It {describe_question(self.run, question, unsure)}"
+        return [note], [] if unsure is not None else answer_commands(self.run)
 
-    def _announce(self, question: ReviewRequest, asked: Asked) -> None:
+    def _announce(self, question: ReviewRequest) -> None:
         """Emit an event about a question, and send a link to people. Log the question, unless a function answers it or
         a batch logs it."""
-        page = None if self._form is None else self._form.page
-        is_for_people = self._function is None and asked.state == "open"
-        has_link = is_for_people and CrewSettings().answer_url is not None
+        unsure = self._unsure
+        has_link = self._function is None and unsure is None and CrewSettings().answer_url is not None
         self._emit_waiting(question, has_link=has_link)
         if has_link:
             self._notifying = asyncio.create_task(self._notify(question))
-        is_quiet = self.quiet or self._function is not None
-        if not is_quiet or asked.state != "open":
-            text = describe_question(self.run, question, self._unsure, page)
-            run_logger().warning("Crew run %s %s", self.run.kickoff_id, text)
+        if unsure is not None or not (self.quiet or self._function is not None):
+            form = "" if self._form is None else f" The form is on {self._form.page} (Resume)."
+            how = "" if unsure is not None else f"{form} Answer: {how_to_answer(self.run)}"
+            text = describe_question(self.run, question, unsure)
+            run_logger().warning("Crew run %s %s%s", self.run.kickoff_id, text, how)
 
     def _emit_waiting(self, question: ReviewRequest, *, has_link: bool) -> None:
         run = self.run
@@ -220,8 +199,7 @@ class People:
             log = run_logger().debug if self.quiet else run_logger().warning
             reason, how = str(error).rstrip("."), how_to_answer(run)
             log("Crew run %s: the link to its question was not sent: %s. Answer: %s", run.kickoff_id, reason, how)
-            if self.question is not None and self.question.id == question.id:
-                self._emit_waiting(question, has_link=False)
+            self._emit_waiting(question, has_link=False)
 
     # Answers
 
@@ -257,17 +235,13 @@ class People:
         The polls of the run go on while the function works. Stop a function whose question is not open any more.
         """
         if self._form is not None:
-            submitted = None if question is None else await self._form.look()
-            if question is None or submitted is None:
-                return None
-            return submitted.review(question, masked_options(self.run, question))
-        about = () if question is None else (question.id, question.options)  # a Flow's webhook may bring options late
-        if self._thinking is not None and about != self._thinks_about:
+            return None if question is None else await self._form.look()
+        if self._thinking is not None and (question is None or question.id != self._thinks_about):
             await self._stop_thinking()
         if question is None or self._function is None:
             return None
         if self._thinking is None:
-            self._thinks_about, self._has_ended_pause = about, False
+            self._thinks_about = question.id
             self._thinking = asyncio.create_task(self._think(self._function, question))
             await asyncio.sleep(0)  # so that the answer of a fast function is sent now, and not after the next status
         return self._thinking.result() if self._thinking.done() else None
@@ -298,15 +272,13 @@ class People:
 
     async def _send(self, question: ReviewRequest, review: Review) -> bool:
         """Send an answer to a question. Return False if the question takes no answer now: the next status shows why."""
-        run, asked = self.run, self._asked
+        run = self.run
         if self._form is not None:
             await self._form.take_down()
         try:
             _, answer = await answer_question(run, review, seen=question, looks=0)
-        except (AlreadyAnsweredError, CrewLostError, CrewAPIError) as error:
-            if isinstance(error, CrewAPIError) and not (
-                asked and is_refusal(asked.question, error) and self._waits_on()
-            ):
+        except (NotWaitingError, CrewLostError, CrewAPIError) as error:
+            if isinstance(error, CrewAPIError) and (self._form is None or error.status_code not in REFUSALS):
                 raise
             run_logger().warning(
                 "Crew run %s: the answer of %s was not sent: %s", run.kickoff_id, review.by, run.redact(str(error))
@@ -325,19 +297,6 @@ class People:
         )
         return True
 
-    def _waits_on(self) -> bool:
-        """Return whether to look for the open question again after the server has refused an answer.
-
-        With a form, a person sees the question before the next answer. A Flow takes its answer at another URL, and the
-        webhook with its question may be on its way.
-        """
-        if self._form is not None:
-            return True
-        if CrewSettings().review_secret is None or self._was_refused:
-            return False
-        self._held_until, self._was_refused = time.monotonic() + REQUEST_WITHIN, True
-        return True
-
     async def _drop_answer(self) -> None:
         """Forget the answer of the function or the form: it was sent, or will never be sent."""
         await self._stop_thinking()
@@ -347,27 +306,25 @@ class People:
     async def more_time(self) -> float:
         """Return the extra seconds for people after their time is over. An automatic rejection (`on_human_timeout`)
         restarts their time."""
-        budget, kickoff_id, question = self.policy.human_timeout, self.run.kickoff_id, self.question
-        try:
-            review = None if self._form is None else await self._review_of(question)
-            if question is not None and review is not None and await self._send(question, review):
-                return GOES_ON_WITHIN
-        except (CrewError, *PREFECT_ERRORS) as error:
-            run_logger().warning("The form's answer to run %s was not used: %s", kickoff_id, error)
-        await self._stop_thinking()
-        if self.policy.on_human_timeout != "reject" or budget is None or self._has_extra_time:
-            return 0.0
-        if question is None and self._held_until is not None:
+        budget, question, rejects = self.policy.human_timeout, self.question, self.policy.on_human_timeout == "reject"
+        if rejects and question is None and self._held_until is not None:
             return OUTPUT_WITHIN  # a question is about to open
-        self._has_extra_time = True
-        # If another process has rejected it automatically, the restarted time is over as well.
-        if question is not None and self._unsure is None and not any(answer.by == NOBODY for answer in self.answers):
-            try:
-                await self._send(question, Review(approve=False, feedback=self.policy.human_message, by=NOBODY))
-            except (*PREFECT_ERRORS, CrewError) as error:
-                reason = self.run.redact(str(error))
-                run_logger().warning("Run %s could not be rejected for lack of an answer: %s", kickoff_id, reason)
+        try:
+            if self._form is not None and question is not None:
+                review = await self._review_of(question)
+                if review is not None and await self._send(question, review):
+                    return GOES_ON_WITHIN
+            await self._stop_thinking()
+            if not rejects or budget is None or self._has_extra_time:
                 return 0.0
+            self._has_extra_time = True
+            # If another process has rejected it automatically, the restarted time is over as well.
+            if question is not None and self._unsure is None and not any(one.by == NOBODY for one in self.answers):
+                await self._send(question, Review(approve=False, feedback=self.policy.human_message, by=NOBODY))
+        except (*PREFECT_ERRORS, CrewError) as error:
+            reason = self.run.redact(str(error))
+            run_logger().warning("No answer to run %s could be sent at the end: %s", self.run.kickoff_id, reason)
+            return 0.0
         return budget
 
     # Pauses, and the end
@@ -376,19 +333,19 @@ class People:
         """Pause. Return True at once if there is news, a person submits the form, or the function has decided."""
         if self._form is not None:
             return await self._form.pause(pause, seconds)
-        if self._thinking is None or self._has_ended_pause:
+        if self._thinking is None or self._thinking.done():
             return await pause(seconds)
         pausing = asyncio.ensure_future(pause(seconds))
         try:
             await asyncio.wait({pausing, self._thinking}, return_when=asyncio.FIRST_COMPLETED)
-            self._has_ended_pause = self._thinking.done()
-            return self._has_ended_pause or pausing.result()
+            return self._thinking.done() or pausing.result()
         finally:
             await cancel_and_wait(pausing)
 
     def next_pause(self, delay: float) -> float:
-        """Return the next pause, at most 1 s while an output to judge is about to arrive."""
-        return delay if self._held_until is None else min(delay, 1.0)
+        """Return the next pause, at most 1 s while an output to judge is about to arrive, or an answer to be sent."""
+        is_ready = self._thinking is not None and self._thinking.done()
+        return min(delay, 1.0) if is_ready or self._held_until is not None else delay
 
     async def aclose(self, *, ended: bool) -> None:
         """End with the wait: take the form down."""
