@@ -4,7 +4,7 @@
     POST /answer/{id}    sends the answer, once
 
     200 the question, or: sent          404 unknown, expired, or sent by another site
-    400, 408, 413, 415 no whole form    409 the question has its answer, or is closed
+    400, 408, 413 no whole form         409 the question has its answer, or is closed
     502 it may have arrived             503 not sent, or nothing can be read: try again
 
 The id is random, and everybody who has it may answer. `answer_question` sends the answer, and the crew database says
@@ -40,7 +40,6 @@ from prefect_crew.receiver.bodies import BodyError, read_body
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.reviews.answer import MAX_NAME, answer_question, look
 from prefect_crew.runs.reviews.questions import describe_answer, reviews_of
-from prefect_crew.runs.reviews.reviewer import NOBODY
 from prefect_crew.runs.run import LiveRun, read_status
 from prefect_crew.store import attempts, questions
 
@@ -54,14 +53,10 @@ MAX_FEEDBACK = 10_000
 """Characters."""
 MAX_FORM = 128 * 1024
 """Bytes."""
-MAX_ID = 64
-"""Characters of an id."""
 READ_WITHIN = 15.0
 """Seconds to read a question, from the crew database and the crew's server."""
 ANSWER_WITHIN = 90.0
 """Seconds until a page says that nobody knows whether its answer arrived. It is sent on."""
-AT_ONCE = 20
-"""Questions that are read at the same time."""
 NOBODY_NAMED = "an answer link"
 """The giver of an answer, if the person gave no name."""
 _STYLE = files("prefect_crew.receiver").joinpath("answer.css").read_text(encoding="utf-8")
@@ -104,16 +99,11 @@ class _Form:
         option = options.get(self.decision)
         approve = self.decision == "approve" if option is None else approves(question.options, option)
         by = one_line(self.name)[:MAX_NAME] or NOBODY_NAMED
-        if by == NOBODY:
-            raise ConfigurationError("This name stands for rejections without a person. Write another name.")
         return Review(approve=approve, feedback=self.feedback, option=option, by=by)
 
 
 async def _read_form(request: Request) -> _Form:
     """Return the form in the body of a request. Raises BodyError."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media != "application/x-www-form-urlencoded":
-        raise BodyError(415, "the body is no form")
     body = (await read_body(request, MAX_FORM)).decode("utf-8", "replace")
     try:
         fields = dict(parse_qsl(body, keep_blank_values=True, max_num_fields=10, errors="replace"))
@@ -127,7 +117,6 @@ class AnswerPages:
     """The pages of questions."""
 
     def __init__(self) -> None:
-        self._gate = asyncio.Semaphore(AT_ONCE)
         self._working: set[asyncio.Task[Response]] = set()
 
     async def respond(self, request: Request) -> Response:
@@ -158,8 +147,8 @@ class AnswerPages:
 
     async def _respond(self, id_: str, form: _Form | None) -> Response:
         async with AsyncExitStack() as stack:
-            async with asyncio.timeout(READ_WITHIN), self._gate:
-                now, question = await in_store(questions.get_question, id_) if len(id_) <= MAX_ID else (0.0, None)
+            async with asyncio.timeout(READ_WITHIN):
+                now, question = await in_store(questions.get_question, id_)
                 if question is None or now >= (question.expires_at or now + 1):
                     return _refuse()
                 attempt = await in_store(attempts.get, question.attempt_id)

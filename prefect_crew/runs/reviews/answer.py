@@ -67,9 +67,7 @@ SEND_WITHIN = 10.0
 """Seconds for which a cancelled caller waits for the answer to its POST."""
 NO_WEBHOOKS = (
     "After this answer run %s sends no webhooks: each answer has to ask for them again, and this process has no "
-    "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL. Waits of the run go on polling, and its next question may come without the "
-    "output to judge: look at the crew's page. Before the next answer, set the URL and "
-    "PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET here."
+    "PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL and …_SECRET. Set them before the next answer."
 )
 
 
@@ -347,23 +345,18 @@ async def resume_run(
     webhooks: Webhooks | None = None,
     call: str | None = None,
 ) -> ResumeAnswer:
-    """Approve the output of a run, or reject it with feedback. A run that is not on record gets each answer.
+    """Approve the output of a run, or reject it with feedback. `answer_question` explains the other arguments.
 
-    `answer_question` explains the other arguments, and the errors.
+    Raises:
+        RunNotFoundError: The run is not in the crew database, so that nobody knows whether it was answered.
+        CrewError: The errors of `answer_question`.
     """
     with naming_prefect_errors(f"Nothing was sent to run {run.kickoff_id}."):
         await read_attempt(run, is_needed=True)
-    if run.attempt is not None:
-        review = Review(approve=approve, feedback=feedback, by="resume_crew")
-        return (await answer_run(run, review, task_id=task_id, webhooks=webhooks, call=call))[0]
-    with withholding(run.redact_text):
-        async with run.session as session:
-            task = task_id or waiting_task(await read_status(run))
-            if task is None:
-                raise ConfigurationError(f"The status of run {run.kickoff_id} names no task. Give it: task_id=….")
-            return await session.call(
-                lambda client: client.resume(run.kickoff_id, task, feedback, approve, webhooks=webhooks)
-            )
+    if run.attempt is None:
+        raise RunNotFoundError(name=run.kickoff_id, advice="Nothing was sent. Answer on the crew's page.")
+    review = Review(approve=approve, feedback=feedback, by="resume_crew")
+    return (await answer_run(run, review, task_id=task_id, webhooks=webhooks, call=call))[0]
 
 
 # The runs that wait for people

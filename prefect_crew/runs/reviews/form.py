@@ -27,7 +27,7 @@ from prefect_crew.client._callbacks import approves
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.runs.reviews.questions import digest, where_to_look
+from prefect_crew.runs.reviews.questions import digest, masked_request
 
 if TYPE_CHECKING:
     from prefect_crew.runs.run import LiveRun
@@ -273,14 +273,12 @@ class Form:
 
 def _text(run: LiveRun, question: ReviewRequest) -> str:
     """Return the text above the fields of a question's form."""
-    if question.output is None:
-        text = f"_The output to judge is not known here. {where_to_look(run)}_"
-    elif run.show != "full":
-        text = f"_{len(question.output):,} characters, which are not shown here. {where_to_look(run)}_"
+    masked = masked_request(run, question)
+    if masked.output is None:
+        text = f"_It is not shown here: {masked.withheld}_"
     else:
-        output = run.redact(question.output)
-        cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(output) > SHOWN else ""
-        text = f"{reading(output[:SHOWN])}{cut}"
-    task = prose(run.redact_name(question.task_id))
+        cut = "\n\n_Cut here; the whole text is on the crew's page._" if len(masked.output) > SHOWN else ""
+        text = f"{reading(masked.output[:SHOWN])}{cut}"
+    task = prose(masked.task_id)
     head = f"**{prose(run.crew.label)}** asks about task **{task}**, question {question.round}."
     return f"{head}\n\n---\n\n{text}"

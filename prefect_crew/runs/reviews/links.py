@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +43,8 @@ NOTIFY_WITHIN = 20.0
 """Seconds to load the block and to send one notification."""
 _WORDS = re.compile(r"[^\W_](?:[\w /-]{0,78}[^\W_])?")
 """Names that a notification shows. Without dots, signs and colons they are no link, mention or formatting."""
+_SENDERS = ("apprise", "httpx", "urllib3", "slack_sdk")
+"""Libraries whose loggers may write the body of a notification, or a URL with it, at the level DEBUG or INFO."""
 
 
 async def notify_people(run: LiveRun, request: ReviewRequest, policy: WaitPolicy) -> None:
@@ -65,7 +70,7 @@ async def notify_people(run: LiveRun, request: ReviewRequest, policy: WaitPolicy
             subject, body = describe_link(run, request, f"{base}/answer/{request.id}", until)
             sender = f"the block {block.get_block_type_slug()}"
             # A block may be sync, and Prefect calls one so in a sync flow: here it would hold up all polls.
-            await call_in_thread(asyncio.run, _notify(block, subject, body))
+            await call_in_thread(asyncio.run, _notify(block, subject, body, request.id))
     except TimeoutError:
         raise CrewError(f"{sender} took more than {NOTIFY_WITHIN:g} s") from None
     except CrewError:
@@ -106,9 +111,28 @@ async def _load_block() -> Block | None:
         raise prefect_error(error, "The block cannot be loaded.") from None
 
 
-async def _notify(block: Any, subject: str, body: str) -> None:
-    with block.raise_on_failure():
+async def _notify(block: Any, subject: str, body: str, token: str) -> None:
+    with _unlogged(token), block.raise_on_failure():
         # By Prefect's context, a block's method returns a coroutine or does its work at once.
         sending = block.notify(body=body, subject=subject)
         if inspect.isawaitable(sending):
             await sending
+
+
+@contextmanager
+def _unlogged(token: str) -> Generator[None]:
+    """Drop the lines with a token from the logs of libraries that send notifications."""
+
+    def has_no_token(line: logging.LogRecord) -> bool:
+        return token not in line.getMessage()
+
+    # The filter of a logger is not one of the loggers below it.
+    names = {*_SENDERS, *(name for name in [*logging.root.manager.loggerDict] if name.startswith(_SENDERS))}
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(has_no_token)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(has_no_token)

@@ -53,7 +53,7 @@ REFUSALS = (400, 404, 409, 410)
 """Status codes of a server if the question of a form takes no answer, or not this one: a person sees what is asked."""
 NOT_ON_RECORD = (
     "Crew run %s waits for a person. It is not in the crew database, so no question of it can be answered here: answer "
-    "on the crew's page, or with resume_crew."
+    "on the crew's page."
 )
 
 
