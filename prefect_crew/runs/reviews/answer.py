@@ -31,6 +31,7 @@ from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     NotWaitingError,
+    RunNotFoundError,
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import find_attempts, latest
@@ -354,7 +355,9 @@ async def resume_run(
     with naming_prefect_errors(f"Nothing was sent to run {run.kickoff_id}."):
         await read_attempt(run, is_needed=True)
     if run.attempt is None:
-        raise RunNotFoundError(name=run.kickoff_id, advice="Nothing was sent. Answer on the crew's page.")
+        raise RunNotFoundError(
+            f"No run on record has the kickoff id {run.kickoff_id!r}. Nothing was sent. Answer on the crew's page."
+        )
     review = Review(approve=approve, feedback=feedback, by="resume_crew")
     return (await answer_run(run, review, task_id=task_id, webhooks=webhooks, call=call))[0]
 
