@@ -155,8 +155,8 @@ class _RunWait(Wait):
         is_asked = self.people is not None and await self.people.see_status(status)
         if status.state.ended:
             return False
-        facts = [(each.state, each.current_task, each.progress) for each in (before, status) if each is not None]
-        self._is_stale = self._is_stale or len({*map(repr, facts)}) == len(facts)
+        shown = ("state", "current_task", "progress")
+        self._is_stale |= before is None or any(getattr(before, name) != getattr(status, name) for name in shown)
         if is_asked:
             await self._show()
         has_answered = self.people is not None and await self.people.answer()

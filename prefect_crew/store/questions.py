@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -31,13 +31,13 @@ class Question:
     attempt_id: str
     number: int
     task: str | None
-    text: str | None
-    message: str | None
+    text: str | None = field(repr=False)
+    message: str | None = field(repr=False)
     options: Sequence[str] | None
     marks: Marks
     asked_at: float
     expires_at: float | None
-    answer: Any
+    answer: Any = field(repr=False)
     answered_by: str | None
     answered_at: float | None
     sender: str | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefect_crew._internal.clock import moment
@@ -85,8 +85,8 @@ class Asked:
 
     questions: Sequence[Question]
     now: float
-    task: str | None
-    output: str | None
+    task: str | None = field(repr=False)
+    output: str | None = field(repr=False)
 
     @property
     def question(self) -> Question:
