@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from prefect_crew._internal.prefect_api import flow_run_id, run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._internal.asyncio_tasks import cancel_and_wait
+from prefect_crew._internal.prefect_api import flow_run_id
 from prefect_crew.artifacts.escape import cell, code, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
 from prefect_crew.pipelines.graph import PIPELINE, Pipeline
@@ -94,7 +94,7 @@ def _link(view: StepView) -> str:
 
 
 class PipelineArtifact:
-    """The artifact of one pipeline run, updated while it runs; an async context manager."""
+    """The artifact of one pipeline run, updated while it runs."""
 
     def __init__(self, name: str, idempotency_key: str, pipeline: Pipeline) -> None:
         self._name = name
@@ -106,26 +106,19 @@ class PipelineArtifact:
         key = PIPELINE if name == PIPELINE else artifact_key(name, prefix=PIPELINE)
         self._artifact = MarkdownArtifact(key, description, flow_run_id=flow_run_id())
         self._changed = False
-        self._over = asyncio.Event()
-        self._keeper: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> PipelineArtifact:
-        self._keeper = asyncio.ensure_future(self._keep())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._keeper is not None  # noqa: S101  __aenter__ made it
-        for view in self._views.values():
-            if view.state == "waiting":
-                view.state = "skipped"
-        self._over.set()
-        await self._keeper
-        runs = [view.run for view in self._views.values() if view.run is not None]
-        try:  # find the artifacts that other processes have created for these runs
-            await asyncio.gather(*(run.artifact.find() for run in runs))
-        except PREFECT_ERRORS as error:
-            run_logger().debug("The artifacts of earlier runs are not linked: %s", error)
-        await self._put()
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncGenerator[None]:
+        """Keep the artifact up to date in this block, and put its last state at the end."""
+        keeper = asyncio.ensure_future(self._keep())
+        try:
+            yield
+        finally:
+            await cancel_and_wait(keeper)
+            for view in self._views.values():
+                if view.state == "waiting":
+                    view.state = "skipped"
+            await self._put()
 
     def opened(self, step: str, run: LiveRun) -> None:
         """Note the run of a step."""
@@ -143,19 +136,14 @@ class PipelineArtifact:
         self._changed = True
 
     async def _keep(self) -> None:
-        delay = SHOW_AFTER  # not at once: the first kickoffs have priority
-        while not self._over.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), delay)
-            if self._changed and not self._over.is_set():
+        await asyncio.sleep(SHOW_AFTER)  # not at once: the first kickoffs have priority
+        while True:
+            if self._changed:
                 self._changed = False
                 await self._put()
-            delay = SHOW_EVERY
+            await asyncio.sleep(SHOW_EVERY)
 
     async def _put(self) -> None:
         seconds = time.monotonic() - self._began
-        await self._artifact.keep(
-            render_pipeline(
-                *(self._name, self._idempotency_key, self._pipeline, self._views, seconds), flow_run=flow_run_id()
-            )
-        )
+        view = (self._name, self._idempotency_key, self._pipeline, self._views, seconds)
+        await self._artifact.keep(render_pipeline(*view, flow_run=flow_run_id()))

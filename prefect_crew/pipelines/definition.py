@@ -14,7 +14,7 @@ from prefect_crew._text import excerpt, listed_names, problems_of, with_guesses
 from prefect_crew.client.models import CrewInput
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
-from prefect_crew.pipelines.graph import CrewStep, leaves_in
+from prefect_crew.pipelines.graph import CrewStep
 
 _NAME_ALONE = re.compile(r"""\s*\{\{[\s(]*[^\W\d]\w*(\.\w+|\[\s*("[^"]*"|'[^']*')\s*\])*[\s)]*\}\}\s*""")
 """A template with only the name of an input, or of a part of an input."""
@@ -118,8 +118,7 @@ class PipelineDefinition(_Plain):
             f"'{{{{ {re.sub(r'[^0-9a-zA-Z_]', '_', name)} }}}}', an input of the pipeline, and nothing else"
             for step in self.steps
             for name in secret_inputs.get(step.name, ())
-            for value in leaves_in((step.inputs or {}).get(name))
-            if value is not None and not (isinstance(value, str) and _NAME_ALONE.fullmatch(value))
+            if (value := (step.inputs or {}).get(name)) is not None and not _NAME_ALONE.fullmatch(str(value))
         ]
 
 
@@ -162,13 +161,7 @@ def read_pipeline(text: str, file: str) -> PipelineDefinition:
         # Through JSON, since Prefect stores JSON. A date in YAML, for example, has no JSON form and is refused.
         return PipelineDefinition.model_validate(json.loads(json.dumps(raw, allow_nan=False)))
     except ValidationError as error:
-
-        def named(match: re.Match[str]) -> str:
-            step = raw["steps"][int(match[1])]
-            name = cast("dict[str, Any]", step).get("name") if isinstance(step, dict) else None
-            return f"step {name!r}" if name else f"step {int(match[1]) + 1}"
-
-        problems = [re.sub(r"^steps\.(\d+)", named, problem) for problem in problems_of(error)]
-        raise ConfigurationError(f"{file} is not a pipeline that can run: {'; '.join(problems)}.") from None
+        problems = "; ".join(problems_of(error))
+        raise ConfigurationError(f"{file} is not a pipeline that can run: {problems}.") from None
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"{file} has a value that JSON cannot hold: {error}. Quote the value.") from None

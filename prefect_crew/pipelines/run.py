@@ -23,15 +23,16 @@ from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
+from prefect_crew.client.encoding import encode_inputs
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewResult, CrewStatus
-from prefect_crew.client.redaction import holds_secret
+from prefect_crew.client.redaction import MASK, holds_secret
 from prefect_crew.crew import WaitPolicy, titled
 from prefect_crew.exceptions import ConfigurationError, PipelineFailedError
 from prefect_crew.flows import run_tasks
 from prefect_crew.pipelines.artifact import PipelineArtifact
 from prefect_crew.pipelines.definition import PipelineDefinition
-from prefect_crew.pipelines.graph import PIPELINE, CrewStep, Pipeline, PipelinePlan, step_key
+from prefect_crew.pipelines.graph import PIPELINE, CrewStep, Pipeline, PipelinePlan
 from prefect_crew.runs.keys import identify, scheduled_key
 from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.reviews.questions import ReviewChoice
@@ -103,7 +104,7 @@ async def arun_pipeline(
     steps = [replace(step, wait=step.wait or wait, review=step.review or review) for step in steps]
     pipeline = Pipeline(steps, taken_inputs.values)
     await pipeline.check()
-    await pipeline.refuse_problems()
+    pipeline.refuse_problems()
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         return await _run(pipeline, name, idempotency_key, options.budgets)
 
@@ -118,7 +119,7 @@ async def arun_pipeline(
     return await cast("Any", own_flow)(
         pipeline=name,
         steps=[step.name for step in steps],
-        inputs=pipeline.stored_inputs(),
+        inputs=dict.fromkeys(taken_inputs.values, MASK) if pipeline.is_secret else encode_inputs(taken_inputs.values),
         idempotency_key=idempotency_key,
     )
 
@@ -190,16 +191,15 @@ async def _run(pipeline: Pipeline, name: str, idempotency_key: str | None, budge
     shown = {key: value for key, value in pipeline.inputs.items() if key not in pipeline.secret_inputs}
     identity = await identify(name, Inputs.of(shown).digest, idempotency_key=idempotency_key, name=None)
     key = identity.idempotency_key
-    await pipeline.refuse_problems(key)
     pipeline.crews = {step: crew.under(budgets, name=name, batch=key) for step, crew in pipeline.crews.items()}
     started = time.perf_counter()
     work = _Run(pipeline, key, PipelineArtifact(name, key, pipeline))
     await work.run()
     if work.errors:
-        skipped = pipeline.needs.keys() - work.results.keys() - work.errors.keys()
+        names = [step.name for step in pipeline.steps]
         raise PipelineFailedError(
-            failed=[step.name for step in pipeline.steps if step.name in work.errors],
-            skipped=[step.name for step in pipeline.steps if step.name in skipped],
+            failed=[name for name in names if name in work.errors],
+            skipped=[name for name in names if name not in work.results and name not in work.errors],
             results=work.results,
             errors=work.errors,
             idempotency_key=key,
@@ -223,7 +223,7 @@ class _Run:
 
     async def run(self) -> None:
         """Run each step whose needed steps completed. A cancellation cancels all steps."""
-        async with self.artifact, AsyncClientContext.get_or_create():
+        async with self.artifact.kept(), AsyncClientContext.get_or_create():
             jobs = [asyncio.ensure_future(self._step(step)) for step in self.pipeline.steps]
             try:
                 await asyncio.gather(*jobs)
@@ -273,7 +273,7 @@ class _Run:
         if self.is_secret:
             crew = replace(crew, show="none")
             inputs = replace(inputs.keep_secret(self.pipeline.secret_inputs_of(step)), is_hidden=True)
-        key = step_key(self.idempotency_key, step)
+        key = f"{self.idempotency_key}/{step.name}"
         options = step.options(name=step.name, idempotency_key=key, session=session)
         return await run_tasks(
             LiveRun(crew, request=RunRequest.of(crew, inputs, options)),
