@@ -174,16 +174,7 @@ async def run_loaded_crew(crew: Crew, inputs: Mapping[str, Any] | Inputs, option
     )
 
 
-run_crew = sync_version(
-    arun_crew,
-    hints={
-        "key": "idempotency_key=…",
-        "timeout": "wait=WaitPolicy(timeout=…)",
-        "human_timeout": "wait=WaitPolicy(human_timeout=…)",
-        "poll_interval": "wait=WaitPolicy(max_interval=…)",
-        "token": "crew=DeployedCrew(url=…, token=…)",
-    },
-)
+run_crew = sync_version(arun_crew)
 
 
 async def run_tasks(run: LiveRun, *, wait_for: Sequence[Any] = ()) -> CrewResult[Any]:

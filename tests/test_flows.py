@@ -479,19 +479,6 @@ async def test_a_crew_that_was_not_awaited_is_named():
         await pc.arun_crew(pc.DeployedCrew.aload("travel"), {"text": "a"})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("option", "says"),
-    [
-        ("timeout", r"^run_crew\(\) got an unexpected .* 'timeout'\. Write wait=WaitPolicy\(timeout=…\)\."),
-        ("key", r"^run_crew\(\) .* Write idempotency_key=…\."),
-        ("color", r"^run_crew\(\) .* It takes: crew, inputs, name, idempotency_key"),
-    ],
-)
-def test_an_unknown_argument_is_named(option: str, says: str):
-    with pytest.raises(pc.InvalidCallError, match=says):
-        pc.run_crew("travel", **{option: 5})  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("options", [{"wait": 5}, {"crew": "no-such-crew"}], ids=["options", "crew"])
 def test_no_frame_of_a_refused_call_shows_inputs(options: dict[str, Any]):
     crew = options.pop("crew", None) or pc.DeployedCrew(url="https://travel.test", token="t", secret_inputs=["pin"])  # type: ignore[arg-type]

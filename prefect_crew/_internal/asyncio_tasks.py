@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import threading
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -196,33 +195,23 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
             raise
 
 
-def sync_version(
-    function: Callable[P, Coroutine[Any, Any, T]], *, hints: Mapping[str, str] | None = None
-) -> Callable[P, T]:
+def sync_version(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T]:
     """Return the sync twin of an async function whose name begins with an `a`.
 
-    If the caller can await, the twin raises, since it would block the event loop. `hints` has, for an argument that
-    does not exist, the argument to write instead.
+    If the caller can await, the twin raises, since it would block the event loop.
     """
-    name, parameters = function.__name__.removeprefix("a"), dict(inspect.signature(function).parameters)
-    parameters.pop("self", None)
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    name = function.__name__.removeprefix("a")
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        would_block = in_async_context()
-        unknown = None if takes_any else next((argument for argument in kwargs if argument not in parameters), None)
-        coroutine = None if would_block or unknown else function(*args, **kwargs)
-        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-        if coroutine is not None:
-            return run_sync(coroutine)
-        if would_block:
+        if in_async_context():
+            args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
             raise InvalidCallError(
                 f"{name}() would block the event loop that runs here. Write `await {function.__name__}(...)` instead."
             )
-        hint = (hints or {}).get(str(unknown))
-        advice = f"Write {hint}" if hint else f"It takes: {', '.join(parameters)}"
-        raise InvalidCallError(f"{name}() got an unexpected keyword argument {unknown!r}. {advice}.")
+        coroutine = function(*args, **kwargs)
+        args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]
+        return run_sync(coroutine)
 
     call.__name__ = call.__qualname__ = name
     return call

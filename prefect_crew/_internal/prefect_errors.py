@@ -66,11 +66,6 @@ def is_away(error: BaseException) -> bool:
     return isinstance(error, TRANSPORT_ERRORS) or _is_version_check(error)
 
 
-def is_away_or_refuses_key(error: BaseException) -> bool:
-    """Return whether an error means that the Prefect API cannot be reached, or refuses the API key (401, 403)."""
-    return is_away(error) or _status(error) in (401, 403)
-
-
 def shown_url(url: str) -> str:
     """Return the Prefect API's URL for people: without a user and a password."""
     return str(httpx.URL(url).copy_with(userinfo=b""))
@@ -111,43 +106,38 @@ def prefect_error(error: BaseException, what_next: str) -> CrewError:
     return PrefectRefusedError(f"{api} refuses a request ({reason}). {what_next} {doctor}")
 
 
+@contextmanager
+def naming_prefect_errors(what_next: str) -> Generator[None]:
+    """Raise a CrewError in place of an error which says that the Prefect API cannot be reached, or refuses the API key.
+
+    `what_next` says what was not done, and what to do next. Other errors pass unchanged: of the API, which a caller may
+    handle, and those of httpx from a user's function, such as a review function.
+
+    Raises:
+        PrefectAwayError: The Prefect API does not answer.
+        PrefectRefusedError: The Prefect API refuses the API key: 401 or 403.
+    """
+    try:
+        yield
+    except (*HTTP_ERRORS, RuntimeError) as error:
+        if not (is_away(error) or _status(error) in (401, 403)) or _is_of_user(error):
+            raise
+        raise prefect_error(error, what_next) from error
+
+
 def naming_prefect_away(
     what_next: str,
 ) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Make a coroutine function raise a CrewError if the Prefect API cannot be reached, or refuses the API key.
-
-    `what_next` says what was not done, and what to do next. An error of httpx from a user's function, such as a review
-    function, is passed on unchanged.
-    """
+    """Run a coroutine function in `naming_prefect_errors`."""
 
     def decorate(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
         @wraps(function)
         async def call(*args: P.args, **kwargs: P.kwargs) -> T:
             coroutine = function(*args, **kwargs)
             args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-            try:
+            with naming_prefect_errors(what_next):
                 return await coroutine
-            except (*HTTP_ERRORS, RuntimeError) as error:
-                if not is_away_or_refuses_key(error) or _is_of_user(error):
-                    raise
-                raise prefect_error(error, what_next) from error
 
         return call
 
     return decorate
-
-
-@contextmanager
-def naming_prefect_errors(advice: str) -> Generator[None]:
-    """Raise a CrewError in place of an error of Prefect's client.
-
-    `advice` says what was not done, to which run, and what to do next.
-
-    Raises:
-        PrefectAwayError: The Prefect API does not answer.
-        PrefectRefusedError: The Prefect API refuses the request, for example with 403.
-    """
-    try:
-        yield
-    except PREFECT_ERRORS as error:
-        raise prefect_error(error, advice) from error
