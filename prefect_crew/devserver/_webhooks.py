@@ -64,34 +64,28 @@ _EVENT_TYPES = {
 _OF_FLOWS = ("flow_finished", "method_execution_failed")
 
 
-def _event_data(run: Run, type_: str, value: Any) -> dict[str, Any]:
-    match type_, value:
-        case "crew_kickoff_started", _:
-            return {"inputs": dict(run.inputs)}
-        case "crew_kickoff_completed", _:
-            total = run.usage.total_tokens if run.usage else None
-            return {"output": run.output or "", **({} if total is None else {"total_tokens": total})}
-        case "flow_finished", _:
-            return {"result": run.output or ""}
-        case (("crew_kickoff_failed" | "method_execution_failed"), _):
-            return {"error": run.error or ""}
-        case _, TaskResult():
-            return {"task_name": value.name, "agent_role": value.agent, "output": value.output or ""}
-        case _, Step():
-            return {"task_name": value.task, "agent_role": value.agent, "type": value.kind, "content": value.content}
-        case _, Question():
-            return {"task_name": value.task_id, "output": value.output}
-        case _:
-            return {"task_name": value, "agent_role": run.current_agent}
-
-
 def _stream_body(run: Run, type_: str, value: Any) -> dict[str, Any]:
+    match value:
+        case TaskResult():
+            data = {"task_name": value.name, "agent_role": value.agent, "output": value.output or ""}
+        case Step():
+            data = {"task_name": value.task, "agent_role": value.agent, "type": value.kind, "content": value.content}
+        case Question():
+            data = {"task_name": value.task_id, "output": value.output}
+        case None if run.state.ended:
+            facts = {"output": run.output, "result": run.output, "error": run.error}
+            facts |= {"total_tokens": run.usage.total_tokens if run.usage else None}
+            data = {name: fact for name, fact in facts.items() if fact is not None}
+        case None:
+            data = {"inputs": dict(run.inputs)}
+        case name:
+            data = {"task_name": name, "agent_role": run.current_agent}
     event = {
         "id": str(uuid.uuid4()),
         "execution_id": run.id,
         "timestamp": datetime.now(UTC).isoformat(),
         "type": type_,
-        "data": {"meta": run.meta, **_event_data(run, type_, value)},
+        "data": {"meta": run.meta, **data},
     }
     return {"events": [event]}
 
