@@ -159,7 +159,7 @@ def test_a_long_pause_sees_a_cancellation(server: CrewServer, seen: Seen, monkey
 @pytest.mark.parametrize(
     ("options", "log"),
     [
-        ({"stop": False}, "its server has no /stop"),
+        ({"faults": ["stop:404"]}, "its server has no /stop"),
         ({"faults": ["stop:500"]}, "could not be stopped (ServerError: POST /stop/"),
     ],
     ids=["no stop", "a server that fails"],
