@@ -151,7 +151,7 @@ ROWS = (
     Row("late, and left running", (LATE, LATE), 1, crew=ENDLESS, formats=BOTH),
     Row("late, and found again", (LATE, Call(), Result()), 1, crew=LONGER),
     Row("late, and stopped", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "It was stopped")), Result(CrewStoppedError)), 1, crew=ENDLESS, stops=1),
-    Row("late, and not to be stopped", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "left running")), LATE), 1, crew=ENDLESS, faults=("stop:404",)),
+    Row("late, and not to be stopped", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "left running")), LATE), 1, crew=ENDLESS, faults=("stop:404",), stops=1),
     Row("late, and a stop that fails", (Call(CrewTimeoutError, options=STOPPING, says=("{run1}", "left running")), LATE), 1, crew=ENDLESS, faults=("stop:500",), stops=1),
     Row("a caller is cancelled, and the crew runs on", (Call(cancel_when=1), Call()), 1, crew=LONG),
     Row("a person stops it", (Together((Call(CrewStoppedError, says=("{run1}",)), After(1, Command("runs cancel {key} --crew")))), Result(CrewStoppedError)), 1, crew=ENDLESS, stops=1),
