@@ -170,9 +170,9 @@ def test_a_question_stands_first_with_commands(crew_server: CrewServerFactory, s
     text = shown(seen, name)
     head, _, rest = text.partition("```bash\n")
     assert "waits for a person: task" in head
+    assert "prefect-crew reviews inspect" in head
     commands, _, facts = rest.partition("\n```")
     assert commands.splitlines() == [
-        f"prefect-crew reviews inspect {kickoff_id} --crew {crew.url}",
         f"prefect-crew reviews approve {kickoff_id} --crew {crew.url}",
         f"prefect-crew reviews reject {kickoff_id} --crew {crew.url} --feedback TEXT",
     ]
