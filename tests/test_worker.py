@@ -638,7 +638,8 @@ def test_a_retry_begins_after_the_tasks_of_the_attempt_before(pool: CrewPool, is
         pool.set_state(run_id, "CANCELLING")
     assert pool.wait_for(run_id, seconds=30)["state_name"] == ("Cancelled" if is_cancelled else "Completed")
     if not is_cancelled:
-        wait_for_log(pool, run_id, "attempt 2 begins")
+        for text in ("the task of attempt 1 ends", "attempt 2 begins"):
+            wait_for_log(pool, run_id, text)
         assert pool.logs(run_id).index("the task of attempt 1 ends") < pool.logs(run_id).index("attempt 2 begins")
 
 
