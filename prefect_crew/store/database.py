@@ -378,7 +378,7 @@ class Store:
             _closed(connection)
             if may_repeat and (_is_conflict(error) or (may_be_old and _is_gone(error))):
                 return self._do(jobs, None, lane, may_repeat=False)
-            if len(jobs) > 1 and not _is_busy(error):
+            if len(jobs) > 1 and not (self.path and _is_busy(error)):  # SQLite has one lock for all
                 for job in jobs:  # one of them is at fault; the others have not happened
                     _closed(self._do([job], None, lane))
                 return None
