@@ -14,7 +14,7 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 
-from prefect_crew import BatchBusyError, BatchCancelledError, BatchReport, CrewError, DatasetError, arun_batch
+from prefect_crew import BatchBusyError, BatchReport, CrewError, DatasetError, FlowRunCancelledError, arun_batch
 
 
 @flow(flow_run_name="{folder}")
@@ -47,7 +47,7 @@ async def watch_folder(
             report: BatchReport = await arun_batch(crew, path, name=name, export=lines, **(options or {}))
         except (BatchBusyError, FileNotFoundError) as error:
             log.info("%s: another look has it or has moved it. %s", path.name, error)
-        except BatchCancelledError:
+        except FlowRunCancelledError:
             raise  # a person has cancelled this flow run
         except CrewError as error:
             if not path.exists():

@@ -51,20 +51,18 @@ if TYPE_CHECKING:
     from prefect_crew.tasks import discover_inputs, kickoff_crew, resume_crew, stop_crew, wait_for_crew
 
 __all__ = [
-    "AnswerUncertainError", "AuthenticationError", "BadRowsError", "BasicAuth",
-    "BatchBusyError", "BatchCancelledError", "BatchFailedError", "BatchPlan", "BatchReport",
-    "BearerAuth", "Budget", "BudgetExceededError", "ConfigurationError", "CrewAPIError", "CrewClient",
+    "AnswerUncertainError", "AuthenticationError", "BasicAuth", "BatchBusyError", "BatchFailedError", "BatchPlan",
+    "BatchReport", "BearerAuth", "Budget", "BudgetExceededError", "ConfigurationError", "CrewAPIError", "CrewClient",
     "CrewConnectionError", "CrewError", "CrewFailedError", "CrewInput", "CrewLostError", "CrewResult", "CrewRun",
     "CrewState", "CrewStatus", "CrewStep", "CrewStoppedError", "CrewTimeoutError", "DatasetError", "DeployedCrew",
-    "ExportError", "FlowRunCancelledError", "HumanInputWebhook", "IdempotencyConflictError", "InvalidCallError",
-    "InvalidInputsError", "KickoffUncertainError", "NoResultError", "NotFoundError", "NotStartedError",
-    "NotWaitingError", "OutputTypeError", "PipelineContext", "PipelineFailedError", "PipelinePlan", "PipelineResult",
-    "PrefectAwayError", "PrefectRefusedError", "Price", "RateLimitedError", "ResponseFormatError", "ResumeAnswer",
-    "Review", "ReviewLimitError", "ReviewRequest", "RunNotFoundError", "ServerError", "SessionBlockedError", "Spending",
-    "StopAnswer", "StoreError", "StreamWebhook", "TaskResult", "TokenUsage", "WaitPolicy", "Webhooks", "aget_result",
-    "aplan_batch", "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "crew_flow", "discover_inputs",
-    "get_result", "kickoff_crew", "pipeline_flow", "plan_batch", "plan_pipeline", "resume_crew", "run_batch",
-    "run_crew", "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew", "wait_for_crew",
+    "FlowRunCancelledError", "HumanInputWebhook", "IdempotencyConflictError", "InvalidInputsError",
+    "KickoffUncertainError", "NoResultError", "NotStartedError", "NotWaitingError", "OutputTypeError",
+    "PipelineContext", "PipelineFailedError", "PipelinePlan", "PipelineResult", "PrefectAwayError", "Price",
+    "ResponseFormatError", "ResumeAnswer", "Review", "ReviewRequest", "SessionBlockedError", "Spending", "StopAnswer",
+    "StoreError", "StreamWebhook", "TaskResult", "TokenUsage", "WaitPolicy", "Webhooks", "aget_result", "aplan_batch",
+    "aplan_pipeline", "arun_batch", "arun_crew", "arun_pipeline", "crew_flow", "discover_inputs", "get_result",
+    "kickoff_crew", "pipeline_flow", "plan_batch", "plan_pipeline", "resume_crew", "run_batch", "run_crew",
+    "run_deployed_crew", "run_deployed_pipeline", "run_pipeline", "stop_crew", "wait_for_crew",
 ]  # fmt: skip
 
 __getattr__, __dir__ = lazy_names(

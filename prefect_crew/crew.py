@@ -17,7 +17,7 @@ from prefect_crew._text import one_line
 from prefect_crew.budgets import Budget
 from prefect_crew.client.inputs import STATE_ID, Inputs
 from prefect_crew.client.redaction import Redactor
-from prefect_crew.exceptions import AuthenticationError, ConfigurationError, InvalidCallError
+from prefect_crew.exceptions import AuthenticationError, ConfigurationError
 from prefect_crew.prices import Price
 
 if TYPE_CHECKING:
@@ -184,7 +184,9 @@ class CrewSession:
     def client(self) -> CrewClient:
         """The client with the newest token."""
         if self._client is None:
-            raise InvalidCallError("This CrewSession is not open. Use it in `async with CrewSession(crew) as session`.")
+            raise ConfigurationError(
+                "This CrewSession is not open. Use it in `async with CrewSession(crew) as session`."
+            )
         return self._client
 
     async def renew(self, refused: CrewClient) -> bool:

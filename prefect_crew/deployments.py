@@ -19,13 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 from uuid import UUID
 
 from prefect import Flow
-from prefect.client.orchestration import get_client
-from prefect.exceptions import ObjectNotFound
 from prefect.types.entrypoint import EntrypointType
 from pydantic import Field, TypeAdapter, ValidationError, WithJsonSchema
 
 from prefect_crew._internal.asyncio_tasks import in_async_context, run_sync
-from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
 from prefect_crew.automations import TAG
 from prefect_crew.blocks import load_crew, values_of_blocks
@@ -40,10 +37,8 @@ from prefect_crew.pipelines.definition import (
 )
 from prefect_crew.pipelines.graph import Pipeline
 from prefect_crew.pipelines.run import PipelineResult, run_deployed_pipeline
-from prefect_crew.settings import CrewSettings
 
 if TYPE_CHECKING:
-    from prefect.client.schemas.responses import DeploymentResponse
     from prefect.deployments.runner import RunnerDeployment
 
 T = TypeVar("T")
@@ -57,8 +52,6 @@ SECRET_HELP = "The name of the Prefect Secret block with the value. The value it
 TEXT = ["string", "number", "boolean"]
 """JSON types of an input that is text, since `prefect deployment run` reads a bare number as a number."""
 TYPES: dict[str, Any] = {"integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
-LOCAL_POOLS = ("process", "crew", "prefect-agent")
-"""Types of work pools whose flow runs run on the machine of their worker, and may share its file."""
 _naming_prefect_away = naming_prefect_away("Deploy again, which updates a deployment that was made.")
 
 
@@ -93,7 +86,7 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         return self._form.signature
 
     def with_options(self, **options: Any) -> InputsFlow[T]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a copy with other options, as Prefect does. `ato_deployment` refuses options that flow runs lose."""
+        """Return a copy with other options, as Prefect does."""
         return self._copy(**super().with_options(**options).__dict__)
 
     def _copy(self, **attributes: Any) -> InputsFlow[T]:
@@ -108,13 +101,10 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         The default name is the name of the crew or the pipeline.
 
         Raises:
-            ConfigurationError: A default does not fit, or a secret one names no Secret block; or an option of
-                `with_options` would not reach the flow runs.
+            ConfigurationError: A default does not fit, or a secret one names no Secret block.
             CrewError: The crew does not name its inputs.
         """
         parameters = dict(options.pop("parameters", None) or {})
-        if self._storage is None:
-            self._refuse_lost_options()
         form = await self._read_form(parameters.pop("inputs", None) or {})
         options["parameters"] = {**parameters, **form.parameters}
         options["entrypoint_type"] = EntrypointType.MODULE_PATH  # Prefect's methods always give one
@@ -141,37 +131,21 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
     @_naming_prefect_away
     async def adeploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> UUID:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy the flow to a work pool. This takes all options that Prefect has. Raises as `ato_deployment` does."""
-        deployment_id = await super().adeploy(name or self.label, work_pool_name, **options)
-        async with get_client() as client:
-            pool = (await client.read_deployment(deployment_id)).work_pool_name
-        if pool is not None and (note := await note_on_database(pool)) is not None:
-            run_logger().warning("%s", note)
-        return deployment_id
+        return await super().adeploy(name or self.label, work_pool_name, **options)
 
     def deploy(self, name: str | None = None, work_pool_name: str | None = None, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Deploy as `adeploy` does; if the caller can await, return the coroutine, as Prefect does."""
         deployment = self.adeploy(name, work_pool_name, **options)
         return deployment if in_async_context() else run_sync(deployment)
 
-    def _refuse_lost_options(self) -> None:
-        """Refuse options that flow runs would lose, because a worker imports the flow of the package."""
-        plain = vars(Flow(self.fn, name=self.name, flow_run_name=self.flow_run_name, version=self.version))
-        plain["flow_run_name"] = self._flow_run_name
-        kept = {"description", "_entrypoint", "parameters"}
-        if lost := [name for name, value in plain.items() if name not in kept and vars(self)[name] != value]:
-            raise ConfigurationError(
-                f"Flow runs of this deployment would not have {', '.join(lost)}, because they import the flow of the "
-                "package. Nothing was deployed. Write the flow into a module, and run: prefect deploy MODULE.FLOW"
-            )
-
 
 def crew_flow(crew: str) -> InputsFlow[CrewResult]:
     """Return a flow that runs a stored crew, and whose run form asks for the inputs of the crew.
 
     `.deploy()`, `.serve()`, `.to_deployment()`, `flow.from_source`, `prefect deploy` and a call work as with each flow.
-    A deployment that `.deploy()` makes runs the installed package, on any work pool and without code storage. So it
-    refuses retries, a timeout and hooks of `with_options`, which hold for calls, and for a flow that `prefect deploy`
-    or `from_source` takes from a module or a file of yours.
+    A deployment that `.deploy()` makes runs the installed package, on any pool and without code storage: retries, a
+    timeout and hooks of `with_options` hold for calls, and for a flow that `prefect deploy` or `from_source` takes from
+    a module or a file of yours.
 
     Args:
         crew: The name of the block of the crew. A value of a secret input is the name of its Secret block.
@@ -205,25 +179,6 @@ def pipeline_flow(file: str | PathLike[str]) -> InputsFlow[PipelineResult]:
     )
 
 
-async def note_on_database(pool: str) -> str | None:
-    """Return a sentence if the flow runs of a work pool may start elsewhere, and the crew database is a file.
-
-    Raises:
-        ObjectNotFound: There is no such pool.
-    """
-    url = CrewSettings().database_url
-    is_file = url is None or url.get_secret_value().startswith("sqlite")
-    async with get_client() as client:
-        kind = (await client.read_work_pool(pool)).type
-    if not is_file or kind in LOCAL_POOLS:
-        return None
-    return (
-        f"Flow runs of work pool {pool!r} ({kind}) need a crew database that they share: set "
-        "PREFECT_INTEGRATIONS_CREW_DATABASE_URL to a PostgreSQL in the pool's job variables, by a secret. Without it "
-        "they start nothing. See: prefect-crew docs guides/machines."
-    )
-
-
 def _with_fixed(flow: Flow[..., Any], description: str, fixed: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the function of a flow of this package. Its `fixed` parameters get defaults; the run form omits them."""
     name, own = flow.fn.__name__, inspect.signature(flow.fn, eval_str=True)
@@ -245,17 +200,6 @@ def _with_fixed(flow: Flow[..., Any], description: str, fixed: Mapping[str, Any]
 
 async def _await(awaitable: Awaitable[T]) -> T:
     return await awaitable
-
-
-async def read_deployment(full_name: str) -> DeploymentResponse | None:
-    """Return the deployment of a name, `flow/deployment`, or None. Raises ConfigurationError for an invalid name."""
-    async with get_client() as client:
-        try:
-            return await client.read_deployment_by_name(full_name)
-        except ObjectNotFound:
-            return None
-        except ValueError as error:
-            raise ConfigurationError(f"A deployment cannot have the name {full_name!r}: {error}") from None
 
 
 async def describe_schedule(schedule: Any) -> str:

@@ -110,7 +110,7 @@ async def arun_crew(
         The result: `output`, `data`, `tasks`, `usage`, `cost`, `kickoff_id`, `idempotency_key` and more.
 
     Raises:
-        InvalidCallError: The sync version was called where an event loop runs, which it would block.
+        ConfigurationError: The sync version was called where an event loop runs, which it would block.
         InvalidInputsError, IdempotencyConflictError: Nothing was started.
         BudgetExceededError: A budget has no room for another run. Nothing was started.
         SessionBlockedError: An earlier turn of the session is uncertain or lost. Nothing was started.

@@ -44,15 +44,10 @@ def cost_of(price: Price | None, usage: TokenUsage | None) -> float | None:
         return price and price.per_run
     if usage is None:
         return None
-    put_in, out, total = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
-    if total is not None:
-        if price.per_1k_input == price.per_1k_output:
-            put_in, out = total, 0
-        elif put_in is None and out is not None:
-            put_in = total - out
-        elif out is None and put_in is not None:
-            out = total - put_in
-    if put_in is None or out is None or min(put_in, out) < 0:
+    put_in, out = usage.prompt_tokens, usage.completion_tokens
+    if price.per_1k_input == price.per_1k_output and usage.total_tokens is not None:
+        put_in, out = usage.total_tokens, 0
+    if put_in is None or out is None:
         return None
     return price.per_run + (put_in * price.per_1k_input + out * price.per_1k_output) / 1000
 

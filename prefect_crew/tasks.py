@@ -152,7 +152,7 @@ async def discover_inputs(crew: DeployedCrew | str) -> list[CrewInput]:
     """Return the inputs that a crew names; an empty list if it names none. `crew` may be the name of a stored block.
 
     Raises:
-        CrewError: `GET /inputs` failed. A crew without `/inputs` raises NotFoundError.
+        CrewError: `GET /inputs` failed. A crew without `/inputs` raises CrewAPIError with status 404.
     """
     async with CrewSession(await load_crew(crew)) as session:
         return await session.client.inputs()
@@ -189,7 +189,7 @@ async def kickoff_crew(
         BudgetExceededError: A budget has no room for another run; nothing was started.
         SessionBlockedError: An earlier turn of the session is uncertain or lost; nothing was started.
         KickoffUncertainError: Nobody knows whether a run was started; the kickoff is not sent again.
-        CrewConnectionError, RateLimitedError, ServerError: The run surely did not start; Prefect retries this.
+        CrewConnectionError, CrewAPIError: The run surely did not start; Prefect retries this.
         PrefectAwayError: The Prefect API did not answer, so nothing was started; Prefect retries this.
     """
     inputs = Inputs.of(inputs)

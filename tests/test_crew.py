@@ -16,7 +16,7 @@ from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.devserver._scripts import load_program
-from prefect_crew.exceptions import InvalidCallError
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.testing import CrewServerFactory
@@ -155,7 +155,7 @@ async def test_two_that_enter_a_session_at_once_share_a_client(is_cancelled: boo
         await session.__aexit__(None, None, None)
     assert opened == [session.client], "it stays open for the other one, and whoever was cancelled does not count"
     await session.__aexit__(None, None, None)
-    with pytest.raises(InvalidCallError, match="not open"):
+    with pytest.raises(ConfigurationError, match="not open"):
         _ = session.client
 
 

@@ -166,20 +166,6 @@ def test_a_secret_of_a_schedule_is_the_name_of_a_block(crew: CrewServer, prefect
     assert "hunter22" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("options", "lost"),
-    [
-        ({"retries": 3, "timeout_seconds": 60}, "timeout_seconds, retries"),
-        ({"on_failure": [print]}, "on_failure_hooks"),
-        ({"flow_run_name": "trip"}, "flow_run_name"),
-    ],
-)
-def test_options_that_flow_runs_would_not_have_are_refused(crew: CrewServer, options: dict[str, Any], lost: str):
-    changed = crew_flow("form").with_options(**options)
-    with pytest.raises(ConfigurationError, match=f"would not have {lost}, because"):
-        changed.to_deployment("lost")
-
-
 def test_a_crew_that_is_not_stored_is_named_where_the_form_is_made(prefect_api: PrefectServer):
     with pytest.raises(ConfigurationError, match="No crew is stored under the name 'nowhere'"):
         crew_flow("nowhere").to_deployment("nowhere")

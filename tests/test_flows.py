@@ -177,7 +177,7 @@ async def test_a_running_loop_is_told_the_async_name(crew_server: CrewServerFact
         "aresume": lambda: run.resume("fine", approve=True),
     }
     for name, call in twins.items():
-        with pytest.raises(RuntimeError, match=rf"Write `await {name}\(\.\.\.\)` instead"):
+        with pytest.raises(pc.ConfigurationError, match=rf"Write `await {name}\(\.\.\.\)` instead"):
             call()
     assert (await pc.arun_crew(crew, {"text": "a"})).output == "a"
 
@@ -422,7 +422,7 @@ async def test_a_key_means_its_completed_attempt(crew_server: CrewServerFactory)
 
 
 async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFactory):
-    with pytest.raises(pc.RunNotFoundError, match="No run has the key or kickoff id 'nobody'"):
+    with pytest.raises(pc.NoResultError, match="No run has the key or kickoff id 'nobody'"):
         await pc.aget_result("nobody")
     failed, stopped, uncertain, running = (key() for _ in range(4))
     failing = crew_server(FAILS)
@@ -437,7 +437,7 @@ async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFact
         await pc.aget_result(stopped)
     with pytest.raises(pc.CrewError):
         await crew_server("echo", faults=["kickoff:500"]).crew().atrigger({"text": "a"}, idempotency_key=uncertain)
-    with pytest.raises(pc.CrewError, match=r"its kickoff is uncertain\. ServerError"):
+    with pytest.raises(pc.CrewError, match=r"its kickoff is uncertain\. CrewAPIError"):
         await pc.aget_result(uncertain)
     server = crew_server(slow(60))
     await server.crew().atrigger({}, idempotency_key=running)

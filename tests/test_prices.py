@@ -21,13 +21,13 @@ TOKENS = Price(per_1k_input=0.5, per_1k_output=2)
         (TOKENS, USAGE, 0.7),
         (Price(per_run=0.1, per_1k_input=0.5, per_1k_output=2), USAGE, 0.8),
         (TOKENS, TokenUsage(prompt_tokens=1000, completion_tokens=100), 0.7),
-        (TOKENS, TokenUsage(total_tokens=1100, completion_tokens=100), 0.7),
         (TOKENS, TokenUsage(total_tokens=0, prompt_tokens=0, completion_tokens=0), 0),
         (Price(per_1k_input=2, per_1k_output=2), TokenUsage(total_tokens=500), 1),
         # What nobody reported is unknown, and never zero.
         (TOKENS, None, None),
         (TOKENS, TokenUsage(), None),
         (TOKENS, TokenUsage(total_tokens=1100), None),
+        (TOKENS, TokenUsage(total_tokens=1100, completion_tokens=100), None),
         (Price(per_run=1, per_1k_input=0.5, per_1k_output=2), TokenUsage(prompt_tokens=1000), None),
     ],
 )

@@ -19,7 +19,7 @@ import anyio
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import ExternalSignal
 
-from prefect_crew.exceptions import InvalidCallError
+from prefect_crew.exceptions import ConfigurationError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -206,7 +206,7 @@ def sync_version(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, T
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if in_async_context():
             args, kwargs = (), {}  # pyright: ignore[reportAssignmentType]  error reporters show the variables of frames
-            raise InvalidCallError(
+            raise ConfigurationError(
                 f"{name}() would block the event loop that runs here. Write `await {function.__name__}(...)` instead."
             )
         coroutine = function(*args, **kwargs)

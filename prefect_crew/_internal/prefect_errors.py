@@ -16,7 +16,7 @@ import httpx
 from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_API_URL
 
-from prefect_crew.exceptions import CrewError, PrefectAwayError, PrefectRefusedError
+from prefect_crew.exceptions import CrewError, PrefectAwayError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def prefect_error(error: BaseException, what_next: str) -> CrewError:
             "Check PREFECT_API_KEY, or PREFECT_API_AUTH_STRING for a server of your own, and what that key may do. "
             "Run: prefect-crew doctor."
         )
-    return PrefectRefusedError(f"{api} refuses a request ({reason}). {what_next} {doctor}")
+    return PrefectAwayError(f"{api} refuses a request ({reason}). {what_next} {doctor}")
 
 
 @contextmanager
@@ -114,8 +114,7 @@ def naming_prefect_errors(what_next: str) -> Generator[None]:
     handle, and those of httpx from a user's function, such as a review function.
 
     Raises:
-        PrefectAwayError: The Prefect API does not answer.
-        PrefectRefusedError: The Prefect API refuses the API key: 401 or 403.
+        PrefectAwayError: The Prefect API does not answer, or refuses the API key: 401 or 403.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""OpenTelemetry, if the user has set up its SDK: one span for each ended run, and two counters.
+"""OpenTelemetry, if the user has set up its SDK: one span for each ended run.
 
 The call that writes the end of the run writes the span, with the times of the attempt, so a run in flight needs no
 span. The parent is the current span, which is the span of Prefect's task run in a wait. A span holds no text of the
@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
-from opentelemetry import metrics, trace
+from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
 from prefect.context import FlowRunContext, TaskRunContext
 
@@ -21,20 +20,9 @@ from prefect_crew.store.decision import Attempt, AttemptState
 
 NAME = "prefect_crew"
 
-# Without an SDK these do nothing; the SDK replaces them when the user sets it up.
-_meter = metrics.get_meter(NAME)
-_runs = _meter.create_counter("prefect_crew.runs", "{run}", "Runs that ended, by state")
-_uncertain = _meter.create_counter("prefect_crew.kickoffs.uncertain", "{kickoff}", "Kickoffs that became uncertain")
-
-
-def count_uncertain(attempt: Attempt) -> None:
-    """Count a kickoff that this process has sent and that became uncertain."""
-    _uncertain.add(1, {"crewai.crew.name": attempt.crew})
-
 
 def end_run(attempt: Attempt) -> None:
-    """Write the span of a run and count it."""
-    _runs.add(1, {"crewai.crew.name": attempt.crew, "prefect_crew.state": str(attempt.state)})
+    """Write the span of a run."""
     kicked_off = attempt.started_at or attempt.begun_at
     begin, end = _ns(kicked_off), max(_ns(kicked_off), _ns(attempt.ended_at or kicked_off))
     # The attributes by which a sampler decides.
@@ -56,14 +44,12 @@ def end_run(attempt: Attempt) -> None:
 
 def _attributes(attempt: Attempt) -> Iterator[tuple[str, Any]]:
     """Yield attributes from the attempt and from Prefect's contexts."""
-    yield "server.address", httpx.URL(attempt.crew_url).host
     yield "error.type", None if attempt.state is AttemptState.COMPLETED else str(attempt.state)
     yield "prefect_crew.state", str(attempt.state)
     yield "prefect_crew.idempotency_key", attempt.key
     yield "prefect_crew.attempt", attempt.number
     yield "prefect_crew.step", attempt.step
     yield "prefect_crew.cost", attempt.cost
-    yield "gen_ai.agent.version", attempt.crew_version
     yield "crewai.human_feedback.wait_duration_ms", attempt.human_seconds * 1000 or None
     if (usage := attempt.usage) is not None:
         yield "gen_ai.usage.input_tokens", usage.get("prompt_tokens")

@@ -154,7 +154,7 @@ class StoredBatch:
         """Write the batch's lines, also while it runs. Return the lines' address for people, and their number.
 
         Without `file`, the lines go to the export with which the batch last ran. A file that is not from this batch is
-        replaced only with `overwrite`. Raises ConfigurationError, ExportError.
+        replaced only with `overwrite`. Raises ConfigurationError, CrewError.
         """
         address = file or self.call.get("export")
         if address is None:

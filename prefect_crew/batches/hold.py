@@ -10,7 +10,7 @@ from uuid import uuid4
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.exceptions import BatchBusyError, BatchCancelledError, StoreError
+from prefect_crew.exceptions import BatchBusyError, FlowRunCancelledError, StoreError
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.news import news_of
 from prefect_crew.runs.owners import crash_dead_owner, process_is_gone, this_process
@@ -20,6 +20,11 @@ RENEW_EVERY = 10.0
 """Seconds between two renewals of a hold."""
 LOOK_AGAIN = 1.0
 """Seconds between two looks at whether the holder of a batch is alive."""
+
+
+def cancelled_batch(name: str) -> FlowRunCancelledError:
+    """Return the error about a batch whose flow run was cancelled."""
+    return FlowRunCancelledError(f"Batch {name!r} was cancelled. The same call continues where it stopped.")
 
 
 class Hold:
@@ -94,11 +99,11 @@ class Hold:
         self.is_cancelled = self.is_cancelled or batch.cancelled_at is not None
 
     def check(self) -> None:
-        """Raise BatchCancelledError or BatchBusyError if this process must not go on."""
+        """Raise FlowRunCancelledError or BatchBusyError if this process must not go on."""
         if self.is_lost:
             raise BatchBusyError(name=self.name)
         if self.is_cancelled:
-            raise BatchCancelledError(name=self.name)
+            raise cancelled_batch(self.name)
 
 
 def _is_here(holder: str | None, own: str | None) -> bool:

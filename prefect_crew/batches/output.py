@@ -32,7 +32,7 @@ from prefect_crew.batches.dataset import (
 )
 from prefect_crew.batches.tables import SQL, SqlDatabase
 from prefect_crew.client.models import CrewResult
-from prefect_crew.exceptions import ConfigurationError, CrewError, ExportError, OutputTypeError
+from prefect_crew.exceptions import ConfigurationError, CrewError, OutputTypeError
 from prefect_crew.runs.run import parse_data
 from prefect_crew.store.batches import Row
 from prefect_crew.store.decision import AttemptState
@@ -107,14 +107,14 @@ class Output:
         """Load the block of the output, if it needs one, before any other method. Raises ConfigurationError."""
 
     def check(self, *, is_new: bool, advice: str = START_ADVICE, consequence: str = "Nothing was started.") -> None:
-        """Make sure that the output can be written, and that what is there is of this batch. Raises ExportError.
+        """Make sure that the output can be written, and that what is there is of this batch. Raises CrewError.
 
         `is_new`: whether the batch has not written there yet, so that what is there is somebody else's. The error then
         has `advice`, and each error `consequence`.
         """
         with self._reporting(consequence):
             if self._has_others(consequence) and is_new:
-                raise ExportError(f"{self.name} {self._others()}: {advice}. {consequence}")
+                raise CrewError(f"{self.name} {self._others()}: {advice}. {consequence}")
 
     def _others(self) -> str:
         return "exists already and is not from this batch"
@@ -134,7 +134,7 @@ class Output:
         """Write the lines of all rows that have ended, in the order of the data set; return their number by state.
 
         The new lines are written on this machine, and replace the old ones once they are whole: a write that is cut off
-        leaves the old. Raises ExportError, StoreError, BatchBusyError.
+        leaves the old. Raises CrewError, StoreError, BatchBusyError.
         """
         with self._reporting(), self._new() as new:
             with _fsspec.open(str(new), "wb", compression=COMPRESSED.get(self._packed)) as file:
@@ -173,7 +173,7 @@ class Output:
         except CrewError:
             raise
         except Exception as error:  # noqa: BLE001  each library that fsspec takes raises errors of its own
-            raise ExportError(self._unwritten(error_text(error, self.address), consequence)) from None
+            raise CrewError(self._unwritten(error_text(error, self.address), consequence)) from None
 
     def _unwritten(self, problem: str, consequence: str) -> str:
         return f"The export {self.name} cannot be written: {problem}. {consequence}"
@@ -307,7 +307,7 @@ class TableOutput(Output):
         self._run(work)
 
     def _run(self, work: Callable[[sa.Connection], T], consequence: str = KEPT) -> T:
-        return self._database.run(work, lambda problem: ExportError(self._unwritten(problem, consequence)))
+        return self._database.run(work, lambda problem: CrewError(self._unwritten(problem, consequence)))
 
     def _results(self) -> sa.Table:
         """Return the table `SCHEMA.TABLE`, or `TABLE`, in which each batch has its own rows."""

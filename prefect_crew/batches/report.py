@@ -199,7 +199,10 @@ class BatchReport:
     def raise_for_failures(self) -> None:
         """Raise BatchFailedError unless every row has completed."""
         if not self.ok:
-            raise BatchFailedError(self)
+            advice = (
+                "The same call goes on with the rows that are left, and starts failed ones again, up to max_attempts."
+            )
+            raise BatchFailedError(f"{str(self).rstrip('.')}. {advice}", report=self)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, cast
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._text import listed_names, with_guesses
+from prefect_crew._text import listed_names, listed_rows, with_guesses
 from prefect_crew.batches.dataset import Dataset, Row
 from prefect_crew.batches.options import BatchOptions, InputsFrom, KeyFrom, is_column
 from prefect_crew.client._retry_safety import kickoff_delay
@@ -21,11 +21,10 @@ from prefect_crew.crew import Crew, CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     ConfigurationError,
+    CrewAPIError,
     CrewConnectionError,
     CrewError,
     DatasetError,
-    RateLimitedError,
-    ServerError,
 )
 from prefect_crew.runs.request import RunOptions
 from prefect_crew.runs.start import check_is_crew
@@ -47,20 +46,22 @@ _UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 async def expected_inputs(session: CrewSession) -> list[CrewInput]:
     """Return the inputs that the crew names; none if the crew cannot name them.
 
-    Raises AuthenticationError, ConfigurationError if a web page or a redirect is the answer, or CrewConnectionError,
-    RateLimitedError or ServerError if the server cannot answer now.
+    Raises AuthenticationError, ConfigurationError if a web page or a redirect is the answer, or CrewConnectionError
+    or CrewAPIError (429, 5xx) if the server cannot answer now.
     """
     for is_last in (False, False, True):
         try:
             return await session.call(lambda client: client.inputs())
         except AuthenticationError:
             raise
-        except (CrewConnectionError, RateLimitedError, ServerError) as error:
-            # Not taken for a crew that names no inputs: all columns would be inputs, and every row would change.
-            if is_last:
-                raise
-            await asyncio.sleep(kickoff_delay(error) or 1.0)
         except CrewError as error:
+            status = error.status_code if isinstance(error, CrewAPIError) else 0
+            if isinstance(error, CrewConnectionError) or status == 429 or status >= 500:
+                # Not taken for a crew that names no inputs: all columns would be inputs, and every row would change.
+                if is_last:
+                    raise
+                await asyncio.sleep(kickoff_delay(error) or 1.0)
+                continue
             check_is_crew(error, session.crew)
             run_logger().warning("The crew does not name its inputs, so rows are not checked for them: %s", error)
             break
@@ -90,6 +91,19 @@ class BadRows:
 
     count: int = 0
     rows: Sequence[BadRow] = ()
+
+    def error(self, source: str, *, alone: bool) -> DatasetError:
+        """Return the error that refuses the data set. `alone`: no row can be run."""
+        cannot = "a row cannot be run" if self.count == 1 else f"{self.count:,} rows cannot be run"
+        reason = (
+            f"{cannot}: {listed_rows(self.rows, self.count)}. Correct them, or skip them with on_bad_row='skip' "
+            "(--on-bad-row skip)."
+        )
+        if alone:
+            reasons = {row.reason for row in self.rows}
+            why = reasons.pop() if len(reasons) == 1 else listed_rows(self.rows, self.count)
+            reason = f"none of its {self.count:,} rows can be run: {why}."
+        return DatasetError(reason, source=source, rows=self.rows)
 
 
 class RowPlan:

@@ -34,11 +34,10 @@ from prefect_crew.blocks import DeployedCrew, load_crew
 from prefect_crew.budgets import Budget
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
 from prefect_crew.exceptions import (
-    BadRowsError,
     BatchBusyError,
-    BatchCancelledError,
     ConfigurationError,
     CrewError,
+    FlowRunCancelledError,
     StoreError,
 )
 from prefect_crew.prices import cost_of
@@ -129,9 +128,9 @@ async def arun_batch(
         `report.ok` is True if all rows completed.
 
     Raises:
-        DatasetError, BadRowsError: The data set cannot be read, or rows cannot be run. Nothing was started.
+        DatasetError: The data set cannot be read, or rows cannot be run. Nothing was started.
         ConfigurationError, BatchBusyError: The batch is another crew's, or another process runs it now.
-        StoreError, ExportError: The crew database or the export failed on the way; the same call goes on.
+        CrewError: The crew database or the export failed on the way; the same call goes on.
         CrewError: The crew refused the token, or the options make no sense. Nothing was started.
     """
     options = BatchOptions(**{name: value for name, value in locals().items() if name in BatchOptions.model_fields})
@@ -175,7 +174,7 @@ async def _run_job(job: BatchJob, on_progress: OnProgress | None) -> BatchReport
             batch = _Call(job, on_progress)
             await batch.open(stack)
             report = await batch.run()
-    except BatchCancelledError as error:
+    except FlowRunCancelledError as error:
         emit_batch("cancelled", job.name, job.crew.label, reason=str(error))
         raise
     except BatchBusyError:  # it has not ended
@@ -348,7 +347,7 @@ class _Call:
         await asyncio.to_thread(self.output.check, is_new=whole_address(job.export) not in known)
         self.total, self.bad = await asyncio.to_thread(self.plan.check)
         if self.bad.count and (job.options.on_bad_row == "refuse" or not self.total):
-            raise BadRowsError(self.bad.rows, self.bad.count, source=job.dataset.name, alone=not self.total)
+            raise self.bad.error(job.dataset.name, alone=not self.total)
         self.hold.check()
 
     async def _change(self, **values: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, held_flow_run, left_behind, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
-from prefect_crew.batches.hold import Hold
+from prefect_crew.batches.hold import Hold, cancelled_batch
 from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.report import RowEnd
 from prefect_crew.batches.rows import RowJob
@@ -28,7 +28,6 @@ from prefect_crew.crew import CrewSession
 from prefect_crew.exceptions import (
     AuthenticationError,
     BatchBusyError,
-    BatchCancelledError,
     BudgetExceededError,
     ConfigurationError,
     CrewError,
@@ -50,7 +49,7 @@ from prefect_crew.runs.polling import Wait
 from prefect_crew.runs.request import BatchRow, RunOptions, RunRequest
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import LiveRun, parse_data, write_end
-from prefect_crew.runs.start import start_run
+from prefect_crew.runs.start import session_blocked, start_run
 from prefect_crew.runs.stop import PERSON, cancelled_on_server, is_cancelled, stop_once
 from prefect_crew.settings import CrewSettings
 from prefect_crew.states import CrewState
@@ -140,7 +139,7 @@ class Runner:
         leave them. This calls `tick` about once a second, until the rows have ended.
 
         Raises:
-            BatchCancelledError: The batch or its flow run was cancelled, and nobody else ends it.
+            FlowRunCancelledError: The batch or its flow run was cancelled, and nobody else ends it.
             asyncio.CancelledError: The task was cancelled, or outlives its flow run. The runs in flight were stopped or
                 left.
             CrewError: A row or a tick raised it.
@@ -166,7 +165,7 @@ class Runner:
                 await self._end(rows, is_stopped=True)
             elif self.throttle.stopped is None or not await is_cancelled(own):
                 return
-            raise BatchCancelledError(name=self.hold.name)
+            raise cancelled_batch(self.hold.name)
         except asyncio.CancelledError:
             if not rows.done():
                 await self._end(rows, is_stopped=await _is_flow_run_cancelled(own))
@@ -318,9 +317,7 @@ class Runner:
         if job.inputs.session in self._blocked:
             reason, advice = "an earlier row of it has no end in this call", "The same call goes on with it."
             session = str(job.inputs.session)
-            return self._refused(
-                job, SessionBlockedError(session=session, turn=0, run=job.key, reason=reason, advice=advice)
-            )
+            return self._refused(job, session_blocked(session, 0, reason, advice))
         while await self.throttle.admit():
             outcome = await self._kick_off(job)
             if isinstance(outcome, RowEnd):

@@ -11,7 +11,7 @@ from prefect_crew.batches.options import BatchOptions
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._transport import Answer, Call
 from prefect_crew.crew import RETRY_AFTER_CAP, Crew
-from prefect_crew.exceptions import CrewError, RateLimitedError, ServerError
+from prefect_crew.exceptions import CrewAPIError, CrewError
 
 REFUSED_PAUSE = 5.0
 """Seconds from a refused kickoff to the next one. The end of a run ends this pause."""
@@ -110,7 +110,7 @@ class Throttle:
         elif now - self._refused_since >= GIVE_UP_AFTER:
             self.stop(f"no kickoff was accepted for {GIVE_UP_AFTER / 60:.0f} minutes. Last error: {error}")
         self._paused_until, self._at_once = now + REFUSED_PAUSE, 1
-        if isinstance(error, RateLimitedError | ServerError) and error.retry_after is not None:
+        if isinstance(error, CrewAPIError) and error.retry_after is not None:
             self._not_before = max(self._not_before, now + min(error.retry_after, RETRY_AFTER_CAP))
 
     # How rows end.

@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from prefect_crew._text import problems_of
 from prefect_crew.exceptions import (
     AnswerUncertainError,
-    BadRowsError,
     BatchFailedError,
     ConfigurationError,
     CrewError,
@@ -24,17 +23,17 @@ from prefect_crew.exceptions import (
     DatasetError,
     InvalidInputsError,
     KickoffUncertainError,
-    RunNotFoundError,
+    NoResultError,
     SessionBlockedError,
 )
 
 OTHER, ROWS, CLOSED_PIPE, TERMINATED = 1, 6, 141, 143
 CODES: Mapping[int, Sequence[type[BaseException]]] = {
-    2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError, RunNotFoundError),
+    2: (CycloptsError, ConfigurationError, InvalidInputsError, DatasetError, NoResultError),
     3: (CrewFailedError, CrewStoppedError, CrewLostError),
     4: (KickoffUncertainError, AnswerUncertainError, SessionBlockedError),
     5: (CrewTimeoutError,),
-    ROWS: (BatchFailedError, BadRowsError),
+    ROWS: (BatchFailedError,),
     130: (KeyboardInterrupt,),
     CLOSED_PIPE: (BrokenPipeError,),
 }
@@ -47,6 +46,8 @@ def is_signal(error: BaseException) -> bool:
 
 def exit_code(error: BaseException) -> int:
     """Return the exit code of an error: that of the first of its classes that has one."""
+    if isinstance(error, DatasetError) and error.rows:
+        return ROWS
     codes = (code for kind in type(error).__mro__ for code, kinds in CODES.items() if kind in kinds)
     return next(codes, TERMINATED if is_signal(error) else OTHER)
 

@@ -1,6 +1,6 @@
 """The output of commands: results on standard output, everything else on standard error; never a token.
 
-The progress of a command is written as lines too, and on a terminal as a last line that is redrawn.
+The progress of a command is written as lines too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from json import dumps
 from typing import TYPE_CHECKING, Any, cast
@@ -18,9 +18,6 @@ from typing import TYPE_CHECKING, Any, cast
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress as LiveLine
-from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.prompt import Confirm
 from rich.table import Table
 
@@ -43,13 +40,11 @@ class Invocation:
         debug: Whether errors show their traceback, and Prefect's logs are shown.
         tokens: Texts that must not be written.
         seen: The run that the command kicked off or found last, for later errors.
-        line: The last line of the screen, while the command redraws it.
     """
 
     debug: bool = False
     tokens: set[str] = field(default_factory=set[str], repr=False)
     seen: SeenRun | None = None
-    line: LiveLine | None = None
 
     def hide(self, token: str) -> str:
         """Keep a token out of everything that is written from now on, and return it."""
@@ -79,14 +74,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def is_terminal(stream: Any) -> bool:
-    """Return whether a stream is a terminal that can redraw lines."""
+    """Return whether a stream is a terminal that draws."""
     return bool(stream.isatty()) and os.environ.get("TERM") != "dumb"
 
 
 def note(text: str, style: str | None = None) -> None:
-    """Write a line for people to standard error: on a terminal above a line that is redrawn."""
-    out = console(stderr=True) if current.line is None else current.line.console
-    out.print(redact(plain(text)), style=style, soft_wrap=True)
+    """Write a line for people to standard error."""
+    console(stderr=True).print(redact(plain(text)), style=style, soft_wrap=True)
 
 
 def confirm(question: str, *, yes: bool) -> None:
@@ -175,7 +169,7 @@ def put_json(value: Any) -> None:
 
 
 SAY_EVERY = 10.0
-"""Seconds between two lines about a batch where nothing is redrawn."""
+"""Seconds between two lines about a batch."""
 
 
 @dataclass
@@ -188,7 +182,6 @@ class SeenRun:
     flow_run_id: str | None = None
     since: float = field(default_factory=time.monotonic)
     state: CrewState = CrewState.PENDING
-    share: str = ""
     task: str | None = None
 
     def update(self, status: CrewStatus, task: str | None) -> list[str]:
@@ -196,11 +189,9 @@ class SeenRun:
         from prefect_crew.artifacts.escape import progress
 
         lines: list[str] = []
-        if not status.total_tasks or status.completed_tasks is not None or not self.share:
-            self.share = progress(status) or self.share
         if task and task != self.task and not status.state.ended:
             self.task = task
-            lines.append(f"{task}{self.share}")
+            lines.append(f"{task}{progress(status)}")
         if status.state is not self.state:
             self.state = status.state
             if status.state is CrewState.WAITING:
@@ -217,8 +208,8 @@ class SeenRun:
         return f"Run {self.kickoff_id} was started: prefect-crew result {shlex.quote(self.idempotency_key)}."
 
 
-class Progress(AbstractContextManager["Progress"]):
-    """Lines on standard error. On a terminal, the last line shows the current phase and its seconds, and is redrawn.
+class Progress:
+    """Lines on standard error about a run or a batch, one for each change.
 
     Attributes:
         seen: The run that was seen last.
@@ -230,14 +221,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.seen: SeenRun | None = None
         self.flow_run_id: str | None = None
         self.batch: str | None = None
-        self._is_live, self._said_at = is_terminal(sys.stderr), 0.0
-
-    def phase(self, text: str) -> None:
-        """Show the phase that begins now."""
-        if self._is_live:
-            self._draw(text, time.monotonic())
-        else:
-            note(f"{text} …")
+        self._said_at = 0.0
 
     def watch(self, run: LiveRun, status: CrewStatus | None) -> None:
         """Note a run and its status. A crew calls this as its `on_status`."""
@@ -253,46 +237,17 @@ class Progress(AbstractContextManager["Progress"]):
             task = None if status.current_task is None or run.show == "none" else run.redact_name(status.current_task)
             for line in watched.update(status, task and " ".join(task.split())[:80]):
                 note(f"Crew {watched.label}: {line}")
-        if watched.state.ended:
-            self.close()
-        elif self._is_live:
-            word = "waits for a person" if watched.state is CrewState.WAITING else str(watched.state)
-            self._draw(f"Crew {watched.label} {word}{watched.share}", watched.since)
 
     def watch_batch(self, progress: BatchReport) -> None:
         """Show the progress of a batch. `run_batch` calls this as its `on_progress`."""
         from prefect_crew._internal.prefect_api import flow_run_id
 
-        self.flow_run_id = self.flow_run_id or flow_run_id()
-        self.batch, text = progress.name, f"Batch {progress.name}: {figures(progress)}"
+        self.flow_run_id, self.batch = self.flow_run_id or flow_run_id(), progress.name
         if progress.phase == "checking":
-            self.phase(f"Batch {progress.name}: checking every row")
-        elif self._is_live and progress.phase != "done":
-            self._draw(text, time.monotonic() - progress.seconds)
-        elif self._is_live or progress.phase == "finishing" or time.monotonic() - self._said_at >= SAY_EVERY:
-            self.close()
+            note(f"Batch {progress.name}: checking every row …")
+        elif progress.phase in ("finishing", "done") or time.monotonic() - self._said_at >= SAY_EVERY:
             self._said_at = time.monotonic()
-            note(text)
-
-    def close(self) -> None:
-        """Stop drawing."""
-        if current.line is not None:
-            current.line.stop()
-            current.line = None
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _draw(self, text: str, since: float) -> None:
-        """Draw the last line: a spinner, a text from outside, which neither controls nor styles, and the seconds."""
-        if current.line is None:
-            out, columns = console(stderr=True), (TextColumn("{task.description}"), TimeElapsedColumn())
-            current.line = LiveLine(SpinnerColumn(), *columns, console=out, transient=True)
-            current.line.add_task("")
-        (task,) = current.line.tasks
-        task.start_time = since
-        current.line.update(task.id, description=escape(redact(plain(text))))
-        current.line.start()  # not again where it is drawn already
+            note(f"Batch {progress.name}: {figures(progress)}")
 
 
 def figures(progress: BatchReport) -> str:

@@ -35,7 +35,7 @@ def reach_prefect(*, lasting: bool = False) -> str | None:
 
     Raises:
         PrefectAwayError: The API does not answer, or no URL is set and the embedded server will not do.
-        PrefectRefusedError: The API refuses the key.
+        PrefectAwayError: The API refuses the key.
     """
     importlib.import_module("prefect.main")  # which sets up the logging
     from prefect.logging.handlers import PrefectConsoleHandler

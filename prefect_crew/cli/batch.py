@@ -132,8 +132,7 @@ async def _run(
     _look_here()
     progress = Progress()
     try:
-        with progress:
-            report = await call(progress)
+        report = await call(progress)
     except (asyncio.CancelledError, KeyboardInterrupt):
         name = progress.batch or name
         stop = f"prefect-crew batch cancel {shlex.quote(name)}"

@@ -11,7 +11,6 @@ from uuid import UUID
 
 from cyclopts import App, Group, Parameter, validators
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectNotFound
@@ -36,13 +35,11 @@ from prefect_crew.cli._options import (
     is_url,
 )
 from prefect_crew.cli._prefect import page_url
-from prefect_crew.deployments import crew_flow, describe_schedule, note_on_database, pipeline_flow, read_deployment
+from prefect_crew.deployments import crew_flow, describe_schedule, pipeline_flow
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.operations import recover
 
 WHAT = Group("Deploy one of", validator=validators.LimitedChoice(1, 1), sort_key=0)
-REPLACED = {"schedule": "schedules", "concurrency limit": "global_concurrency_limit", "job variables": "job_variables"}
-"""What Prefect removes if a deployment is deployed again without it."""
 
 
 async def deploy(
@@ -67,8 +64,7 @@ async def deploy(
     Args:
         crew: The name of a stored crew.
         pipeline: A file with a pipeline, YAML or JSON.
-        pool: The work pool whose workers run it, with this package installed; if left out, the pool that the deployment
-            has, or Prefect's default pool.
+        pool: The work pool whose workers run it, with this package installed; if left out, Prefect's default pool.
         cron: A cron schedule. Its runs have the inputs that are given here, and they alone the key.
         timezone: The schedule's time zone, such as Europe/Lisbon.
         name: The deployment's name; that of the crew or pipeline if left out.
@@ -85,14 +81,12 @@ async def deploy(
     flow = crew_flow(str(crew)) if pipeline is None else pipeline_flow(pipeline)
     schedules = None if cron is None else [CronSchedule(cron=cron, timezone=timezone)]
     parameters = {"inputs": gather_inputs(inputs, input_file), "idempotency_key": key, "session": session}
-    earlier = await read_deployment(f"{flow.name}/{name or flow.label}")
-    own_pool = pool or (earlier and earlier.work_pool_name)
     deployment = await flow.ato_deployment(
         name,
         parameters={name: value for name, value in parameters.items() if value},
         schedules=schedules,
         tags=tag,
-        work_pool_name=own_pool or get_current_settings().deployments.default_work_pool_name,
+        work_pool_name=pool or get_current_settings().deployments.default_work_pool_name,
     )
     deployment_id = await _apply(deployment)
     async with get_client() as client:
@@ -102,8 +96,6 @@ async def deploy(
     _output.put(f"Deployed {deployment.full_name}, which asks for {', '.join(fields) or 'nothing'}.")
     if page := page_url(deployment_id, "deployment"):
         _output.put(page)
-    if earlier is not None and (gone := _gone(earlier, stored)):
-        _output.note(f"It had this, which you did not give again: {', '.join(gone)}.", "yellow")
     for timetable in stored.schedules:
         _output.put(f"Its schedule: {await describe_schedule(timetable.schedule)}")
     needed = [field for field in form.get("required", ()) if "default" not in fields[field]]
@@ -116,30 +108,15 @@ async def deploy(
         _output.put("Nothing runs it yet. Deploy it again with --pool POOL.")
 
 
-def _gone(earlier: DeploymentResponse, stored: DeploymentResponse) -> list[str]:
-    """Return what a deployment had before it was deployed again, and has no more."""
-    lost = [word for word, field in REPLACED.items() if getattr(earlier, field) and not getattr(stored, field)]
-    kept = {*stored.parameters, *(name for schedule in stored.schedules for name in schedule.parameters or ())}
-    names = sorted(earlier.parameters.keys() - kept)
-    tags = sorted({*earlier.tags} - {*stored.tags})
-    return [*lost, *(f"parameter {name}" for name in names), *(f"tag {tag}" for tag in tags)]
-
-
 async def _apply(deployment: RunnerDeployment) -> str:
     """Store a deployment, and return its id."""
     try:
-        if deployment.work_pool_name:
-            note = await note_on_database(deployment.work_pool_name)
-            if note is not None:
-                _output.note(note, "yellow")
         return str(await deployment.aapply())
-    except ObjectNotFound:
-        pool = shlex.quote(deployment.work_pool_name or "")
+    except DeploymentApplyError as error:  # of a pool that is not there, too
+        pool = shlex.quote(deployment.work_pool_name or "POOL")
         raise ConfigurationError(
-            f"There is no work pool {pool}. Run: prefect work-pool create {pool} --type crew."
-        ) from None
-    except DeploymentApplyError as error:
-        raise ConfigurationError(f"The deployment was not made: {error}") from error
+            f"The deployment was not made: {error} A pool is made with: prefect work-pool create {pool} --type crew."
+        ) from error
 
 
 automations = App(name="automations")

@@ -87,20 +87,20 @@ def run(
         from prefect_crew.flows import run_loaded_crew
         from prefect_crew.runs.request import RunOptions
 
-        with Progress() as progress:
-            loaded_crew = replace(await load(crew), on_status=progress.watch)
-            turn = "" if session is None else f", and waiting for its turn in session {session!r}"
-            progress.phase(f"Crew {loaded_crew.label}: checking the inputs, looking for a run of this key{turn}")
-            wait = None if timeout is None else {**dict(loaded_crew.wait), "timeout": timeout}
-            options = RunOptions.of(
-                name=name,
-                idempotency_key=key,
-                force_new=force_new,
-                restore_from=restore_from,
-                session=session,
-                wait=wait and WaitPolicy.model_validate(wait),
-            )
-            answer = await run_loaded_crew(loaded_crew, values, options)
+        progress = Progress()
+        loaded_crew = replace(await load(crew), on_status=progress.watch)
+        turn = "" if session is None else f", and waiting for its turn in session {session!r}"
+        _output.note(f"Crew {loaded_crew.label}: checking the inputs, looking for a run of this key{turn} …")
+        wait = None if timeout is None else {**dict(loaded_crew.wait), "timeout": timeout}
+        options = RunOptions.of(
+            name=name,
+            idempotency_key=key,
+            force_new=force_new,
+            restore_from=restore_from,
+            session=session,
+            wait=wait and WaitPolicy.model_validate(wait),
+        )
+        answer = await run_loaded_crew(loaded_crew, values, options)
         put_result(answer, progress.seen, as_json=output is not None)
 
     return run_it()

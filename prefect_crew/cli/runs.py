@@ -112,10 +112,10 @@ async def ended_flow_runs(listed: Sequence[Attempt]) -> set[str | None]:
     return {None, *gone, *(each for each in ids if each not in alive)}
 
 
-def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = None, *, left: int | None = None) -> str:
+def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = None) -> str:
     """Return the next step of a person for the latest attempt of a key; empty if there is none.
 
-    `status`: the crew's own word on it. `left`: the attempts that the key has left, None if the crew is not known.
+    `status`: the crew's own word on it.
     """
     key, run = shlex.quote(attempt.key), f"{shlex.quote(attempt.first_id or 'ID')}"
     call = "A call with its key" if attempt.batch is None else f"prefect-crew batch resume {shlex.quote(attempt.batch)}"
@@ -143,10 +143,7 @@ def todo(attempt: Attempt, word: Word, now: float, status: CrewStatus | None = N
         owner = "No flow run started it." if attempt.flow_run_id is None else "The flow run that started it has ended."
         return f"{owner} {call} waits for it. To ask its server: prefect-crew runs inspect {run}."
     if word in (Word.LOST, Word.FAILED, Word.STOPPED):
-        if left is not None and left <= 0:
-            more = ", give --force-new, or take another key" if attempt.batch is None else ""
-            return f"Its key has no attempt left: raise max_attempts of the crew{more}."
-        return f"{call} starts another run{', up to max_attempts of the crew' if left is None else ''}."
+        return f"{call} starts another run, up to max_attempts of the crew."
     return ""
 
 
@@ -169,7 +166,7 @@ async def ls(
     session: str | None = None,
     output: Output = None,
 ) -> None:
-    """List the runs that have not ended. The runs that need a person come first.
+    """List up to 500 runs that have not ended, those that need a person first. `batch failures` lists rows of batches.
 
     Args:
         state: Only runs in this state; can be repeated.
@@ -179,13 +176,16 @@ async def ls(
     """
     session = session and normalize_key(session)
     is_open = not (state or all_ or session)
-    wanted: dict[str, Any] = {"crew": crew, "session": session, "is_in_flight": is_open, "limit": MOST}
     states = {each for word in state for each in STATES.get(word, {S(word)})} if state else None
-    listed = await in_store(attempts.list_attempts, states=states, with_rows=False, **wanted)
-    is_cut = len(listed) == MOST
-    if session is None and (is_open or Word.UNCERTAIN in (state or ())):  # a row may need a person too
-        rows = await in_store(attempts.list_attempts, states=STATES[Word.UNCERTAIN], **wanted)
-        listed += [row for row in rows if row.batch is not None and row.is_free(time.time())]
+    listed = await in_store(
+        attempts.list_attempts,
+        states=states,
+        with_rows=False,
+        crew=crew,
+        session=session,
+        is_in_flight=is_open,
+        limit=MOST,
+    )
     ended, now, order = await ended_flow_runs(listed), await in_store(attempts.time_now), list(Word)
     lines = [(word_of(attempt, ended, now), attempt) for attempt in listed]
     lines = [line for line in lines if not state or line[0] in state]
@@ -193,7 +193,7 @@ async def ls(
     if session is None:
         lines.sort(key=lambda line: (order.index(line[0]), -_since(line[1])))
     else:
-        lines.sort(key=lambda line: (line[1].crew_url, line[1].turn or 0))
+        lines.reverse()
         columns.append("Turn")
     cells = [
         (str(word), short_name(attempt), attempt.crew, ago(_since(attempt), now), str(attempt.turn or ""))
@@ -203,8 +203,6 @@ async def ls(
     as_json = output and [_as_json(attempt, word, now) for word, attempt in lines]
     shown = [row[: len(columns)] for row in cells]
     _output.put_rows(columns, shown, empty=f"{empty} Rows of batches: prefect-crew batch ls.", json=as_json)
-    if is_cut:
-        _output.note(f"These are the latest {MOST}. --crew, --state and --session list fewer.", "dim")
     if not output and any(todo(attempt, word, now) for word, attempt in lines):
         _output.note("To see what to do about a run: prefect-crew runs inspect RUN", "dim")
 
@@ -226,9 +224,6 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = N
         except CrewError as error:
             _output.note(str(error))
         last = live.attempt or last
-    left = None
-    if loaded_crew is not None:
-        left = loaded_crew.max_attempts - sum(attempt.may_count(now) for attempt in found)
     documents: list[dict[str, Any]] = []
     for attempt in found:
         its_status = status if attempt.id == last.id else None
@@ -237,7 +232,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = N
         asked = await in_store(questions.questions_of, attempt.id)
         facts: dict[str, Any] = {
             "questions": [*map(_question, asked)],
-            "todo": todo(attempt, word, now, its_status, left=left),
+            "todo": todo(attempt, word, now, its_status),
         }
         if its_status is not None:
             facts["status"] = its_status.model_dump(mode="json", exclude={"raw": True, "tasks": True})
@@ -311,17 +306,13 @@ async def cancel(run: KeyOrId, /, *, crew: CrewOfRun = None) -> int:
         raise CrewError(f"Run {run!r} has no kickoff id, so it cannot be stopped: its kickoff is {attempt.state}.")
     answer = await stop_run(LiveRun(await need_crew(attempt, crew), attempt.first_id, attempt))
     if answer.accepted:
-        sentence = f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}."
-    elif answer.state is not None and answer.state.ended:
-        sentence = f"Run {run} had already ended: {answer.state}."
-    else:
-        why = answer.message or {
-            StopOutcome.UNSUPPORTED: "the crew's server has no /stop. The crew's page may offer it",
-            StopOutcome.UNKNOWN_RUN: "the server does not know this run",
-        }.get(answer.outcome, "the server gave no reason")
-        raise CrewError(f"Run {run} was not stopped: {why}.")
-    _output.put(sentence)
-    return 0 if answer.accepted else OTHER
+        _output.put(f"Run {run}: {'stopped' if answer.outcome is StopOutcome.STOPPED else 'asked to stop'}.")
+        return 0
+    if answer.state is not None and answer.state.ended:
+        _output.put(f"Run {run} had already ended: {answer.state}.")
+        return OTHER
+    why = answer.message or f"its server answered: {answer.outcome}. The crew's page may offer it"
+    raise CrewError(f"Run {run} was not stopped: {why}.")
 
 
 @app.command

@@ -144,27 +144,27 @@ def demo() -> None:
     for name, value in INPUTS.items():
         _output.note(f"  {name:<10} {value}")
     url = reach_prefect()
-    with Progress() as progress:
-        progress.phase("Starting a crew server on this machine")
-        from prefect_crew._internal.asyncio_tasks import sync_version
-        from prefect_crew.blocks import crew_of
-        from prefect_crew.crew import WaitPolicy
-        from prefect_crew.devserver import CrewServer
-        from prefect_crew.flows import run_loaded_crew
-        from prefect_crew.runs.request import RunOptions
+    progress = Progress()
+    _output.note("Starting a crew server on this machine …")
+    from prefect_crew._internal.asyncio_tasks import sync_version
+    from prefect_crew.blocks import crew_of
+    from prefect_crew.crew import WaitPolicy
+    from prefect_crew.devserver import CrewServer
+    from prefect_crew.flows import run_loaded_crew
+    from prefect_crew.runs.request import RunOptions
 
-        # Often enough to see each task; a crew on the network is asked less often.
-        often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)
-        with CrewServer("travel", speed=2) as server:
-            _output.current.hide(server.token)
-            progress.phase(f"Crew travel at {server.url}: checking the inputs")
-            crew = replace(crew_of(server.crew(wait=often)).called("travel"), on_status=progress.watch)
-            try:
-                answer = sync_version(run_loaded_crew)(crew, INPUTS, RunOptions())
-            except KeyboardInterrupt:
-                # A crew that is deployed goes on, and the log says so: this one cannot.
-                _output.note("The demo's crew has ended with the demo.", "dim")
-                raise
+    # Often enough to see each task; a crew on the network is asked less often.
+    often = WaitPolicy(initial=0.2, factor=1.0, max_interval=0.2, timeout=300)
+    with CrewServer("travel", speed=2) as server:
+        _output.current.hide(server.token)
+        _output.note(f"Crew travel at {server.url}: checking the inputs …")
+        crew = replace(crew_of(server.crew(wait=often)).called("travel"), on_status=progress.watch)
+        try:
+            answer = sync_version(run_loaded_crew)(crew, INPUTS, RunOptions())
+        except KeyboardInterrupt:
+            # A crew that is deployed goes on, and the log says so: this one cannot.
+            _output.note("The demo's crew has ended with the demo.", "dim")
+            raise
     _output.put()
     _output.put_markdown(answer.output)
     flow_run_id = progress.seen.flow_run_id if progress.seen else None

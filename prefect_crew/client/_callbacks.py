@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import SecretStr
 
+from prefect_crew._text import excerpt
 from prefect_crew.client._parsing import RUN_KEYS, as_id, as_list, as_object, as_text, decode, pick, values_at
-from prefect_crew.client._transport import Call, Connections, is_loopback
+from prefect_crew.client._transport import Call, Connections, is_loopback, of_run, unreadable
 from prefect_crew.client.models import ResumeAnswer, Review
 from prefect_crew.client.redaction import Redactor
-from prefect_crew.exceptions import ConfigurationError, CrewAPIError, ResponseFormatError
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError
 
 MAX_AGE = 300.0
 """Seconds between a webhook's timestamp and now, in either direction."""
@@ -73,7 +74,7 @@ def parse_question(body: bytes) -> FlowQuestion | None:
     id_ = pick(as_id, source, "id") or pick(as_text, source, "response_token")
     if kickoff_id is None or id_ is None or not _is_url(url):
         keys = ", ".join(sorted(source)[:20])
-        raise ResponseFormatError(expected="a question to a person", body=f"the keys {keys}")
+        raise unreadable("a question to a person", f"the keys {keys}")
     options = map(as_text, as_list(next(values_at(source, "emit_options", "emit"), None)))
     return FlowQuestion(
         # A digest: the id may be a response token, which is a secret and must not be in a name.
@@ -112,7 +113,11 @@ async def post_answer(question: FlowQuestion, review: Review, *, allow_http: boo
     if not httpx.codes.is_success(answer.status):
         body = call.shown(answer.text)
         raise CrewAPIError(
-            status_code=answer.status, method="POST", path=label, body=body, kickoff_id=question.kickoff_id
+            f"POST {label} answered {answer.status}{of_run(question.kickoff_id)}: {excerpt(body) or 'an empty body'}. "
+            "See the crew's page and the answer above.",
+            status_code=answer.status,
+            body=excerpt(body),
+            kickoff_id=question.kickoff_id,
         )
     return ResumeAnswer(kickoff_id=question.kickoff_id, status="accepted")
 

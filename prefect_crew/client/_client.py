@@ -14,9 +14,19 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import SecretStr
 
-from prefect_crew._text import EXCERPT
+from prefect_crew._text import EXCERPT, excerpt, listed_names
 from prefect_crew.client import _parsing
-from prefect_crew.client._transport import AT_ONCE, Answer, Call, Connections, checked_token, checked_url, encoded_id
+from prefect_crew.client._transport import (
+    AT_ONCE,
+    Answer,
+    Call,
+    Connections,
+    checked_token,
+    checked_url,
+    encoded_id,
+    of_run,
+    unreadable,
+)
 from prefect_crew.client.inputs import Inputs, Unshown
 from prefect_crew.client.models import CrewInput, CrewStatus, ResumeAnswer, StopAnswer
 from prefect_crew.client.redaction import Redactor
@@ -26,18 +36,26 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewAPIError,
     CrewError,
-    InvalidCallError,
     InvalidInputsError,
-    NotFoundError,
-    RateLimitedError,
-    ResponseFormatError,
-    ServerError,
 )
 from prefect_crew.states import CrewState
 
 T = TypeVar("T")
 
-_KINDS = {401: AuthenticationError, 403: AuthenticationError, 404: NotFoundError, 429: RateLimitedError}
+_REFUSED = (
+    "Check the bearer token on the Status tab of the crew's page. Each crew has its own, and a User Bearer Token may "
+    "do less than the organisation's. To renew a stored crew's token: prefect-crew crews save NAME --overwrite."
+)
+NOTHING_STARTED = "Nothing was started. To list the crew's inputs, run: prefect-crew inputs CREW."
+_ADVICE = {
+    401: _REFUSED,
+    403: _REFUSED,
+    404: "Check the crew's URL, and the id of the run if it names one.",
+    429: "No run was started. Try again later, or lower the rate.",
+    5: "This is often temporary. Run again with the same idempotency key, which starts no second run. If it lasts, ask "
+    "the crew's operators (CrewAI's support for a hosted crew), and give them this whole message.",
+}
+"""What a person does next, by the status or its first digit."""
 _STATUS_PATHS = ("/status/{id}", "/{id}/status")
 VERSION_WITHIN = 5.0
 """Seconds that a look at a crew's version may take."""
@@ -66,8 +84,7 @@ class CrewClient:
 
     In addition to its own errors, every call raises:
         AuthenticationError: 401 or 403.
-        RateLimitedError, ServerError: 429 and 5xx, with `retry_after` in seconds if the server asks for it.
-        CrewAPIError: Any other error status, and a redirect.
+        CrewAPIError: Any other error status, with `retry_after` in seconds if the server asks for it; and a redirect.
         CrewConnectionError: No answer; `sent` is False only if the request was surely not sent.
         ResponseFormatError: An answer in no known format, over 64 MiB, or with over two million lists and objects.
         ConfigurationError: URL, token, id or inputs cannot be used. Nothing was sent.
@@ -99,7 +116,7 @@ class CrewClient:
 
     async def __aenter__(self) -> CrewClient:
         if self._connections is not None:
-            raise InvalidCallError("This CrewClient is open already. Open another one.")
+            raise ConfigurationError("This CrewClient is open already. Open another one.")
         self._connections = Connections(
             self.url, token=self._token, timeout=self.request_timeout, transport=self._transport
         )
@@ -114,7 +131,7 @@ class CrewClient:
         """Return the inputs of the crew, from `GET /inputs`. A Flow lists the fields of its state, and needs none.
 
         Raises:
-            NotFoundError: The crew's server has no `/inputs`, or there is no crew at this URL.
+            CrewAPIError: 404: the crew's server has no `/inputs`, or there is no crew at this URL.
         """
         call = self._call("GET", "/inputs")
         inputs = await self._parsed(call, await self._send(call), "the crew's inputs", _parsing.parse_inputs)
@@ -193,7 +210,7 @@ class CrewClient:
         differently: this sends both, and once more in one spelling where a server's validation refuses the other.
 
         Raises:
-            NotFoundError: No such run or task.
+            CrewAPIError: 404: no such run or task.
             CrewAPIError: 400: the run does not wait for a person.
         """
         encoded_id(kickoff_id)
@@ -252,7 +269,7 @@ class CrewClient:
 
     async def _send(self, call: Call) -> Answer:
         if self._connections is None:
-            raise InvalidCallError("This CrewClient is not open. Use it in `async with CrewClient(…) as client`.")
+            raise ConfigurationError("This CrewClient is not open. Use it in `async with CrewClient(…) as client`.")
         return await self._connections.exchange(call)
 
     async def _parsed(self, call: Call, answer: Answer, expected: str, parse: Callable[[Any], T | None]) -> T:
@@ -268,24 +285,30 @@ class CrewClient:
             return parsed
         # Mask the whole text first, then cut it: the redactor would not find half a secret.
         body = call.shown(answer.text)[: 4 * EXCERPT]
-        raise ResponseFormatError(expected=expected, body=body, status_code=answer.status, kickoff_id=call.kickoff_id)
+        raise unreadable(expected, body, answer.status, call.kickoff_id)
 
     def _error(self, call: Call, answer: Answer, kind: type[CrewAPIError] | None = None) -> CrewAPIError:
         """Return the error for an answer whose status is not 2xx."""
         message, missing = _parsing.parse_error(answer.text)
         if 300 <= answer.status < 400:
             message = f"A redirect to {_redirection(answer)}, not followed. Give the crew's final URL"
-        kind = kind or _KINDS.get(answer.status) or (ServerError if 500 <= answer.status < 600 else CrewAPIError)
-        more: dict[str, Any] = {"missing_inputs": [*map(call.shown, missing)]} if kind is InvalidInputsError else {}
+        status, missing = answer.status, [*map(call.shown, missing)] if kind is InvalidInputsError else []
+        advice = _ADVICE.get(status) or _ADVICE.get(status // 100, "See the crew's page and the answer above.")
+        if kind is InvalidInputsError:
+            advice = NOTHING_STARTED + (f" Missing inputs: {listed_names(missing)}." if missing else "")
+        kind = kind or (AuthenticationError if status in (401, 403) else CrewAPIError)
+        body = excerpt(call.shown(answer.text))
+        message = call.shown(message or "")
+        text = (excerpt(message) or body or "an empty body").rstrip(".")
+        path = f"{urlsplit(self.url).path}{call.path}"
         return kind(
-            status_code=answer.status,
-            method=call.method,
-            path=f"{urlsplit(self.url).path}{call.path}",
-            message=call.shown(message or ""),
-            body=call.shown(answer.text),
+            f"{call.method} {path} answered {status}{of_run(call.kickoff_id)}: {text}. {advice}",
+            status_code=status,
+            message=message,
+            body=body,
             kickoff_id=call.kickoff_id,
             retry_after=_parsing.parse_retry_after(answer.headers.get("retry-after")),
-            **more,
+            **({"missing_inputs": missing} if missing else {}),
         )
 
 

@@ -24,6 +24,7 @@ import httpx
 from pydantic import SecretStr
 
 from prefect_crew._internal.httpx_connections import is_usable, open_connection
+from prefect_crew._text import excerpt
 from prefect_crew.client._retry_safety import POST_DEADLINE
 from prefect_crew.client.redaction import Redactor, withheld
 from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError
@@ -302,10 +303,11 @@ class Connections:
         except (httpx.HTTPError, OSError) as error:
             cause = self._without_secrets(error, call)
             is_sent, reason = _FAILURES.get(type(cause), (True, type(cause).__name__))
+            reason = f"{reason} ({cause})" if str(cause) else reason
             raise CrewConnectionError(
-                method=call.method,
-                url=f"{self._label}{call.path}",
-                reason=f"{reason} ({cause})" if str(cause) else reason,
+                f"{call.method} {self._label}{call.path} got no answer{of_run(call.kickoff_id)}: {reason.rstrip('.')}. "
+                "To check that the crew's server can be reached from here, run: prefect-crew doctor CREW.",
+                reason=reason,
                 sent=is_sent,
                 kickoff_id=call.kickoff_id,
             ) from cause
@@ -374,6 +376,25 @@ _FAILURES: dict[type[Exception], tuple[bool, str]] = {
 error the request may have reached it."""
 
 
+def of_run(kickoff_id: str | None) -> str:
+    """Return the words of a message that name the run of a request."""
+    return f" (run {kickoff_id})" if kickoff_id else ""
+
+
+def unreadable(
+    expected: str, body: str, status: int | None = None, kickoff_id: str | None = None
+) -> ResponseFormatError:
+    """Return the error about an answer in no known format."""
+    body = excerpt(body)
+    return ResponseFormatError(
+        f"Expected {expected}{of_run(kickoff_id)}, got: {body or 'an empty body'}. Check that the URL is the crew's "
+        "own, not the URL of a web page or a proxy.",
+        body=body,
+        status_code=status,
+        kickoff_id=kickoff_id,
+    )
+
+
 async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes], kickoff_id: str | None) -> Answer:
     """Read a streamed response, up to its limit; of an error's body only the start."""
     good = httpx.codes.is_success(status)
@@ -396,12 +417,7 @@ async def _read(status: int, headers: httpx.Headers, stream: AsyncIterable[bytes
     if len(body) > limit:
         problem = f"more than {limit // 1024**2} MiB"
     if good and problem:
-        raise ResponseFormatError(
-            expected="an answer that can be read",
-            body=problem,
-            status_code=status,
-            kickoff_id=kickoff_id,
-        )
+        raise unreadable("an answer that can be read", problem, status, kickoff_id)
     return Answer(status, headers, body[:limit])
 
 

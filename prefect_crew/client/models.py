@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from prefect_crew.exceptions import InvalidCallError
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.states import CrewState
 
 if TYPE_CHECKING:
@@ -127,10 +127,10 @@ class CrewStatus(_Model):
         """Return the result of a completed run.
 
         Raises:
-            InvalidCallError: The run has another state, and so no result.
+            ConfigurationError: The run has another state, and so no result.
         """
         if self.state is not CrewState.COMPLETED:
-            raise InvalidCallError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
+            raise ConfigurationError(f"Run {self.kickoff_id} is {self.state}, not completed: it has no result.")
         values: dict[str, Any] = {name: getattr(self, name, None) for name in CrewResult.model_fields}
         values["output"] = self.output or ""
         return CrewResult(**values)

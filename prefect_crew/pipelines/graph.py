@@ -21,7 +21,7 @@ from prefect_crew.client.inputs import missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput, CrewResult
 from prefect_crew.client.redaction import MASK, holds_secret
 from prefect_crew.crew import Crew, CrewSession, WaitPolicy
-from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewError, NotFoundError
+from prefect_crew.exceptions import AuthenticationError, ConfigurationError, CrewAPIError, CrewError
 from prefect_crew.runs.request import RunOptions
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.templates import GLOBALS, RESULT_FIELDS, compiled, uses_in
@@ -207,12 +207,11 @@ class Pipeline:
         try:
             async with CrewSession(crew) as session:
                 return session.crew.token, await session.call(lambda client: client.inputs())
-        except NotFoundError:
-            return crew.token, []
-        except (AuthenticationError, ConfigurationError) as error:
-            self.problems.append(f"{failed}: {error}")
         except CrewError as error:
-            self.unreachable.append(f"{failed}: {error}")
+            if isinstance(error, CrewAPIError) and error.status_code == 404:  # it has no `/inputs`
+                return crew.token, []
+            is_problem = isinstance(error, AuthenticationError | ConfigurationError)
+            (self.problems if is_problem else self.unreachable).append(f"{failed}: {error}")
         return None
 
     def check_inputs(self) -> None:

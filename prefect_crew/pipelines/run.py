@@ -21,6 +21,7 @@ from pydantic import Field
 from prefect_crew._internal.asyncio_tasks import cancel_and_wait, cancelled_once, sync_version
 from prefect_crew._internal.prefect_api import label_flow_run, run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
+from prefect_crew._text import excerpt
 from prefect_crew.blocks import values_of_blocks
 from prefect_crew.budgets import Budget
 from prefect_crew.client.encoding import encode_inputs
@@ -197,9 +198,16 @@ async def _run(pipeline: Pipeline, name: str, idempotency_key: str | None, budge
     await work.run()
     if work.errors:
         names = [step.name for step in pipeline.steps]
+        failed = [name for name in names if name in work.errors]
+        skipped = [name for name in names if name not in work.results and name not in work.errors]
+        why = "; ".join(f"{name}: {excerpt(str(work.errors[name])).rstrip('.')}" for name in failed)
+        not_run = f" Not run because of this: {', '.join(skipped)}." if skipped else ""
         raise PipelineFailedError(
-            failed=[name for name in names if name in work.errors],
-            skipped=[name for name in names if name not in work.results and name not in work.errors],
+            f"{'A step' if len(failed) == 1 else f'{len(failed)} steps'} failed: {why}.{not_run} Results that are "
+            f"kept: {len(work.results)}. Retry the flow run, or run again with idempotency key {key!r}, to start the "
+            "rest.",
+            failed=failed,
+            skipped=skipped,
             results=work.results,
             errors=work.errors,
             idempotency_key=key,

@@ -18,9 +18,9 @@ from prefect_crew.client._parsing import (
     text_of,
     tokens_of,
 )
+from prefect_crew.client._transport import unreadable
 from prefect_crew.client.models import TokenUsage
 from prefect_crew.client.webhooks import RUN_ENDS
-from prefect_crew.exceptions import ResponseFormatError
 
 MAX_STREAMED = 200
 """Events of one stream delivery that are read."""
@@ -56,7 +56,7 @@ def read_events(kind: str, body: bytes) -> list[WebhookEvent]:
         return [_end(event) for event in events if str(event.get("type")).lower() in RUN_ENDS]
     kickoff_id = _run_id(source)
     if kickoff_id is None:
-        raise ResponseFormatError(expected=f"a {kind} webhook's body that names its run", body=text)
+        raise unreadable(f"a {kind} webhook's body that names its run", text)
     if kind == "human_input":
         task = as_id(source.get("task_id"))
         return [WebhookEvent("webhook.human_input", kickoff_id, task=task, output=_output_of(source))]

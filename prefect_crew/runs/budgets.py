@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -80,7 +81,19 @@ def _error(overrun: Overrun, now: float, row_of: str | None = None) -> BudgetExc
     elif allowance.per == "month":
         resets_at = (datetime(at.year, at.month, 1, tzinfo=UTC) + timedelta(days=32)).replace(day=1)
     measure = "kickoffs" if overrun.measure == "runs" else overrun.measure
+    when, then = "", f"Nothing was started. Raise max_{measure} and make the same call again."
+    if allowance.is_warning:
+        then = "The run starts anyway, since on_limit is 'warn'."
+    elif resets_at is not None:
+        when = f". The budget begins again at {resets_at:%Y-%m-%d %H:%M} UTC"
+        again = "Run again then with the same key"
+        if row_of is not None:
+            again = f"To go on then, run: prefect-crew batch resume {shlex.quote(row_of)}"
+        then = f"Nothing was started. {again}, or raise max_{measure}."
     return BudgetExceededError(
+        f"Budget {allowance.name!r} has no room for another run, which takes about {overrun.estimate:,.4g}: "
+        f"{overrun.used:,.6g} of {overrun.limit:,.6g} {measure} are used, with the estimates of runs in flight{when}. "
+        f"{then}",
         budget=allowance.name,
         counter=f"{allowance.scope}, {measure} a {'batch' if allowance.per == 'all' else allowance.per}",
         measure=measure,
@@ -89,7 +102,6 @@ def _error(overrun: Overrun, now: float, row_of: str | None = None) -> BudgetExc
         estimate=overrun.estimate,
         resets_at=resets_at,
         on_limit="warn" if allowance.is_warning else "refuse",
-        row_of=row_of,
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shlex
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus
@@ -18,7 +18,6 @@ from prefect_crew.exceptions import (
     CrewError,
     CrewLostError,
     CrewTimeoutError,
-    RateLimitedError,
     ResponseFormatError,
 )
 from prefect_crew.runs.database import in_store
@@ -219,7 +218,7 @@ class Wait:
         # wait that begins after the limit, for example after a restart, gets the same time.
         if limit is not None and min(-limit[2], now - began) >= most:
             raise await self._timed_out(*limit[:2]) from error
-        if isinstance(error, RateLimitedError):
+        if isinstance(error, CrewAPIError) and error.status_code == 429:
             self._failed_at = None
         else:
             if self._failed_at is not None:
@@ -231,9 +230,22 @@ class Wait:
             raise error
 
     async def _timed_out(self, phase: str, limit: float) -> CrewTimeoutError:
-        names: dict[str, Any] = {**self.run.names, "last_state": None if self._seen is None else str(self._seen)}
+        run, last_state = self.run, None if self._seen is None else str(self._seen)
         stopped = self.policy.stops(phase) and await self.stop()
-        return CrewTimeoutError(**names, phase=phase, limit=limit, stopped=stopped)
+        advice = "Look"
+        if (key := run.names["idempotency_key"]) is not None:
+            to_do = "start another" if stopped else "go on waiting"
+            advice = f"To {to_do}, run again with idempotency key {key!r} and a larger timeout, or look"
+        return CrewTimeoutError(
+            f"Run {run.kickoff_id} of crew {run.names['crew']} was still {last_state or 'unseen'} after its {phase} "
+            f"time limit of {limit:g} s. {'It was stopped' if stopped else 'It was left running'}. {advice}: "
+            f"prefect-crew runs inspect {shlex.quote(run.kickoff_id)}.",
+            **run.names,
+            phase=phase,
+            limit=limit,
+            last_state=last_state,
+            stopped=stopped,
+        )
 
 
 def poll_delays(policy: WaitPolicy, *, again: bool = False) -> Iterator[float]:

@@ -16,7 +16,7 @@ from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew.client._transport import encoded_id
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
-from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
+from prefect_crew.exceptions import ConfigurationError, CrewError, NoResultError
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.keys import normalize_key
 from prefect_crew.runs.reviews.callbacks import forget_callbacks
@@ -33,10 +33,10 @@ LOOK_AGAIN = 2.0
 
 
 async def find_attempts(name: str) -> list[Attempt]:
-    """Return the attempts of an idempotency key, or the one with a kickoff id. Raises RunNotFoundError."""
+    """Return the attempts of an idempotency key, or the one with a kickoff id. Raises NoResultError."""
     found = await in_store(attempts.of_key, normalize_key(name)) or await in_store(attempts.of_kickoff_id, name)
     if not found:
-        raise RunNotFoundError(f"No run has the key or kickoff id {name!r}. To list them: prefect-crew runs ls --all.")
+        raise NoResultError(f"No run has the key or kickoff id {name!r}. To list them: prefect-crew runs ls --all.")
     return found
 
 
@@ -161,7 +161,7 @@ async def _unresolved(name: str) -> Attempt:
     answer may not have arrived.
 
     Raises:
-        RunNotFoundError, CrewError: There is none, or it is too early.
+        NoResultError, CrewError: There is none, or it is too early.
     """
     found = await find_attempts(name)
     now = await in_store(attempts.time_now)

@@ -17,6 +17,7 @@ from pydantic_core import to_json
 from prefect_crew._internal.clock import moment
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._text import excerpt
 from prefect_crew.artifacts.escape import prose
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import MarkdownArtifact, RunView, artifact_key
@@ -588,11 +589,12 @@ def parse_data(
         quote = run.redact(result.output) if run.show == "full" else "not shown"
     # Outside of the `except` block: the validator's error quotes the whole result and would become the context.
     refusal = OutputTypeError(
+        f"The result of run {result.kickoff_id} does not fit {output_type.__name__}: {'; '.join(problems)}. The text: "
+        f"{excerpt(result.output if quote is None else quote) or 'empty'}. The result is on record. Correct the type, "
+        "or leave output_type out, and run again with the same key, which starts no other run.",
         kickoff_id=result.kickoff_id,
-        output_type=output_type.__name__,
         output=result.output,
         problems=problems,
-        shown=quote,
     )
     del result  # error reporters show the local variables of all frames
     raise refusal

@@ -21,9 +21,10 @@ from prefect_crew._internal.asyncio_tasks import OwnTask
 from prefect_crew._internal.clock import moment
 from prefect_crew._internal.prefect_api import held_flow_run, left_behind, run_logger
 from prefect_crew._internal.prefect_errors import naming_prefect_away
+from prefect_crew._text import listed_names, with_guesses
 from prefect_crew.artifacts.events import emit
 from prefect_crew.artifacts.run import render_run
-from prefect_crew.artifacts.telemetry import count_uncertain
+from prefect_crew.client._client import NOTHING_STARTED
 from prefect_crew.client._retry_safety import BARE_DELAY, KickoffFate, kickoff_delay, kickoff_fate
 from prefect_crew.client.inputs import Unshown, missing_inputs, unknown_inputs
 from prefect_crew.client.models import CrewInput
@@ -225,8 +226,7 @@ class _Start:
             )
         else:
             return
-        turn, session = attempt.turn or 0, str(attempt.session)
-        raise SessionBlockedError(session=session, turn=turn, run=attempt.key, reason=reason, advice=advice)
+        raise session_blocked(str(attempt.session), attempt.turn or 0, reason, advice)
 
     # Post
 
@@ -314,7 +314,6 @@ class _Start:
                 raise
             reason = self.run.redact_text(f"{type(error).__name__}: {error}")[:500]
             await _write(lambda: in_store(attempts.uncertain, attempt, reason), attempt, "…")
-            count_uncertain(attempt)
             if not isinstance(error, Exception):
                 raise
             raise uncertain(attempt, reason) from error
@@ -326,7 +325,6 @@ class _Start:
         what = f"--kickoff-id {shlex.quote(kickoff_id)}"
         started = await _write(lambda: in_store(attempts.started, attempt, kickoff_id, seconds), attempt, what)
         if started.other_key is not None:
-            count_uncertain(attempt)
             reason = f"its answer names run {kickoff_id} of key {started.other_key!r}"
             raise uncertain(started.attempt or attempt, reason)
         log_second(attempt, kickoff_id, started)
@@ -366,13 +364,22 @@ def uncertain(attempt: Attempt, reason: str | None = None) -> KickoffUncertainEr
     """Emit the event about an uncertain kickoff, once, and return the error."""
     reason = reason or attempt.error or "the process that sent it ended before it recorded the answer"
     emit("uncertain", attempt, once=True, reason=reason)
-    sent = {
-        "crew": attempt.crew,
-        "at": f"{moment(attempt.begun_at):%Y-%m-%d %H:%M:%S} UTC",
-        "inputs digest": attempt.inputs_digest,
-        "attempt": str(attempt.number),
-    }
-    return KickoffUncertainError(idempotency_key=attempt.key, reason=reason, sent=sent)
+    return KickoffUncertainError(
+        f"The kickoff of run {attempt.key!r} is uncertain: {reason.rstrip('.')}. Sent: crew {attempt.crew}, at "
+        f"{moment(attempt.begun_at):%Y-%m-%d %H:%M:%S} UTC, inputs digest {attempt.inputs_digest}, attempt "
+        f"{attempt.number}. The run may go on and is not started again. Look at the crew's page, then run: "
+        f"prefect-crew runs resolve {shlex.quote(attempt.key)} --kickoff-id ID, or --never-started; then run again "
+        "with the same key.",
+        idempotency_key=attempt.key,
+        crew=attempt.crew,
+    )
+
+
+def session_blocked(session: str, turn: int, reason: str, advice: str) -> SessionBlockedError:
+    """Return the error of a call whose session cannot go on after a turn."""
+    return SessionBlockedError(
+        f"Session {session!r} cannot go on after turn {turn}: {reason}. Nothing was started. {advice}"
+    )
 
 
 def _refusal(attempt: Attempt, decision: Decision) -> CrewError:
@@ -388,7 +395,12 @@ def _refusal(attempt: Attempt, decision: Decision) -> CrewError:
         parts.append(f"other values of {', '.join(names)}")
     elif "inputs" in differences:
         parts.append("other inputs")
-    return IdempotencyConflictError(idempotency_key=key, difference=" and ".join(parts), kickoff_id=attempt.first_id)
+    return IdempotencyConflictError(
+        f"Idempotency key {key!r} belongs to another run: {' and '.join(parts)}. Nothing was started. Use another key, "
+        f"or look at that run with prefect-crew runs inspect {shlex.quote(key)}.",
+        idempotency_key=key,
+        kickoff_id=attempt.first_id,
+    )
 
 
 # One run for a caller
@@ -460,15 +472,20 @@ async def check_inputs(session: CrewSession, request: RunRequest) -> None:
             run_logger().warning("The crew's inputs could not be checked before the kickoff: %s", error)
     missing = missing_inputs(expected, request.inputs.encoded)
     unknown = [] if request.crew.allow_extra_inputs else unknown_inputs(expected, request.inputs.encoded)
-    if missing or unknown:
-        raise InvalidInputsError(
-            missing_inputs=missing,
-            unknown_inputs=unknown,
-            known_inputs=[item.name for item in expected],
-            before_kickoff=True,
-            method="GET",
-            path="/inputs",
+    if not missing and not unknown:
+        return
+    text, names = "", [item.name for item in expected]
+    if missing:
+        text += (
+            f"Missing inputs: {listed_names(missing)}. A Flow needs none of its inputs: save it with --flow, or "
+            "DeployedCrew(flow=True). "
         )
+    if unknown:
+        text += f"Unknown inputs: {with_guesses(unknown, names)}. The crew takes: {listed_names(names)}. "
+    text += NOTHING_STARTED
+    if unknown:
+        text += " To send the unknown inputs anyway, set allow_extra_inputs=True on the block."
+    raise InvalidInputsError(text, missing_inputs=missing, unknown_inputs=unknown, before_kickoff=True)
 
 
 def check_is_crew(error: CrewError, crew: Crew) -> None:

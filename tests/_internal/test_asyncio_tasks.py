@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.context import FlowRunContext
 
 from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, sync_version
-from prefect_crew.exceptions import InvalidCallError
+from prefect_crew.exceptions import ConfigurationError
 
 
 async def test_a_cancelled_task_may_finish():
@@ -115,5 +115,5 @@ async def test_a_sync_version_blocks_no_loop_that_can_await(around: Any, blocks:
     """A sync flow that an async flow has called cannot await. Its coroutine has the context variables."""
     kept.set("kept")
     context = FlowRunContext.model_construct(flow=around) if around else contextlib.nullcontext()
-    with context, pytest.raises(InvalidCallError, match="`await aplan") if blocks else contextlib.nullcontext():
+    with context, pytest.raises(ConfigurationError, match="`await aplan") if blocks else contextlib.nullcontext():
         assert sync_version(aplan)() == "kept"

@@ -59,7 +59,7 @@ def test_an_uncertain_kickoff_is_one_event(crew_server: CrewServerFactory, seen:
             server.crew().trigger({"text": "a"}, idempotency_key=idempotency_key)
     (emitted,) = seen.events(f"{idempotency_key}/1")
     assert emitted["event"] == "crew.uncertain"
-    assert "ServerError" in emitted["payload"]["reason"]
+    assert "CrewAPIError" in emitted["payload"]["reason"]
 
 
 def test_emitting_fails_nothing_without_the_api(prefect_server: PrefectServer):

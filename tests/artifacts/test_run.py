@@ -142,7 +142,7 @@ def test_a_lasting_run_is_shown_while_it_runs(
 def test_a_silent_server_is_shown(crew_server: CrewServerFactory, seen: Seen, name: str):
     server = crew_server(slow(60), faults=["status:500"])
     crew = crew_of(server.crew(wait=pc.WaitPolicy(error_timeout=0.2))).called(name)
-    with pytest.raises(pc.ServerError):
+    with pytest.raises(pc.CrewAPIError):
         asyncio.run(pc.arun_crew(crew))
     assert "Nothing is started then." in shown(seen, name)
 

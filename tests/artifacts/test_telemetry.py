@@ -1,4 +1,4 @@
-"""The span of a run and the counters of runs, by the real SDK."""
+"""The span of a run, by the real SDK."""
 
 import asyncio
 import gzip
@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry import metrics, trace
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
-from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -78,13 +75,6 @@ def spans() -> Iterator[Spans]:
     trace._TRACER_PROVIDER, trace._TRACER_PROVIDER_SET_ONCE = None, Once()
 
 
-@pytest.fixture(scope="module")
-def reader() -> InMemoryMetricReader:
-    reader = InMemoryMetricReader()
-    metrics.set_meter_provider(MeterProvider([reader]))  # once a process, and nothing else looks at it
-    return reader
-
-
 # Spans
 
 
@@ -96,7 +86,7 @@ def text_of(span: Any, names: Mapping[str, str]) -> str:
     return text
 
 
-def test_a_run_is_a_golden_span(crew_server: CrewServerFactory, spans: Spans, reader: InMemoryMetricReader):
+def test_a_run_is_a_golden_span(crew_server: CrewServerFactory, spans: Spans):
     server, idempotency_key, ids = crew_server(STEPS, response_format="live"), key(), list[str]()
 
     @flow
@@ -119,7 +109,6 @@ def test_a_run_is_a_golden_span(crew_server: CrewServerFactory, spans: Spans, re
     assert attempt.ended_at is not None
     assert run.start_time == pytest.approx(attempt.started_at * 1e9, abs=1e3)
     assert run.end_time == pytest.approx(attempt.ended_at * 1e9, abs=1e3)
-    assert points(reader, attempt.crew) == {"runs completed": 1}
 
 
 def test_a_failed_run_is_an_error_without_a_text_of_the_crew(crew_server: CrewServerFactory, spans: Spans):
@@ -194,31 +183,6 @@ def test_each_row_of_a_batch_has_its_span(crew_server: CrewServerFactory, spans:
     assert spans.hides("tea 3")
 
 
-# Counters
-
-
-def points(reader: InMemoryMetricReader, crew: str) -> dict[str, Any]:
-    """Return the counters of one crew: by name and what tells its points apart."""
-    values: dict[str, Any] = {}
-    data = reader.get_metrics_data()
-    for group in data.resource_metrics if data else ():
-        for metric in (metric for scope in group.scope_metrics for metric in scope.metrics):
-            for point in metric.data.data_points:
-                labels = dict(point.attributes or {})
-                if labels.pop("crewai.crew.name") == crew:
-                    name = " ".join([metric.name.removeprefix("prefect_crew."), *map(str, labels.values())])
-                    values[name] = point.value
-    return values
-
-
-def test_an_uncertain_kickoff_is_counted_once(crew_server: CrewServerFactory, reader: InMemoryMetricReader):
-    server, idempotency_key = crew_server("echo", faults=["kickoff:500@1"]), key()
-    for _ in range(2):
-        with pytest.raises(pc.KickoffUncertainError):
-            pc.run_crew(server.crew(), {"text": "a"}, idempotency_key=idempotency_key)
-    assert points(reader, f"127.0.0.1:{server.port}") == {"kickoffs.uncertain": 1}
-
-
 # A program
 
 
@@ -226,11 +190,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "guides" / "traces.md"
 
 
 class Collector(Listener):
-    """Keeps what OTLP exporters send over HTTP, by its path."""
+    """Keeps what an OTLP exporter sends over HTTP."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bodies: dict[str, list[bytes]] = {"/v1/traces": [], "/v1/metrics": []}
+        self.bodies: dict[str, list[bytes]] = {"/v1/traces": []}
 
     def take(self, path: str, headers: Mapping[str, str], body: bytes) -> int:
         self.bodies[path].append(gzip.decompress(body) if "Content-Encoding" in headers else body)
@@ -238,7 +202,7 @@ class Collector(Listener):
 
 
 @pytest.mark.programs
-def test_the_guides_program_exports_spans_and_metrics(crew_server: CrewServerFactory, prefect_api: PrefectServer):
+def test_the_guides_program_exports_spans(crew_server: CrewServerFactory, prefect_api: PrefectServer):
     server = crew_server("echo", speed=100)
     with Collector() as collector:
         env = {"PREFECT_API_URL": prefect_api.api_url, "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url}
@@ -248,11 +212,3 @@ def test_the_guides_program_exports_spans_and_metrics(crew_server: CrewServerFac
         program = program.replace('run_crew("travel", trip)', "from prefect_crew import DeployedCrew\n" + ours)
         subprocess.run([sys.executable, "-c", program], env={**os.environ, **env}, check=True, timeout=60)
     assert server.runs[0].id.encode() in b"".join(collector.bodies["/v1/traces"])
-    counted = {
-        metric.name: getattr(metric, metric.WhichOneof("data")).data_points[0]
-        for body in collector.bodies["/v1/metrics"]
-        for group in ExportMetricsServiceRequest.FromString(body).resource_metrics
-        for scope in group.scope_metrics
-        for metric in scope.metrics
-    }
-    assert counted["prefect_crew.runs"].as_int == 1

@@ -19,7 +19,7 @@ from prefect_crew.cli.batch import cancel
 from prefect_crew.client import CrewClient
 from prefect_crew.client.models import StopAnswer, StopOutcome
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import BatchCancelledError
+from prefect_crew.exceptions import FlowRunCancelledError
 from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.held import Held
@@ -60,7 +60,7 @@ async def test_cancel_and_go_on(batch: Batches, crew_server: CrewServerFactory, 
     held, rows, name = Held(), ROWS[:count], f"cancelled {count}"
     server = crew_server(held)
     error, state_of_flow = await cancelled(batch, server, rows, name=name)
-    assert isinstance(error, BatchCancelledError)
+    assert isinstance(error, FlowRunCancelledError)
     assert state_of_flow == "CANCELLING", "until the server ends it"
     assert server.kickoffs == 10, "those in flight, and none after"
     assert {str(run.state) for run in server.runs} == {"stopped"}
@@ -138,7 +138,7 @@ async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_serv
     await until(lambda: "running" in phases, "the rows are waited for")
     await cancel("latest")
     async with asyncio.timeout(30):
-        with pytest.raises(BatchCancelledError):
+        with pytest.raises(FlowRunCancelledError):
             await running
 
 
@@ -179,7 +179,7 @@ async def test_a_batch_that_outlives_its_flow_run_starts_no_row(batch: Batches, 
         held_flow_run.set(held)
         return await batch(echo.crew(), ROWS[:3])
 
-    with pytest.raises(BatchCancelledError):
+    with pytest.raises(FlowRunCancelledError):
         await mine()
     assert echo.kickoffs == 0
 

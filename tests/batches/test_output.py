@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.output import COLUMNS, CONFLICT_REASON, Output
-from prefect_crew.exceptions import BatchBusyError, ConfigurationError, ExportError
+from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
 from support.batches import nothing, pages, row, write
 
 
@@ -105,7 +105,7 @@ async def test_text_of_a_crew_is_one_line_of_json(output: Output, path: Path, te
 def test_a_file_of_something_else_is_left_as_it_is(tmp_path: Path):
     path = tmp_path / "mine.jsonl"
     path.write_text('{"key": "a"}\n')
-    with pytest.raises(ExportError, match=r"exists already.*Nothing was started"):
+    with pytest.raises(CrewError, match=r"exists already.*Nothing was started"):
         Output(str(path), "b").check(is_new=True)
     assert path.read_text() == '{"key": "a"}\n'
     Output(str(path), "b").check(is_new=False)
@@ -137,7 +137,7 @@ async def test_a_failed_write_leaves_the_file(output: Output, path: Path, monkey
     path.write_text("before")
     with monkeypatch.context() as full:
         full.setattr(Output, "_write_page", Mock(side_effect=OSError(ENOSPC, strerror(ENOSPC))))
-        with pytest.raises(ExportError, match=r"No space.*Make the same call again, which writes them"):
+        with pytest.raises(CrewError, match=r"No space.*Make the same call again, which writes them"):
             await write(output, row("k"))
     assert path.read_text() == "before"
     # Two at a time: each is whole.
@@ -181,7 +181,7 @@ async def test_no_error_of_a_library_shows_a_secret(monkeypatch: pytest.MonkeyPa
 
     output = Output("memory://user:hunter2@x/out.jsonl", "b")
     monkeypatch.setattr(MemoryFileSystem, "put_file", refuse)
-    with pytest.raises(ExportError, match="cannot be written: ValueError") as caught:
+    with pytest.raises(CrewError, match="cannot be written: ValueError") as caught:
         await write(output)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 

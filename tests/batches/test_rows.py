@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from prefect_crew.batches.rows import BadRow, RowPlan
+from prefect_crew.batches.rows import BadRow, BadRows, RowPlan
 from prefect_crew.client.models import CrewInput
 from prefect_crew.client.redaction import MASK
-from prefect_crew.exceptions import BadRowsError, ConfigurationError, DatasetError
+from prefect_crew.exceptions import ConfigurationError, DatasetError
 from support.batches import CREW, row_plan
 
 ANY_INPUT = replace(CREW, allow_extra_inputs=True)
@@ -140,14 +140,15 @@ def test_message_about_many_bad_rows_has_an_end():
     assert total == 50
     assert bad.count == 50
     assert len(bad.rows) == 50
-    error = BadRowsError(bad.rows, bad.count, source="leads.csv")
+    error = bad.error("leads.csv", alone=False)
     assert error.rows[0] == BadRow(2, "has no value for topic")
     assert str(error).startswith(
         "leads.csv: 50 rows cannot be run: lines 2, 4, 6, 8, 10, 12, 14, 16, 18, 20 and 40 more: has no value for "
         "topic. Correct them, or skip them with on_bad_row='skip' (--on-bad-row skip)."
     )
     many = [BadRow(number, f"reason {number}") for number in range(1000)]
-    assert "line 19: reason 19; and 4,980 more rows. Correct" in str(BadRowsError(many, 5000, source="leads.csv"))
+    error = BadRows(5000, many).error("leads.csv", alone=False)
+    assert "line 19: reason 19; and 4,980 more rows. Correct" in str(error)
 
 
 def test_equal_rows_differ_by_their_number_of_occurrence():

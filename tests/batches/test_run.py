@@ -176,7 +176,7 @@ async def test_bad_rows_are_in_every_report(batch: Batches, echo: CrewServer, tm
     dirty, options = tmp_path / "dirty.csv", {"name": "dirty", "key": "id"}
     dirty.write_text("id,topic\n1,tea\n2,\n3,milk,x\n4,rye\n")
     bad = [(3, "has no value for topic"), (4, "has 3 fields, the header has 2")]
-    with pytest.raises(pc.BadRowsError, match=r"2 rows cannot be run: ") as caught:
+    with pytest.raises(pc.DatasetError, match=r"2 rows cannot be run: ") as caught:
         await batch(echo.crew(), dirty, **options)
     assert [(row.line, row.reason) for row in caught.value.rows] == bad
     assert echo.kickoffs == 0
@@ -234,7 +234,7 @@ async def test_a_moment_without_inputs_changes_no_row(batch: Batches, echo: Crew
 )
 async def test_a_server_without_inputs_starts_nothing(batch: Batches, echo: CrewServer, fault: str, problem: str):
     echo.faults.add(f"inputs:{fault}")
-    with pytest.raises((pc.RateLimitedError, pc.ServerError, pc.ConfigurationError), match=problem):
+    with pytest.raises((pc.CrewAPIError, pc.ConfigurationError), match=problem):
         await batch(echo.crew(), topics(2, note="no input"))
     assert echo.requests["kickoff"] == 0
     echo.faults.clear()
@@ -334,7 +334,7 @@ async def test_a_file_that_another_batch_wrote_meanwhile_is_kept(batch: Batches,
     await until(lambda: server.kickoffs, "a kickoff")
     await batch(server.crew(), topics(2), name="early")
     with pytest.raises(
-        pc.ExportError, match=r"is not from this batch: move it away. All results are in the crew database"
+        pc.CrewError, match=r"is not from this batch: move it away. All results are in the crew database"
     ):
         await late
     assert [line["output"] for line in batch.lines().values()] == ["on topic 0", "on topic 1"]

@@ -26,7 +26,7 @@ from prefect_crew.batches.output import COLUMNS, TableOutput, open_output
 from prefect_crew.batches.tables import Spool, open_query
 from prefect_crew.cli.batch import resume
 from prefect_crew.devserver import CrewServer
-from prefect_crew.exceptions import DatasetError, ExportError
+from prefect_crew.exceptions import CrewError, DatasetError
 from support.batches import CREW, Batches, nothing, row, write
 from support.frames import locals_of
 from support.tables import POSTGRESQL, SQLITE, StoredDatabase, new_database
@@ -232,12 +232,12 @@ async def test_rows_of_a_namesake_are_refused(batch: Batches, database: StoredDa
     name, rows = f"nightly {uuid.uuid4().hex[:8]}", [{"topic": "tea"}]
     await fill(await opened(database, batch=name), "old")
     options: dict[str, Any] = {"name": name, "key": "topic"}
-    with pytest.raises(ExportError, match=f"of another batch, which is also named '{name}'.*Nothing was started"):
+    with pytest.raises(CrewError, match=f"of another batch, which is also named '{name}'.*Nothing was started"):
         await batch(echo.crew(), rows, export=database.table("results"), **options)
     assert echo.kickoffs == 0
     await batch(echo.crew(), rows, **options)
     stored = await find_batch(name)
-    with pytest.raises(ExportError, match="overwrite=True"):
+    with pytest.raises(CrewError, match="overwrite=True"):
         await stored.export(database.table("results"))
     assert (await stored.export(database.table("results"), overwrite=True))[1] == 1
     assert await database.run("SELECT key FROM results") == [("tea",)]
@@ -246,7 +246,7 @@ async def test_rows_of_a_namesake_are_refused(batch: Batches, database: StoredDa
 async def test_table_of_something_else_is_refused_at_first(batch: Batches, database: StoredDatabase, echo: CrewServer):
     tables = {"topics": r"cannot be written: .*batch.*Nothing was started\.$"}
     for table, problem in tables.items():
-        with pytest.raises(ExportError, match=problem):
+        with pytest.raises(CrewError, match=problem):
             await batch(echo.crew(), [{"topic": "tea"}], export=database.table(table))
     assert echo.kickoffs == 0
     assert sorted(await database.run("SELECT * FROM topics")) == [(1, "100% tea"), (2, "milk"), (3, "a :b")]
@@ -284,9 +284,7 @@ async def test_export_that_is_cut_off_leaves_the_table(database: StoredDatabase,
             raise OSError(28, "No space left on device")
         yield from lines("a")  # its key is there
 
-    with pytest.raises(
-        ExportError, match=r"results cannot be written: .*All results are in the crew database"
-    ) as caught:
+    with pytest.raises(CrewError, match=r"results cannot be written: .*All results are in the crew database") as caught:
         await asyncio.to_thread(output._replace, cut(), nothing)  # type: ignore[arg-type]
     assert "INSERT" not in str(caught.value)
     assert await database.run("SELECT key, output FROM results") == [("a", "before")]

@@ -14,14 +14,14 @@ from prefect_crew.batches.options import BatchOptions
 from prefect_crew.batches.throttle import BatchClient, Throttle
 from prefect_crew.blocks import crew_of
 from prefect_crew.client import _transport
-from prefect_crew.exceptions import CrewConnectionError, RateLimitedError
+from prefect_crew.exceptions import CrewAPIError, CrewConnectionError
 from support.raw import answer, raw_server, read_request
 
-REFUSED = CrewConnectionError(method="POST", url="http://crew/kickoff", reason="refused", sent=False)
+REFUSED = CrewConnectionError("refused", reason="refused", sent=False)
 
 
-def limited(seconds: float) -> RateLimitedError:
-    return RateLimitedError(status_code=429, method="POST", path="/kickoff", message=None, body="", retry_after=seconds)
+def limited(seconds: float) -> CrewAPIError:
+    return CrewAPIError("429", status_code=429, retry_after=seconds)
 
 
 def throttle(**options: Any) -> Throttle:

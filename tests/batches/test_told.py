@@ -44,7 +44,7 @@ def test_the_flow_run_and_an_event_tell_the_end(crew_server: CrewServerFactory, 
 
 def test_a_batch_that_an_error_ended_is_told_too(crew_server: CrewServerFactory, seen: Seen, tmp_path: Path):
     name = uuid.uuid4().hex[:8]
-    with pytest.raises(pc.BadRowsError) as caught:
+    with pytest.raises(pc.DatasetError) as caught:
         pc.run_batch(crew_server(PICKY).crew(), [{"topic": ""}], name=name, export=str(tmp_path / "out.jsonl"))
     (emitted,) = seen.events(name, "batch")
     assert (emitted["event"], emitted["payload"]) == (

@@ -78,7 +78,7 @@ def test_the_key_of_a_schedule_is_not_that_of_a_person(here: Command, crews: Cre
     key = f"{greeter}-{{scheduled_start:%Y-%m-%d}}"
     for _ in range(2):
         again = here("deploy", greeter, *ADA, "--cron", "0 6 * * *", "--key", key)
-    assert again.err == "", "nothing is gone"
+    assert again.err == ""
     stored = deployment(f"deployed-crew/{greeter}")
     for who in ("Grace", "Rita"):  # on one day
         asyncio.run(run_of(stored, {"inputs": {"who": who}}))
@@ -88,19 +88,17 @@ def test_the_key_of_a_schedule_is_not_that_of_a_person(here: Command, crews: Cre
     assert not any(keys[who].startswith(greeter) for who in ("Grace", "Rita"))
 
 
-def test_a_second_deploy_replaces_the_first_and_says_what_is_gone(here: Command, greeter: str, work_pool: WorkPool):
+def test_a_second_deploy_replaces_the_first(here: Command, greeter: str, work_pool: WorkPool):
     pool = work_pool("process")
     first: Any = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}, "cron": "0 6 * * *", "tags": ["mine"]}
     parameters = {"review": "form", "inputs": {"who": "Ada"}, "session": "ada"}
     crew_flow(greeter).deploy(greeter, parameters=parameters, concurrency_limit=2, print_next_steps=False, **first)
     again = here("deploy", greeter, "-i", "who=Grace", "--session", "ada")
-    gone = "schedule, concurrency limit, job variables, parameter review, tag mine"
-    assert f"It had this, which you did not give again: {gone}.\n" in again.err
+    assert again.err == ""
     stored = deployment(f"deployed-crew/{greeter}")
     assert stored.parameters == {"crew": greeter, "inputs": {"who": "Grace"}, "session": "ada"}
     assert stored.schedules == []
     assert stored.work_pool_name == pool, "left out, it stays"
-    assert here("deploy", greeter, "-i", "who=Grace", "--session", "ada").err == ""
 
 
 def test_it_needs_a_server_that_stays(alone: Command):

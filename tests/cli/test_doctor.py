@@ -9,60 +9,47 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_crew.cli import _prefect
-from prefect_crew.cli.doctor import Findings, check_crew, check_prefect
-from prefect_crew.client._client import CrewClient
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import PrefectAwayError
-from support.commands import Command
+from support.commands import TOKEN, Command, Finished
 from support.prefect_server import PrefectServer
 from support.raw import answer, answering, raw_server
 
 
-async def look_at_crew(url: str, token: str = "token-1") -> Findings:
-    findings = Findings()
-    async with CrewClient(url, token, request_timeout=5) as client:
-        await check_crew(client, findings)
-    return findings
+def problems(done: Finished) -> dict[str, str]:
+    lines = [line[2:].split(": ", 1) for line in done.out.splitlines() if line.startswith("✗")]
+    assert done.code == (1 if lines else 0)
+    assert done.out.endswith(f"Problems: {len(lines)}.\n")
+    return dict(lines)
 
 
-async def test_what_is_found_of_a_crew():
-    with CrewServer("travel") as server:
-        healthy = await look_at_crew(server.url, server.token)
-        refused = await look_at_crew(server.url, "another-token")
-        without_tls = await look_at_crew(server.url.replace("http:", "https:"))
-        assert server.kickoffs == 0
-    async with raw_server(answering(answer("{}", "404 Not Found"))) as url:
-        no_crew = await look_at_crew(url)
-    assert {finding.level for finding in healthy} == {"ok"}
-    assert [finding.subject for finding in healthy] == ["URL", "token", "inputs", "version"]
-    assert "budget, interests, duration, age" in healthy[-2].fact
-    assert "another-token" not in str(refused)
-    for findings, subject, advice in (
-        (refused, "token", "User Bearer Token"),
-        (without_tls, "server", "begins with http or https"),
-        (no_crew, "inputs", "Check the crew's URL"),
-        (await look_at_crew("http://127.0.0.1:1"), "server", "online on its page"),
-    ):
-        (problem,) = [finding for finding in findings if finding.level == "problem"]
-        assert problem.subject == subject
-        assert advice in problem.fact + problem.fix
+def test_what_is_right_is_said(here: Command, crews: CrewServer, prefect_api: PrefectServer):
+    before = crews.kickoffs
+    done = here("doctor", f"{crews.url}/greet")
+    assert problems(done) == {}
+    assert re.search(r"^✓ crew database: .+, id [0-9a-f-]{36}, on this machine only", done.out, re.MULTILINE)
+    assert re.search(rf"^✓ crew: {crews.url}/greet takes ", done.out, re.MULTILINE)
+    assert "✓ Prefect server: version " in done.out
+    assert crews.kickoffs == before
 
 
-@pytest.mark.parametrize("fault", ["inputs:404", "inputs:500"])
-async def test_inputs_that_cannot_be_asked_for(fault: str):
-    with CrewServer("echo", faults=[fault]) as server:
-        *others, last = await look_at_crew(server.url, server.token)
-    assert last.subject == "inputs"
-    assert last.level == "problem"
-    assert {finding.level for finding in others} == {"ok"}
-
-
-async def test_what_is_found_of_prefect(prefect_api: PrefectServer):
-    findings = Findings()
-    await check_prefect(findings)
-    assert [finding.subject for finding in findings] == ["Prefect server", "block type", "crew database"]
-    assert not [finding for finding in findings if finding.level == "problem"]
-    assert re.search(r", id [0-9a-f-]{36}, on this machine only$", findings[-1].fact)
+@pytest.mark.parametrize(
+    ("faults", "scheme", "path", "advice"),
+    [
+        ([], "http", "/none", "Check the crew's URL"),
+        ([], "https", "", "https"),
+        (["inputs:500"], "http", "", "500"),
+        (["inputs:401"], "http", "", "User Bearer Token"),
+    ],
+)
+def test_a_crew_that_cannot_be_asked_is_a_problem(
+    here: Command, prefect_api: PrefectServer, faults: list[str], scheme: str, path: str, advice: str
+):
+    with CrewServer("echo", token=TOKEN, faults=faults) as server:
+        found = problems(here("doctor", server.url.replace("http:", f"{scheme}:") + path))
+    assert list(found) == ["crew"]
+    assert advice in found["crew"]
+    assert TOKEN not in found["crew"]
 
 
 PAGE = answer("<html>", headers="Content-Type: text/html\r\n")
@@ -80,9 +67,9 @@ def refusal(code: int) -> bytes:
         pytest.param(PAGE, refusal(401), NO_API, id="page"),
         pytest.param(refusal(401), refusal(401), "Check PREFECT_API_KEY", id="key"),
         pytest.param(refusal(503), refusal(401), "does not answer (HTTP 503). Start that server", id="broken"),
-        pytest.param(answer("true"), refusal(401), "401 Unauthorized", id="key-of-the-rest"),
+        pytest.param(answer("true"), refusal(401), "Check PREFECT_API_KEY", id="key-of-the-rest"),
         pytest.param(answer("true"), PAGE, "JSONDecodeError", id="page-of-the-rest"),
-        pytest.param(refusal(429), refusal(401), "401 Unauthorized", id="busy"),
+        pytest.param(refusal(429), refusal(401), "Check PREFECT_API_KEY", id="busy"),
     ],
 )
 async def test_a_prefect_api_that_is_none_is_a_problem(
@@ -95,15 +82,13 @@ async def test_a_prefect_api_that_is_none_is_a_problem(
             done = await asyncio.to_thread(here, "doctor", f"{crews.url}/greet")
             by_name = await asyncio.to_thread(here, "doctor", "never-stored")
     assert time.monotonic() - began < 5
-    assert done.code == 1
-    (problem,) = [line for line in done.out.splitlines() if line.startswith("✗")]
-    assert problem.startswith("✗ Prefect API: ")
-    assert url in problem
+    first, *_ = found = problems(done)
+    assert first in ("Prefect API", "Prefect server")
+    assert url in found[first] or fact in found[first]
     assert fact in done.out
     assert "run: prefect-crew doctor" not in done.out.replace("Run", "run"), "that is this command"
-    assert "✓ token: " in done.out
-    problems = [line.partition(":")[0] for line in by_name.out.splitlines() if line.startswith("✗")]
-    assert problems == ["✗ Prefect API", "✗ crew"]
+    assert "✓ crew: " in done.out
+    assert by_name.code == 1
 
 
 def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch):
@@ -115,22 +100,12 @@ def test_a_prefect_api_that_hangs_is_asked_once(monkeypatch: pytest.MonkeyPatch)
     assert time.monotonic() - began < 1.5
 
 
-def test_findings_are_written_line_by_line(
-    here: Command, alone: Command, prefect_api: object, crews: CrewServer, monkeypatch: pytest.MonkeyPatch
+def test_a_crew_of_no_such_name_and_a_url_that_is_none(
+    here: Command, alone: Command, prefect_api: object, crews: CrewServer
 ):
-    with monkeypatch.context() as refused:
-        refused.setenv("CREW_TOKEN", "wrong-token")
-        done = here("doctor", f"{crews.url}/greet")
-    assert done.code == 1
-    assert done.out.endswith("Problems: 1.\n")
-    (problem,) = [line for line in done.out.splitlines() if line.startswith("✗")]
-    assert problem.startswith("✗ token: ")
-    assert "prefect-crew crews save" in problem
-    assert "✗ crew: No crew is stored under the name 'never-stored'" in here("doctor", "never-stored").out
+    assert "No crew is stored under the name 'never-stored'" in problems(here("doctor", "never-stored"))["crew"]
     done = alone("doctor", f"{crews.url}/greet", env={"PREFECT_API_URL": "nonsense"})
-    assert done.code == 1
-    assert "✗ Prefect API: The Prefect API nonsense does not answer" in done.out
+    assert "The Prefect API nonsense does not answer" in problems(done)["Prefect API"]
     assert ".." not in done.out
-    assert "✓ token: it is accepted" in done.out
-    assert done.out.endswith("Problems: 1.\n")
+    assert "✓ crew: " in done.out
     assert "Traceback" not in done.err

@@ -107,7 +107,7 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("deploy --pipeline {no_crew}", 2, "No crew is stored under the name 'no-"),
         ("deploy --pipeline nowhere.yaml", 2, "The pipeline in nowhere.yaml cannot be read"),
         ("automations apply", 2, "Recovery needs a work pool"),
-        ("automations apply --pool nowhere", 2, "There is no work pool nowhere"),
+        ("automations apply --pool nowhere", 2, "prefect work-pool create nowhere"),
         ("automations apply --notify slack-webhook/nobody", 2, "no block slack-webhook/nobody"),
         ("automations apply --notify secret/mute", 2, "secret/mute cannot send notifications"),
     ],

@@ -14,9 +14,10 @@ from prefect_crew.automations import PROBLEM
 from prefect_crew.blocks import DeployedCrew, crew_of
 from prefect_crew.cli.app import app
 from prefect_crew.cli.runs import Word, todo
-from prefect_crew.exceptions import CrewLostError, CrewTimeoutError, IdempotencyConflictError, KickoffUncertainError
+from prefect_crew.exceptions import CrewLostError
 from prefect_crew.runs.reviews.questions import how_to_answer
 from prefect_crew.runs.run import LiveRun
+from prefect_crew.runs.start import uncertain
 from prefect_crew.store.decision import AttemptState
 from support.past import new_attempt
 
@@ -78,10 +79,8 @@ ATTEMPT = new_attempt(HOSTILE, crew=HOSTILE, state=AttemptState.STARTED, kickoff
 CREW = crew_of(DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")))
 ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
 TEXTS = {
-    "uncertain": str(KickoffUncertainError(idempotency_key=HOSTILE, reason="x")),
-    "conflict": str(IdempotencyConflictError(idempotency_key=HOSTILE, difference="x")),
+    "uncertain": str(uncertain(ATTEMPT, "x")),
     "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
-    "timed out": str(CrewTimeoutError(kickoff_id=HOSTILE, phase="running", limit=1, last_state="running")),
     "answer": how_to_answer(LiveRun(crew=CREW, kickoff_id=HOSTILE)),
     "to do: uncertain": todo(ATTEMPT, Word.UNCERTAIN, 0.0),
     "to do: unattended": todo(ATTEMPT, Word.UNATTENDED, 0.0),

@@ -73,8 +73,7 @@ def test_what_needs_a_person_is_listed_first_and_inspect_says_what_to_do(here: C
     assert listed.splitlines()[0] == "State\tRun\tCrew\tSince"
     assert f"uncertain\t{uncertain.key}\tgreeting\t5 min" in listed
     assert listed.index(uncertain.key) < listed.index(started.key)
-    assert row.key in listed
-    assert "batch/leads/8" not in listed
+    assert "batch/leads/" not in listed
     assert ended.key not in listed
     assert f"failed\t{ended.key}" in here("runs", "ls", "--all").out
     assert here("runs", "ls", "--state", "failed", "-o", "json").json[0]["idempotency_key"] == ended.key
@@ -239,16 +238,6 @@ def test_a_start_that_may_still_arrive_is_not_resolved(here: Command, write: Wri
     assert [attempt.state for attempt in stored(key)] == [S.UNCERTAIN]
 
 
-def test_after_the_last_attempt_nobody_is_told_to_call_again(here: Command, write: Write, crews: CrewServer):
-    key, url = f"key {uuid.uuid4()}", f"{crews.url}/broken"
-    ended = {"state": S.FAILED, "crew_url": url, "ended_at": utcnow().timestamp()}
-    for number in (1, 2, 3):
-        write(key, **ended, number=number, replaced=number < 3, kickoff_id=f"{number} {uuid.uuid4()}")
-    page = here("runs", "inspect", key, "--crew", url).out
-    assert "Its key has no attempt left: raise max_attempts" in page
-    assert page.count("To do") == 1
-
-
 def test_the_crew_database_is_shown_and_chosen(here: Command, write: Write, monkeypatch: pytest.MonkeyPatch):
     write(**STARTED, kickoff_id="k")
     page = here("database").ok
@@ -336,8 +325,8 @@ def test_what_to_do():
     assert "reviews inspect k1 --crew https://travel.test." in todo(of_url, Word.WAITING, NOW)
     gone = CrewStatus(kickoff_id="k1", state=CrewState.UNKNOWN)
     assert "runs resolve k1 --lost" in todo(daily(**IN_FLIGHT), Word.STARTED, NOW, gone)
-    row = todo(daily(state=S.LOST, batch="leads", row_key="7"), Word.LOST, NOW, left=1)
-    assert row == "prefect-crew batch resume leads starts another run."
+    row = todo(daily(state=S.LOST, batch="leads", row_key="7"), Word.LOST, NOW)
+    assert row == "prefect-crew batch resume leads starts another run, up to max_attempts of the crew."
 
 
 def test_a_run_with_a_derived_key_is_listed_by_its_kickoff_id():

@@ -27,7 +27,7 @@ from cryptography.x509.oid import NameOID
 from prefect_crew.client import _parsing, _transport
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
-from prefect_crew.exceptions import ConfigurationError, CrewConnectionError, ResponseFormatError, ServerError
+from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewConnectionError, ResponseFormatError
 from prefect_crew.states import CrewState
 from support.frames import locals_of
 from support.raw import Handler, answer, answering, raw_server, read_request
@@ -351,7 +351,7 @@ async def test_the_rest_of_an_answer_is_not_taken_for_the_next_one(monkeypatch: 
     server = Talking(answer("x" * 3_000_000, status))
     async with raw_server(server) as url, CrewClient(url, TOKEN) as client:
         for _ in range(2):
-            with pytest.raises(ServerError if "500" in status else ResponseFormatError):
+            with pytest.raises(CrewAPIError if "500" in status else ResponseFormatError):
                 await client.status("k1")
     assert server.connections == [1, 1]
 
@@ -397,7 +397,7 @@ async def test_a_compressed_answer_is_read(coding: str, pack: Callable[[bytes], 
     body = pack(b'{"state": "RUNNING", "detail": "too many crews"}')
     async with raw_server(encoded(body, coding)) as url, CrewClient(url, TOKEN) as client:
         assert (await client.status("k1")).state is CrewState.RUNNING
-        with pytest.raises(ServerError, match="too many crews"):
+        with pytest.raises(CrewAPIError, match="too many crews"):
             await client.inputs()
 
 
@@ -423,7 +423,7 @@ async def test_an_answer_of_a_wrong_size_or_encoding(handler: Handler, problem: 
             await client.status("k1")
         assert tracemalloc.get_traced_memory()[1] < 3 * _transport.MAX_BODY
         tracemalloc.stop()
-        with pytest.raises(ServerError) as failed:
+        with pytest.raises(CrewAPIError) as failed:
             await client.inputs()
     assert caught.value.status_code == 200
     assert caught.value.kickoff_id == "k1"

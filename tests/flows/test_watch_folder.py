@@ -136,7 +136,7 @@ async def test_a_file_that_cannot_be_run_keeps_no_other_from_being_run(echo: Cre
     (taken := folder.outbox / f"{name}.jsonl").mkdir(parents=True)
     done = {"refused/bad.csv", "refused/empty.csv", "done/b.csv"}
     for looks in (1, 2):
-        with pytest.raises(RuntimeError, match=r"^a\.csv \(ExportError\) failed, the other files were run"):
+        with pytest.raises(RuntimeError, match=r"^a\.csv \(CrewError\) failed, the other files were run"):
             await folder.look("batch-echo", pattern="**/*.csv")
         assert echo.kickoffs == 1, f"after {looks} looks"
         assert folder.files == {"a.csv", *done}

@@ -18,7 +18,7 @@ from prefect_crew.blocks import crew_of
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import WaitPolicy, fast_polling
 from prefect_crew.devserver._faults import FAULTS
-from prefect_crew.exceptions import CrewError
+from prefect_crew.exceptions import CrewAPIError, CrewError
 from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.reviews.answer import resume_run
 from prefect_crew.runs.run import LiveRun
@@ -127,21 +127,27 @@ class Ground:
         try:
             await wait_for_run(await self._open())
         except CrewError as error:
-            return type(error).__name__
+            return name_of(error)
         return "result"
 
     async def _answer(self, kickoff_id: str) -> str:
         try:
             await resume_run(LiveRun(self.crew, kickoff_id), feedback="", approve=True)
         except CrewError as error:
-            return type(error).__name__
+            return name_of(error)
         return "answered"
 
     async def _stop(self, kickoff_id: str) -> str:
         try:
             return str((await stop_run(LiveRun(self.crew, kickoff_id))).outcome)
         except CrewError as error:
-            return type(error).__name__
+            return name_of(error)
+
+
+def name_of(error: CrewError) -> str:
+    """Return the class of an error, with the status where it tells what to do."""
+    status = error.status_code if type(error) is CrewAPIError else 0
+    return f"{type(error).__name__} {'5xx' if status >= 500 else status if status in (404, 429) else ''}".strip()
 
 
 def each() -> Iterator[Any]:

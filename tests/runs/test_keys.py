@@ -16,7 +16,7 @@ from prefect.states import Scheduled
 from prefect_crew import CrewStep, aget_result, arun_crew, arun_pipeline, kickoff_crew
 from prefect_crew.artifacts.run import MarkdownArtifact
 from prefect_crew.blocks import crew_of
-from prefect_crew.exceptions import ConfigurationError, CrewError, RunNotFoundError
+from prefect_crew.exceptions import ConfigurationError, CrewError, NoResultError
 from prefect_crew.runs import keys as keys_module
 from prefect_crew.runs.keys import MAX_KEY, render_key
 from prefect_crew.testing import CrewServerFactory
@@ -213,8 +213,8 @@ async def test_a_long_path_of_subflows_is_cut_and_unique(server: Any, start: Sta
 
 UNUSABLE: dict[str, tuple[Any, str, type[CrewError], str]] = {
     # the key, what a start says, and what a read of its result raises and says
-    "empty": ("  ", "must not be empty", RunNotFoundError, "No run has the key"),
-    "long": ("k" * (MAX_KEY + 1), "has 501 characters, the limit is 500", RunNotFoundError, "No run has the key"),
+    "empty": ("  ", "must not be empty", NoResultError, "No run has the key"),
+    "long": ("k" * (MAX_KEY + 1), "has 501 characters, the limit is 500", NoResultError, "No run has the key"),
     "surrogate": ("half a \ud800", "half a character", ConfigurationError, "half a character"),
     "number": (7, "idempotency_key", ConfigurationError, "idempotency_key"),
 }

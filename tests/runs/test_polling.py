@@ -27,12 +27,11 @@ STEADY = WaitPolicy(initial=10, factor=1, max_interval=10, jitter=0, timeout=Non
 
 
 def broken(status: int = 500, retry_after: float | None = None) -> pc.CrewError:
-    kind = pc.RateLimitedError if status == 429 else pc.ServerError
-    return kind(retry_after=retry_after, status_code=status, method="GET", path="/status/r1")
+    return pc.CrewAPIError(f"GET /status/r1 answered {status}", retry_after=retry_after, status_code=status)
 
 
-REFUSED = pc.AuthenticationError(status_code=401, method="GET", path="/status/r1")
-LOST_CONNECTION = pc.CrewConnectionError(method="GET", url="https://crew.test/status/r1", reason="reset", sent=True)
+REFUSED = pc.AuthenticationError("401", status_code=401)
+LOST_CONNECTION = pc.CrewConnectionError("reset", reason="reset", sent=True)
 
 
 @dataclass
@@ -274,8 +273,8 @@ CASES = {
         for name, error in {
             "500": broken(500),
             "lost connection": LOST_CONNECTION,
-            "HTML": pc.ResponseFormatError(expected="a status", body="<html>"),
-            "405": pc.NotFoundError(status_code=405, method="GET", path="/status/r1"),
+            "HTML": pc.ResponseFormatError("no status", body="<html>"),
+            "405": pc.CrewAPIError("405", status_code=405),
         }.items()
     },
     "a good answer refills the budget of errors": Case(

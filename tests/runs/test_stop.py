@@ -160,7 +160,7 @@ def test_a_long_pause_sees_a_cancellation(server: CrewServer, seen: Seen, monkey
     ("options", "log"),
     [
         ({"faults": ["stop:404"]}, "its server has no /stop"),
-        ({"faults": ["stop:500"]}, "could not be stopped (ServerError: POST /stop/"),
+        ({"faults": ["stop:500"]}, "could not be stopped (CrewAPIError: POST /stop/"),
     ],
     ids=["no stop", "a server that fails"],
 )

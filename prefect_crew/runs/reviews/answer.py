@@ -30,8 +30,8 @@ from prefect_crew.exceptions import (
     ConfigurationError,
     CrewError,
     CrewLostError,
+    NoResultError,
     NotWaitingError,
-    RunNotFoundError,
 )
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import find_attempts, latest
@@ -349,13 +349,13 @@ async def resume_run(
     """Approve the output of a run, or reject it with feedback. `answer_question` explains the other arguments.
 
     Raises:
-        RunNotFoundError: The run is not in the crew database, so that nobody knows whether it was answered.
+        NoResultError: The run is not in the crew database, so that nobody knows whether it was answered.
         CrewError: The errors of `answer_question`.
     """
     with naming_prefect_errors(f"Nothing was sent to run {run.kickoff_id}."):
         await read_attempt(run, is_needed=True)
     if run.attempt is None:
-        raise RunNotFoundError(
+        raise NoResultError(
             f"No run on record has the kickoff id {run.kickoff_id!r}. Nothing was sent. Answer on the crew's page."
         )
     review = Review(approve=approve, feedback=feedback, by="resume_crew")

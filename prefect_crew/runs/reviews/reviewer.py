@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefect_crew._internal.asyncio_tasks import call_in_thread, cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id, run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
+from prefect_crew._text import excerpt
 from prefect_crew.artifacts.events import LINK, emit
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
@@ -18,8 +19,8 @@ from prefect_crew.exceptions import (
     CrewAPIError,
     CrewError,
     CrewLostError,
+    CrewTimeoutError,
     NotWaitingError,
-    ReviewLimitError,
     StoreError,
 )
 from prefect_crew.runs.reviews.answer import answer_question, look, send_left, uncertain_error
@@ -96,7 +97,7 @@ class People:
         """Handle a status. Return True if a question opened or closed, so that the caller updates the artifact.
 
         Raises:
-            ReviewLimitError: The task has asked more often than `max_rounds` allows.
+            CrewTimeoutError: The task has asked more often than `max_rounds` allows.
         """
         try:
             asked = await self._look(status)
@@ -118,13 +119,15 @@ class People:
             return before is not None
         most = self.policy.max_rounds
         if most is not None and question.round > most:
-            raise ReviewLimitError(
-                kickoff_id=self.run.kickoff_id,
-                task_id=self.run.redact_name(question.task_id),
-                max_rounds=most,
-                crew=self.run.crew.label,
-                idempotency_key=self.run.idempotency_key,
-                stopped=self.policy.on_human_timeout == "stop" and await self.stop(),
+            stopped = self.policy.on_human_timeout == "stop" and await self.stop()
+            after = "It was stopped." if stopped else "It still waits. Answer it on the crew's page, or stop it there."
+            raise CrewTimeoutError(
+                f"Run {self.run.kickoff_id} of crew {self.run.crew.label}: task "
+                f"{excerpt(self.run.redact_name(question.task_id), 100)} has asked a person more than {most} times "
+                f"(max_rounds). {after}",
+                **self.run.names,
+                phase="rounds",
+                stopped=stopped,
             )
         self._announce(question)
         return True

@@ -174,7 +174,7 @@ async def test_the_end_of_peoples_time_is_chosen(server: CrewServer, choice: Any
 @pytest.mark.parametrize("choice", ["leave", "stop"])
 async def test_rounds_are_limited_by_choice(server: CrewServer, choice: Any) -> None:
     asked: list[pc.ReviewRequest] = []
-    with pytest.raises(pc.ReviewLimitError, match="more than 2 times") as raised:
+    with pytest.raises(pc.CrewTimeoutError, match="more than 2 times") as raised:
         await run_with(server, judging(asked, approves_at=9), max_rounds=2, on_human_timeout=choice)
     assert [one.round for one in asked] == [1, 2]
     assert raised.value.stopped is (choice == "stop")
