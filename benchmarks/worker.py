@@ -52,7 +52,7 @@ def measure(pool: CrewPool, crew: LeanServer, by: str, count: int, hold: float) 
     wait_until(lambda: all(n > before[run] for run, n in looks().items()), "all again", seconds=600, pause=0.1)
     again = time.monotonic() - killed
     crew.ask("_end")
-    assert {pool.wait_for(run, seconds=900)["state_name"] for run in runs} == {"Completed"}
+    assert {pool.wait_for(run)["state_name"] for run in runs} == {"Completed"}
     crew.assert_each_once(count)
     held = {"memory_mb": held_mb, "run_kb": 1024 * (held_mb - idle_mb) / count, "core_percent": 100 * busy}
     report(f"taken over by {by}", run_begun_seconds=begun / count, **held, again_seconds=again)

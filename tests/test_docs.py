@@ -33,6 +33,7 @@ from support.prefect_server import PrefectServer, connected
 from support.processes import Process
 
 ROOT = Path(__file__).parents[1]
+BLOCK_LIMIT = 300.0  # seconds: a block may start a dozen programs, one after the other
 PATHS = [
     *(ROOT / folder / "README.md" for folder in (".", "examples")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -323,7 +324,7 @@ class PageRun:
         assert self._python.popen.stdin is not None
         self._python.popen.stdin.write(f"{script} {end}\n".encode())
         self._python.popen.stdin.flush()
-        output = self._python.wait_for(f"{end} ", _timeout(block))[before:]
+        output = self._python.wait_for(f"{end} ", BLOCK_LIMIT)[before:]
         self._output, _, said = output.partition(f"\n{end} ")
         self._expect(block, block.run.get("raises", "ok"), said.split("\n")[0])
 
@@ -342,9 +343,9 @@ class PageRun:
         )
         process = self._start(["bash", script])
         if text := block.run.get("background"):
-            self._output = process.wait_for(text, _timeout(block))
+            self._output = process.wait_for(text)
             return
-        ended = process.wait(_timeout(block))
+        ended = process.wait(BLOCK_LIMIT)
         self._output = process.output
         self._expect(block, block.run.get("exit", "0") if is_last else "0", str(ended))
 
@@ -353,10 +354,6 @@ class PageRun:
         process = Process(command, log=log, env={**self._environment(), **TERMINAL}, cwd=self.folder, stdin=stdin)
         self._processes.append(process)
         return process
-
-
-def _timeout(block: Block) -> float:
-    return float(block.run.get("timeout", "60"))
 
 
 def _commands(block: Block) -> list[tuple[str, str]]:

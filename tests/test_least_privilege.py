@@ -42,7 +42,7 @@ def test_people_look_and_no_secret_or_change_passes(prefect_server: PrefectServe
                 return client.get("/api/health").status_code == 200
             return False
 
-        wait_until(ready, seconds=20, what="nginx")
+        wait_until(ready, what="nginx")
         # What people look at.
         (flow_run,) = client.post("/api/flow_runs/filter", json={"limit": 1, "sort": "START_TIME_DESC"}).json()
         assert client.get(f"/api/flow_runs/{flow_run['id']}").json()["name"] == f"{name} · key/{name}"

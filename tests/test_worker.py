@@ -138,8 +138,8 @@ def worker(pool: CrewPool) -> Worker:
     return pool.worker("first", PREFECT_WORKER_PREFETCH_SECONDS="300")
 
 
-def wait_for_log(pool: CrewPool, run_id: str, text: str, *, seconds: float = 30.0) -> None:
-    wait_until(lambda: text in pool.logs(run_id), seconds=seconds, what=f"{text!r} in its log")
+def wait_for_log(pool: CrewPool, run_id: str, text: str) -> None:
+    wait_until(lambda: text in pool.logs(run_id), f"{text!r} in its log")
 
 
 def events(pool: CrewPool, wanted: dict[str, Any]) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def test_a_deployed_crew_is_a_coroutine_without_heartbeat(pool: CrewPool):
     def names() -> set[str]:
         return {event["event"] for event in events(pool, {"resource": {"id": [f"prefect.flow-run.{run_id}"]}})}
 
-    wait_until(lambda: "prefect.flow-run.Completed" in names(), seconds=60, what="its last event")
+    wait_until(lambda: "prefect.flow-run.Completed" in names(), what="its last event")
     assert "prefect.flow-run.heartbeat" not in names(), "no automation takes it for crashed"
 
 
@@ -197,7 +197,7 @@ def test_a_flow_runs_exit_code_is_in_an_event(pool: CrewPool, name: str, code: s
         related = [resource for event in events(pool, wanted) for resource in event["related"]]
         return [one[STATUS_CODE] for one in related if STATUS_CODE in one]
 
-    wait_until(lambda: codes() == [code], seconds=60, what="its event")
+    wait_until(lambda: codes() == [code], what="its event")
     assert pool.states(run_id)[-1] == ("Crashed" if code == "1" else "Completed")
 
 
@@ -214,7 +214,7 @@ def test_what_a_flow_logs_is_its_own(pool: CrewPool):
 def test_a_flow_that_blocks_the_loop_is_named(pool: CrewPool, worker: Worker):
     run = pool.wait_for(pool.start(pool.deploy("blocks", f"{USER_FLOWS}.blocks"), seconds=9))
     assert run["state_name"] == "Completed"
-    warning = worker.process.wait_for("has blocked the event loop", 30)
+    warning = worker.process.wait_for("has blocked the event loop")
     assert f"Flow run '{run['name']}'" in warning
     assert "crew_worker_flows.py:" in "".join(warning.split())
 
@@ -505,17 +505,17 @@ class Handed:
             self.pool.start(self.deployment, crew="on-command", inputs={"topic": f"topic {before + number}"})
             for number in range(count)
         ]
-        wait_until(lambda: self.crew.kickoffs == before + count, seconds=90, what=f"{count} kickoffs")
+        wait_until(lambda: self.crew.kickoffs == before + count, what=f"{count} kickoffs")
         asked = self.crew.requests["status"]
-        wait_until(lambda: self.crew.requests["status"] >= asked + count, seconds=60, what="waits")
-        wait_until(lambda: all(map(self.owner, runs)), seconds=30, what="their owners")
+        wait_until(lambda: self.crew.requests["status"] >= asked + count, what="waits")
+        wait_until(lambda: all(map(self.owner, runs)), what="their owners")
         return runs
 
     def begin(self, flow: str, **parameters: Any) -> str:
         """Start a worker and a flow run of the user's, and return its id once it waits for the crew."""
         self.pool.worker("one")
         run_id = self.pool.start(self.pool.deploy(flow, f"{USER_FLOWS}.{flow}"), **parameters)
-        wait_until(lambda: self.crew.requests["status"] > 0, seconds=60, what="the wait")
+        wait_until(lambda: self.crew.requests["status"] > 0, what="the wait")
         return run_id
 
     def cancel(self, run_id: str, seconds: float = 60.0) -> None:
@@ -565,7 +565,7 @@ def test_cancelling_stops_a_crew_before_the_wait_for_it(handed: Handed):
     pool = handed.pool
     pool.worker("one")
     run_id = pool.start(pool.deploy("starts", f"{USER_FLOWS}.starts_and_sleeps"), seconds=300)
-    wait_for_log(pool, run_id, "was kicked off", seconds=60)
+    wait_for_log(pool, run_id, "was kicked off")
     handed.cancel(run_id)
     assert handed.stopped() == 1
 
@@ -588,7 +588,7 @@ def test_a_cancelled_flow_runs_tasks_start_no_further_crew(handed: Handed, how: 
     def has_gone_on() -> bool:
         return crew.kickoffs > 1 or pool.logs(run_id).count("FlowRunCancelledError") >= 2
 
-    wait_until(has_gone_on, seconds=30, what="its next two starts")
+    wait_until(has_gone_on, what="its next two starts")
     assert handed.stopped() == 1
 
 
@@ -598,12 +598,12 @@ def test_a_suspended_flow_runs_crews_wait_for_its_resumption(handed: Handed, how
     run_id = handed.begin("spawns", how=how)
     suspend(pool, run_id)
     pool.call("POST", f"/flow_runs/{run_id}/resume", {})
-    wait_until(lambda: pool.logs(run_id).count("three crews") == 2, seconds=60, what="its resumption")
+    wait_until(lambda: pool.logs(run_id).count("three crews") == 2, what="its resumption")
     asked = crew.requests["status"]
-    wait_until(lambda: crew.requests["status"] > asked + 3, seconds=60, what="both waits")
+    wait_until(lambda: crew.requests["status"] > asked + 3, what="both waits")
     handed.program.ended = True
     assert pool.wait_for(run_id)["state_name"] == "Completed"
-    wait_until(lambda: "starts no crew" in pool.logs(), seconds=30, what="a refused start")
+    wait_until(lambda: "starts no crew" in pool.logs(), what="a refused start")
     assert crew.kickoffs == 3
     assert crew.requests["stop"] == 0
 
@@ -614,7 +614,7 @@ def test_a_task_without_a_wait_starts_all_its_crews(handed: Handed):
     run_id = pool.start(pool.deploy("spawns", f"{USER_FLOWS}.spawns"), how="task without a wait")
     assert pool.wait_for(run_id)["state_name"] == "Completed"
     handed.program.ended = True
-    wait_until(lambda: [run.state for run in crew.runs] == ["completed"] * 3, seconds=30, what="three crews")
+    wait_until(lambda: [run.state for run in crew.runs] == ["completed"] * 3, what="three crews")
 
 
 def test_a_thread_of_a_timed_out_flow_run_starts_no_more(handed: Handed):
@@ -623,7 +623,7 @@ def test_a_thread_of_a_timed_out_flow_run_starts_no_more(handed: Handed):
     run_id = pool.start(pool.deploy("spawns", f"{USER_FLOWS}.spawns_in_time"), how="thread")
     assert pool.wait_for(run_id)["state_name"] == "TimedOut"
     handed.program.ended = True
-    wait_until(lambda: "starts no crew" in pool.logs(), seconds=30, what="a refused start")
+    wait_until(lambda: "starts no crew" in pool.logs(), what="a refused start")
     assert crew.kickoffs == 1
     assert crew.requests["stop"] == 0
 
@@ -633,10 +633,10 @@ def test_a_retry_begins_after_the_tasks_of_the_attempt_before(pool: CrewPool, is
     pool.worker("one")
     flow = f"{USER_FLOWS}.retries_beside_a_task"
     run_id = pool.start(pool.deploy("retries", flow), seconds=60 if is_cancelled else 3)
-    wait_for_log(pool, run_id, "the first attempt fails", seconds=60)
+    wait_for_log(pool, run_id, "the first attempt fails")
     if is_cancelled:
         pool.set_state(run_id, "CANCELLING")
-    assert pool.wait_for(run_id, seconds=30)["state_name"] == ("Cancelled" if is_cancelled else "Completed")
+    assert pool.wait_for(run_id)["state_name"] == ("Cancelled" if is_cancelled else "Completed")
     if not is_cancelled:
         for text in ("the task of attempt 1 ends", "attempt 2 begins"):
             wait_for_log(pool, run_id, text)
@@ -655,7 +655,7 @@ def test_a_suspended_flow_run_goes_on_when_it_is_resumed(handed: Handed):
     run_id = handed.begin("four_steps")
     suspend(pool, run_id)
     handed.program.ended = True
-    wait_until(lambda: crew.runs[0].state == "completed", seconds=30, what="the crew has gone on")
+    wait_until(lambda: crew.runs[0].state == "completed", what="the crew has gone on")
     assert pool.flow_run(run_id)["state_name"] == "Suspended"
     assert "step four begins" not in pool.logs(run_id)
     pool.call("POST", f"/flow_runs/{run_id}/resume", {})
@@ -701,7 +701,7 @@ def test_a_flow_that_swallows_cancellations_holds_no_worker(handed: Handed, time
         pool.wait_for(run_id, "RUNNING")
     handed.cancel(cancelled, seconds=30)
     one.process.send(signal.SIGTERM)
-    one.process.wait(45)
+    one.process.wait()
     assert pool.flow_run(kept)["state_name"] == state
 
 
@@ -718,11 +718,11 @@ def test_the_crew_of_a_run_that_prefect_cancelled_is_stopped(tmp_path: Path, pre
         (run_id,) = handed.start(1)
         one.kill()
         pool.set_state(run_id, "CANCELLING")
-        run = pool.wait_for(run_id, seconds=60)
+        run = pool.wait_for(run_id)
         assert "cancellation timed out" in run["state"]["message"], "the server has ended it"
         assert [run.state for run in handed.crew.runs] == ["running"]
         pool.worker(heir)
-        wait_until(lambda: handed.crew.runs[0].state == "stopped", seconds=60, what="the crew is stopped")
+        wait_until(lambda: handed.crew.runs[0].state == "stopped", what="the crew is stopped")
         assert handed.crew.requests["stop"] == 1
         assert pool.states(run_id).count("Cancelled") == 1
         assert "dead-letter" not in server.log.read_text()
@@ -735,7 +735,7 @@ def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir
     runs = handed.start(3)
     if end == "SIGTERM":
         one.process.send(signal.SIGTERM)
-        assert one.process.wait(40) == 0
+        assert one.process.wait() == 0
     else:
         one.kill()
     states = {handed.pool.flow_run(run_id)["state_name"] for run_id in runs}
@@ -743,8 +743,8 @@ def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir
     handed.pool.worker(heir)
     if heir == "one":
         dead = handed.owners(runs)
-        wait_until(lambda: dead.isdisjoint(handed.owners(runs)), seconds=60, what="another owner")
-    wait_until(lambda: set(map(handed.owner, runs)) == {heir}, seconds=120, what=f"all are with {heir}")
+        wait_until(lambda: dead.isdisjoint(handed.owners(runs)), what="another owner")
+    wait_until(lambda: set(map(handed.owner, runs)) == {heir}, what=f"all are with {heir}")
     assert handed.crew.requests["stop"] == 0
     handed.end(runs)
     for run_id in runs:
@@ -760,7 +760,7 @@ def test_prefects_own_form_outlives_its_worker(handed: Handed, end: str):
     pause = pool.wait_for(run_id, "PAUSED")["state_id"]
     if end == "SIGTERM":
         one.process.send(signal.SIGTERM)
-        one.process.wait(40)
+        one.process.wait()
     else:
         one.kill()
     pool.worker("one")
@@ -769,7 +769,7 @@ def test_prefects_own_form_outlives_its_worker(handed: Handed, end: str):
         run = pool.flow_run(run_id)
         return run["state_type"] == "PAUSED" and run["state_id"] != pause
 
-    wait_until(is_asked_again, seconds=90, what="the form of the next start")
+    wait_until(is_asked_again, what="the form of the next start")
     answered = pool.call("POST", f"/flow_runs/{run_id}/resume", {"run_input": {"value": "fine"}})
     assert answered["status"] == "ACCEPT", answered
     run = pool.wait_for(run_id)
@@ -782,9 +782,9 @@ def test_a_worker_that_was_frozen_gives_up_what_it_has_lost(handed: Handed):
     runs = handed.start(3)
     one.process.send(signal.SIGSTOP)
     two = handed.pool.worker("two")
-    wait_until(lambda: {*map(handed.owner, runs)} == {"two"}, seconds=120, what="the other worker has them")
+    wait_until(lambda: {*map(handed.owner, runs)} == {"two"}, what="the other worker has them")
     one.process.send(signal.SIGCONT)
-    wait_until(lambda: "was taken by another worker" in one.log.read_text(), seconds=60, what="it notices")
+    wait_until(lambda: "was taken by another worker" in one.log.read_text(), what="it notices")
     assert {*map(handed.owner, runs)} == {"two"}
     assert handed.crew.requests["stop"] == 0
     handed.end(runs)
@@ -800,7 +800,7 @@ def test_two_workers_that_are_given_one_name_go_on_as_two(handed: Handed):
     workers = [handed.pool.worker("one")]
     runs = handed.start(3)
     workers.append(handed.pool.worker("one"))
-    wait_until(lambda: "Another worker 'one' runs" in workers[0].log.read_text(), seconds=150, what="one notices")
+    wait_until(lambda: "Another worker 'one' runs" in workers[0].log.read_text(), "one notices")
     runs += handed.start(3)
 
     before = handed.owners(runs)
@@ -824,15 +824,15 @@ def test_a_limits_slot_is_free_after_each_handing_over(handed: Handed, what: str
     one = started()
     runs = [pool.start(deployment, crew="on-command", inputs={"topic": f"topic {number}"}) for number in range(3)]
     for end in (signal.SIGTERM, signal.SIGKILL, None):
-        wait_until(lambda: crew.kickoffs >= 1, seconds=60, what="a kickoff")
+        wait_until(lambda: crew.kickoffs >= 1, what="a kickoff")
         asked = crew.requests["status"]
-        wait_until(lambda asked=asked: crew.requests["status"] > asked + 6, seconds=90, what="looks at the crew")
+        wait_until(lambda asked=asked: crew.requests["status"] > asked + 6, what="looks at the crew")
         assert [pool.flow_run(run_id)["state_type"] for run_id in runs].count("RUNNING") == 1
         if end is not None:
             one.process.send(end)
-            one.process.wait(60)
+            one.process.wait()
             one = started()
     handed.program.ended = True
     for run_id in runs:
-        assert pool.wait_for(run_id, seconds=150)["state_name"] == "Completed"
+        assert pool.wait_for(run_id)["state_name"] == "Completed"
     assert crew.kickoffs == 3

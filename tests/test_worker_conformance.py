@@ -188,7 +188,7 @@ async def test_a_template_that_does_not_fit_crashes_the_run(
         "variables": {"type": "object", "properties": {"name": {"type": "string"}, "number": {"default": 3}}},
     }
     async with CrewWorker(pool.name, base_job_template=template) as worker:
-        run_id = pool.start(pool.deploy("template", f"{USER_FLOWS}.greet", job_variables=job_variables))
+        run_id = pool.start(pool.deploy(problem, f"{USER_FLOWS}.greet", job_variables=job_variables))
         await look(worker)
     run = pool.flow_run(run_id)
     assert run["state_name"] == "Crashed"

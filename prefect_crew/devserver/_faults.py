@@ -29,16 +29,17 @@ class Kind(NamedTuple):
     text: str
     value: float | None = None
     places: tuple[str, ...] = HTTP_PLACES
-    group: Literal["answer", "time", "run", "delivery"] = "answer"
+    group: Literal["answer", "time", "hold", "run", "delivery"] = "answer"
 
     @property
     def has_phases(self) -> bool:
         """Whether the name may end in `-before-accept` or `-after-accept`."""
-        return self.group == "answer"
+        return self.group in ("answer", "hold")
 
 
 FAULTS = {
     "latency": Kind("waits VALUE seconds, then goes on", 1.0, group="time"),
+    "hold": Kind("waits until `CrewServer.release()`, then goes on", group="hold"),
     **{str(code): Kind(f"answers {code}") for code in (400, 401, 403, 404, 405, 408, 422, 500, 502, 504)},
     "429": Kind("answers 429 with Retry-After: VALUE", 1.0),
     "429-bare": Kind("answers 429 without Retry-After"),

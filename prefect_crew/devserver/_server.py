@@ -134,6 +134,7 @@ class CrewServer:
         self._format = FORMATS[response_format]
         self._runs: dict[str, Run] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._held: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         self._sender: Callable[[Run, str, Any], None] = WebhookSender(self.faults, self._spawn, self._format)
         self.asgi: Starlette = Starlette(
             routes=self._routes(),
@@ -192,6 +193,16 @@ class CrewServer:
             KeyError: No run has this id.
         """
         return {id_: run for run in self.runs for id_ in (run.id, *run.former_ids)}[kickoff_id]
+
+    @property
+    def held(self) -> int:
+        """How many requests the fault `hold` keeps waiting now."""
+        return len(self._held)
+
+    def release(self) -> None:
+        """Let the requests go on that the fault `hold` keeps waiting. Later ones are held again."""
+        for loop, released in [*self._held]:
+            loop.call_soon_threadsafe(released.set)
 
     def crew(self, **fields: Any) -> DeployedCrew:
         """Return a Prefect block for this server. `fields` are further fields of the block."""
@@ -327,6 +338,8 @@ class CrewServer:
         for fault in drawn:
             if fault.kind.group == "time":
                 await asyncio.sleep(fault.value or 0)
+            elif fault.kind.group == "hold" and not fault.is_after:
+                await self._hold()
         spoiling = next((fault for fault in drawn if fault.kind.group == "answer"), None)
         request.state.faults_of_run = {fault.name: fault.value or 0 for fault in drawn if fault.kind.group == "run"}
         if spoiling is None or spoiling.is_after:
@@ -335,9 +348,19 @@ class CrewServer:
             except _RefusedError as error:
                 status, body = error.args
                 answer = PlainTextResponse(body, status) if isinstance(body, str) else _JSON(body, status)
+            if any(fault.kind.group == "hold" and fault.is_after for fault in drawn):
+                await self._hold()
             if spoiling is None or answer.status_code >= 400:  # where nothing was accepted, there is no "after"
                 return answer
         return await self._spoiled(spoiling, request)
+
+    async def _hold(self) -> None:
+        held = (asyncio.get_running_loop(), asyncio.Event())
+        self._held.append(held)
+        try:
+            await held[1].wait()
+        finally:
+            self._held.remove(held)
 
     async def _read(self, request: Request, model: type[T]) -> tuple[T, Webhooks]:
         """Return a request's body, and the targets of its webhooks."""

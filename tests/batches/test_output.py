@@ -21,6 +21,7 @@ from prefect_crew.batches.dataset import open_dataset
 from prefect_crew.batches.output import COLUMNS, CONFLICT_REASON, Output
 from prefect_crew.exceptions import BatchBusyError, ConfigurationError, CrewError
 from support.batches import nothing, pages, row, write
+from support.waiting import LIMIT
 
 
 def written(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +159,7 @@ async def test_a_cut_off_write_leaves_the_file(tmp_path: Path, monkeypatch: pyte
     def slowly(self: Output, page: Any, file: Any) -> Any:
         if page[0].row_key == "c":
             second.set()
-            go_on.wait(20)
+            go_on.wait(LIMIT)
         return write_page(self, page, file)
 
     with monkeypatch.context() as patch:

@@ -19,7 +19,7 @@ from support.batches import Batches, topics
 from support.crash import CrashingServer
 from support.held import Held
 from support.scripts import FAILS, PICKY, script, slow
-from support.waiting import until
+from support.waiting import soon, until
 
 
 async def test_an_appended_file_ends_the_batch(batch: Batches, echo: CrewServer):
@@ -53,7 +53,7 @@ async def test_a_batch_that_another_process_has_taken_writes_nothing(
     mine = (await find_batch("lost")).entry
     assert await find_store().run(hold_batch, "lost", "another", dead_process=mine.process) is not None
     with pytest.raises(pc.BatchBusyError):
-        await asyncio.wait_for(running, 60)
+        await soon(running)
     assert (await find_batch("lost")).entry.owner == "another", "it keeps its hold"
     assert batch.output.exists() is False
     assert server.kickoffs <= 6
@@ -193,10 +193,10 @@ async def test_a_full_server_does_not_end_a_batch(
     held = Held()
     server = crew_server(held, faults=[f"kickoff:429=0.05@{number}" for number in range(2, 100)])
     running = asyncio.ensure_future(batch(server.crew(), topics(4), max_in_flight=2))
-    await until(lambda: server.requests["kickoff"] >= 5, "refused for longer than a batch tries", seconds=60)
+    await until(lambda: server.requests["kickoff"] >= 5, "refused for longer than a batch tries")
     server.faults.clear()
     held.release()
-    report = await asyncio.wait_for(running, 60)
+    report = await soon(running)
     assert report.completed == 4
     assert report.stopped is None
     assert server.kickoffs == 4

@@ -16,6 +16,7 @@ from prefect_crew.blocks import crew_of
 from prefect_crew.client import _transport
 from prefect_crew.exceptions import CrewAPIError, CrewConnectionError
 from support.raw import answer, raw_server, read_request
+from support.waiting import soon
 
 REFUSED = CrewConnectionError("refused", reason="refused", sent=False)
 
@@ -149,7 +150,7 @@ async def test_the_end_of_a_run_ends_a_pause(monkeypatch: pytest.MonkeyPatch):
     await asyncio.wait({waiting}, timeout=0.05)
     assert not waiting.done()
     full.wait_for(1)
-    assert await asyncio.wait_for(waiting, 5)
+    assert await soon(waiting)
 
 
 async def test_a_connection_is_used_again_however_many_kickoffs_are_under_way(monkeypatch: pytest.MonkeyPatch):

@@ -309,7 +309,7 @@ def test_a_batch_that_a_signal_ended_is_cancelled(
     with Process([program("prefect-crew"), *line], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.kickoffs == 5 and started() == 5, "its rows in flight, in the crew database")
         process.send(number)
-        assert process.wait(60) == code, process.output
+        assert process.wait() == code, process.output
     assert server.requests["stop"] == 0
     output, again = process.output.replace("\n", " "), f"prefect-crew batch resume '{leads.name}'"
     assert f"To go on where it stopped: {again}. To stop the runs in flight: prefect-crew batch cancel" in output
@@ -338,6 +338,6 @@ def test_a_token_is_typed_and_ctrl_c_leaves_the_runs(
         terminal.press(f"{TOKEN}\r")
         wait_until(lambda: server.kickoffs == 2, "its rows in flight")
         terminal.press("\x03")
-        assert terminal.wait(30) == 130
+        assert terminal.wait() == 130
     assert "To stop the runs in flight: prefect-crew batch cancel" in terminal.output.replace("\r\n", " ")
     assert server.requests["stop"] == 0

@@ -114,7 +114,7 @@ def asked(crews: CrewServer) -> str:
     url = f"{crews.url}/reviewed"
     with httpx.Client(headers=crews.headers) as client:
         kickoff_id = client.post(f"{url}/kickoff", json={"inputs": {"who": "Ada"}}).json()["kickoff_id"]
-        wait_until(lambda: "human" in client.get(f"{url}/status/{kickoff_id}").text.lower(), "it asks", seconds=30)
+        wait_until(lambda: "human" in client.get(f"{url}/status/{kickoff_id}").text.lower(), "it asks")
     return kickoff_id
 
 

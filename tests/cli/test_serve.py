@@ -36,7 +36,7 @@ def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
         assert "state" in httpx.get(f"{url}/status/{kickoff_id}", headers=headers).json()
         assert "given-token" not in process.output
         process.send(signal.SIGINT)
-        assert process.wait(15) == 0
+        assert process.wait() == 0
         assert process.family() == []
 
 
@@ -47,7 +47,7 @@ def test_only_a_random_token_is_shown(tmp_path: Path, token: str, shown: bool):
     with Process(command, log=tmp_path / "log", env=environment(tmp_path, {"CREW_TOKEN": token})) as process:
         assert ("CREW_TOKEN=" in process.wait_for("Stop: Ctrl-C")) is shown
         process.send(signal.SIGTERM)
-        assert process.wait(15) == 0
+        assert process.wait() == 0
 
 
 @pytest.mark.programs

@@ -31,7 +31,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewConnec
 from prefect_crew.states import CrewState
 from support.frames import locals_of
 from support.raw import Handler, answer, answering, raw_server, read_request
-from support.waiting import until
+from support.waiting import soon, until
 
 TOKEN = "t0ken-0123456789"
 STARTED = '{"kickoff_id": "k1"}'
@@ -262,7 +262,7 @@ async def test_a_request_that_outlives_all_clients_closes_its_connection():
             polling = asyncio.ensure_future(client.status("k1"))
             await until(lambda: server.heads)
         await polling
-        await until(lambda: server.gone, seconds=10)
+        await until(lambda: server.gone)
 
 
 TWICE = answer(RUNNING) + answer('{"state": "SUCCESS", "kickoff_id": "k2"}')
@@ -306,7 +306,7 @@ async def test_a_cancelled_client_closes_all_its_connections():
                 await asyncio.gather(*(client.status("k1") for _ in range(3)))
                 scope.cancel()
                 await asyncio.sleep(1)
-        await until(lambda: server.gone == 3, seconds=5)
+        await until(lambda: server.gone == 3)
 
 
 async def test_a_word_that_came_while_the_loop_was_busy_is_no_answer():
@@ -461,6 +461,6 @@ async def test_an_endless_answer_ends_the_call(monkeypatch: pytest.MonkeyPatch, 
     async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=2) as client:
         for call in (client.status("k1"), client.kickoff({"topic": "Lisbon"})):
             with pytest.raises(CrewConnectionError, match="not complete after 4 s") as caught:
-                await asyncio.wait_for(call, 30)
+                await soon(call)
             assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
             assert_quiet(caught.value)

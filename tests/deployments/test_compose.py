@@ -113,7 +113,6 @@ def running(service: str, folder: Path, port: str, **here: str) -> Iterator[None
     with Process([program(line[0]), *line[1:]], log=folder / f"{service}.log", env=env) as process:
         wait_until(
             lambda: subprocess.run(check, capture_output=True).returncode == 0 or not process.running,
-            seconds=120,
             what=f"a healthy {service}",
         )
         assert process.running, process.tail()

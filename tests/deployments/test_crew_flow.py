@@ -49,7 +49,7 @@ def test_a_flow_of_a_module_keeps_its_options(pool: CrewPool, tmp_path: Path):
     deployment = pool.call("GET", "/deployments/name/patient/module")
     assert deployment["parameter_openapi_schema"]["properties"]["inputs"]["required"] == ["topic"]
     run = pool.start(deployment["id"], inputs={"topic": "tea"})
-    pool.wait_for(run, "COMPLETED", seconds=90)
+    pool.wait_for(run, "COMPLETED")
     assert pool.call("GET", f"/flow_runs/{run}")["empirical_policy"]["retries"] == 2
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "tea"}]
 
@@ -64,7 +64,7 @@ def test_a_flow_of_a_file_runs_on_a_process_pool(prefect_server: PrefectServer, 
             deployment = pool.call("GET", f"/deployments/name/deployed-crew/{name}")
             assert deployment["entrypoint"] == "my_flows.py:travel"
             assert deployment["parameter_openapi_schema"]["properties"]["inputs"]["required"] == ["topic"]
-            pool.wait_for(pool.start(deployment["id"], inputs={"topic": name}), "COMPLETED", seconds=90)
+            pool.wait_for(pool.start(deployment["id"], inputs={"topic": name}), "COMPLETED")
     assert [run.inputs["topic"] for run in pool.crews["travel"].runs] == ["file", "source"]
 
 
@@ -72,6 +72,6 @@ def test_a_served_pipeline_runs_in_a_process_of_its_own(pool: CrewPool, tmp_path
     with Process([sys.executable, "my_flows.py", "serve"], log=tmp_path / "log", env=pool.env, cwd=tmp_path) as process:
         process.wait_for("being served")
         deployment = pool.call("GET", "/deployments/name/deployed-pipeline/report")
-        pool.wait_for(pool.start(deployment["id"]), "COMPLETED", seconds=90)
-    wait_until(lambda: not process.running, seconds=30, what="the end of the process")
+        pool.wait_for(pool.start(deployment["id"]), "COMPLETED")
+    wait_until(lambda: not process.running, what="the end of the process")
     assert [run.inputs for run in pool.crews["travel"].runs] == [{"topic": "cocoa"}]

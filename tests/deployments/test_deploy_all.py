@@ -56,7 +56,7 @@ def test_a_crew_worker_runs_them(site: Site):
         assert ended == dict.fromkeys(DEPLOYMENTS, "COMPLETED")
         recovery = site.start("recover/by-hand", {"flow_run_id": started["batch-file/topics"]})
         assert wait_for_state(site.seen, recovery)["state_type"] == "COMPLETED"
-        wait_until(lambda: "left alone" in site.seen.logs(recovery), seconds=30, what="the recovery's log")
+        wait_until(lambda: "left alone" in site.seen.logs(recovery), what="the recovery's log")
     assert len((site.project / "results" / "topics.jsonl").read_text().splitlines()) == 3
 
 
@@ -96,7 +96,7 @@ def test_a_scheduled_run_ends_and_its_keys_are_of_its_time(site: Site, worker: W
         return next((run for run in runs if run["deployment_id"] == deployment and run["end_time"]), None)
 
     try:
-        run = wait_until(ended, seconds=120, what="a scheduled run that has ended")
+        run = wait_until(ended, what="a scheduled run that has ended")
     finally:
         site.call("DELETE", f"/deployments/{deployment}")
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
@@ -122,7 +122,7 @@ def test_a_run_started_by_another_crews_event_gets_that_ones_result(site: Site, 
         return runs if runs and all(run["state_type"] in FINAL for run in runs) else None
 
     try:
-        (run,) = wait_until(followed, seconds=90, what="the follow-up's run")
+        (run,) = wait_until(followed, what="the follow-up's run")
     finally:
         site.call("PATCH", f"/automations/{trigger}", {"enabled": False})
     assert run["state_type"] == "COMPLETED", run["state"]["message"]

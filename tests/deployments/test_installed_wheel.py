@@ -101,7 +101,7 @@ def test_the_readme_of_a_project_is_true(installed: Installed, server: PrefectSe
                 log = installed.folder / f"block-{number}.log"
                 process = Process(["bash", "-e", "-c", code], log=log, env=installed.env, cwd=project)
                 running.callback(process.stop, grace=5.0)
-                process.wait_for(block.run["background"], 90)
+                process.wait_for(block.run["background"])
             elif "docker" not in code:
                 installed.run(code, cwd=project)
         with httpx.Client(base_url=server.api_url, timeout=60, trust_env=False) as api:

@@ -34,12 +34,12 @@ def kill_flow(process: Process, flow_run_id: str) -> float:
 
 def wait_for_polls(crew: CrewServer) -> int:
     """Wait until the crew was kicked off and its status has been asked for; return how often."""
-    return wait_until(lambda: crew.kickoffs and crew.requests["status"], seconds=90, what="a crew that is waited for")
+    return wait_until(lambda: crew.kickoffs and crew.requests["status"], what="a crew that is waited for")
 
 
-def wait_for_next_poll(crew: CrewServer, since: int, *, seconds: float = 120) -> float:
+def wait_for_next_poll(crew: CrewServer, since: int) -> float:
     """Wait until a run is waited for again; return when (monotonic seconds)."""
-    wait_until(lambda: crew.requests["status"] > since, seconds=seconds, what="a run that is waited for again")
+    wait_until(lambda: crew.requests["status"] > since, "a run that is waited for again")
     return time.monotonic()
 
 
@@ -61,7 +61,7 @@ def test_a_killed_run_goes_on_and_a_failed_one_does_not(site: Site, worker: Work
         seconds = wait_for_next_poll(crew, crew.requests["status"]) - killed
         notes.append(f"worker, flow process killed: waited for again after {seconds:.1f} s, unattended, as {attempt}")
 
-    run = wait_for_state(site.seen, run_id, seconds=120)
+    run = wait_for_state(site.seen, run_id)
     assert run["state_type"] == "COMPLETED", run["state"]["message"]
     assert run["run_count"] == 3
     assert crew.kickoffs == 1
@@ -110,7 +110,7 @@ def form_of(site: Site, flow_run_id: str, *, not_key: str | None = None) -> dict
         body = {**ALL, "prefix": details["run_input_keyset"]["description"]}
         return details if site.call("POST", f"/flow_runs/{flow_run_id}/input/filter", body) else None
 
-    return wait_until(look, seconds=120, what="a form")
+    return wait_until(look, what="a form")
 
 
 def test_a_run_killed_with_its_form_up_shows_it_again(site: Site, worker: Worker):
@@ -148,9 +148,9 @@ def test_a_pipeline_ends_on_the_other_worker(tmp_path: Path, postgres: Postgres,
         (alive,) = set(workers) - {dead}
         dead.kill()
         killed = time.monotonic()
-        again = wait_for_next_poll(write, write.requests["status"], seconds=300) - killed
+        again = wait_for_next_poll(write, write.requests["status"]) - killed
         notes.append(f"worker killed with its flow run: waited for by another one after {again:.0f} s (heartbeat 30 s)")
-        run = wait_for_state(site.seen, run_id, "COMPLETED", "FAILED", "CANCELLED", seconds=120)
+        run = wait_for_state(site.seen, run_id, "COMPLETED", "FAILED", "CANCELLED")
         assert run["state_type"] == "COMPLETED", run["state"]["message"]
         assert run["run_count"] == 2
         assert str(run_id) in alive.log.read_text()

@@ -44,7 +44,7 @@ def test_it_asks_for_inputs(prefect_api: PrefectServer, chromium: Chromium, ui: 
     def submit() -> dict[str, Any] | None:
         page.click("button:has-text('Submit')")  # again, if the page still read the deployment and ignored a click
         with suppress(AssertionError):
-            return wait_until(run, seconds=10, what="a flow run")
+            return wait_until(run, what="a flow run")
 
     with chromium.page(height=1800) as page:
         page.open(address)
@@ -53,7 +53,7 @@ def test_it_asks_for_inputs(prefect_api: PrefectServer, chromium: Chromium, ui: 
         page.screenshot(tmp_path / f"{ui}.png")
         page.fill("textarea >> nth=0", "tea")
         page.fill("textarea >> nth=-1", "my-login")
-        parameters = wait_until(submit, seconds=30, what="a flow run")
+        parameters = wait_until(submit, what="a flow run")
     # Which crew it is, is the deployment's, and the form leaves it alone.
     assert parameters["crew"] == name
     assert parameters["inputs"].items() >= {"topic": "tea", "audience": "everyone"}.items()

@@ -211,7 +211,7 @@ def test_a_live_crew_asks_by_webhook(crew: Serve, receiver: Receiver) -> None:
     hook = {"humanInputWebhookUrl": f"{receiver.url}/human"}
     run_id = kickoff(client, {"topic": "a picnic"}, **hook)
     for number, approve in ((1, False), (2, True)):
-        receiver.wait_for(lambda it, number=number: len(it.at("/human")) == number, seconds=30)
+        receiver.wait_for(lambda it, number=number: len(it.at("/human")) == number)
         question = receiver.at("/human")[-1]
         assert question["kickoff_id"] == run_id
         assert question["task_output"].startswith("## An announcement of a picnic")

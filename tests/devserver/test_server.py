@@ -132,7 +132,7 @@ def test_a_text_says_what_and_when(text: str, value: float | None, hits: list[in
     ("text", "message"),
     [
         ("kickof:500", "'kickof' is no place for a.*inputs, kickoff, status, resume, stop, inspect, any, webhook"),
-        ("kickoff:explode", "'kickoff' has no fault 'explode'. It has latency, 400, .* no-id, .*-before-accept"),
+        ("kickoff:explode", "'kickoff' has no fault 'explode'. It has latency, hold, 400, .* no-id, .*-before-accept"),
         ("kickoff:stuck-after-accept", "has no fault 'stuck-after-accept'"),
         ("kickoff:drop=2", "takes no value"),
         ("kickoff:latency=-1", "is not a fault. Write PLACE:NAME"),
@@ -197,13 +197,29 @@ def test_faults_of_headers_bodies_and_latency(served: Served) -> None:
 
 def test_a_kickoff_outlives_its_client(served: Served) -> None:
     server, client = served
-    server.faults.add("kickoff:latency=0.3", "inputs:timeout=0.1")
+    server.faults.add("kickoff:hold", "inputs:timeout=0.1")
     with pytest.raises(httpx.RemoteProtocolError):  # a timeout with a value ends in a closed connection
         client.get("/inputs")
     with pytest.raises(httpx.ReadTimeout):
         client.post("/kickoff", json=KICKOFF, timeout=0.1)
+    wait_until(lambda: server.held == 1)
     assert server.kickoffs == 0
+    server.release()
     wait_until(lambda: server.kickoffs == 1)
+
+
+@pytest.mark.parametrize(("fault", "started"), [("kickoff:hold@1", 0), ("kickoff:hold-after-accept@1", 1)])
+def test_a_request_is_held_until_it_is_released(served: Served, fault: str, started: int) -> None:
+    server, client = served
+    server.faults.add(fault)
+    with ThreadPoolExecutor(1) as thread:
+        answer = thread.submit(client.post, "/kickoff", json=KICKOFF)
+        wait_until(lambda: server.held == 1)
+        assert server.kickoffs == started
+        assert answer.running()
+        server.release()
+        assert answer.result().status_code == 200
+    assert (server.held, server.kickoffs) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -206,4 +206,4 @@ def test_all_arrive_one_after_another(receiver: Receiver, serve: Serve, monkeypa
     receiver.delay = 0.05
     for _ in range(3):
         kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/crew")
-    receiver.wait_for(lambda it: len(it.got) == 3, seconds=3)
+    receiver.wait_for(lambda it: len(it.got) == 3)

@@ -23,7 +23,7 @@ from typing import IO, Any, Self
 
 from prefect_crew.devserver import CrewServer
 from support.processes import alive
-from support.waiting import wait_until
+from support.waiting import LIMIT, wait_until
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Callers:
     def __exit__(self, *_: object) -> None:
         orders, answers = self._pipes
         orders.close()
-        self._process.wait(30)
+        self._process.wait(LIMIT)
         answers.close()
 
     def start(self, crew: Mapping[str, Any], call: Mapping[str, Any], *, batch: bool = False) -> Caller:

@@ -49,7 +49,7 @@ def test_the_tables_name_every_fault_of_every_place() -> None:
     for place, names in named.items():
         expected = set[str]()
         for name, kind in FAULTS.items():
-            if place in kind.places:
+            if place in kind.places and name != "hold":  # held and let go, it is one that took long: `latency`
                 # For a request that changes nothing, it makes no difference when the answer is spoilt.
                 twice = kind.has_phases and place in ("kickoff", "resume", "stop")
                 expected |= {f"{name}-before-accept", f"{name}-after-accept"} if twice else {name}

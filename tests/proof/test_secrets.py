@@ -452,7 +452,7 @@ def test_no_secret_is_written_by_the_command_line(
         command = [program("prefect-crew"), "run", block, "--input-file", tmp_path / "inputs.json", *options]
         log = tmp_path / "log"
         with Process(command, log=log, env=own_server.env(home=client, PREFECT_LOGGING_LEVEL="DEBUG")) as process:
-            process.wait(120)
+            process.wait()
     written = log.read_text(errors="replace")
     assert written
     every = [given.token, *given.secret_values]

@@ -53,7 +53,7 @@ def kill(worker: Worker) -> None:
 
 def stop(worker: Worker) -> None:
     worker.process.send(signal.SIGTERM)
-    assert worker.process.wait(60) == 0
+    assert worker.process.wait() == 0
 
 
 # People
@@ -72,7 +72,7 @@ def see_form(pool: CrewPool, flow_run_id: str) -> None:
         listed = pool.call("POST", f"/flow_runs/{flow_run_id}/input/filter", {"prefix": "crew-review-", "limit": 20})
         return any(one["key"].endswith("-schema") for one in listed)
 
-    wait_until(is_up, seconds=60, what="the form's fields")
+    wait_until(is_up, what="the form's fields")
 
 
 def answer_form(pool: CrewPool, flow_run_id: str) -> None:
@@ -108,11 +108,10 @@ def test_a_form_outlives_its_worker(small: CrewPool, end: Callable[[Worker], Non
         paused = small.flow_run(run_id)["state_id"] if end is kill else None
         wait_until(
             lambda: (run := small.flow_run(run_id))["state_type"] == "PAUSED" and run["state_id"] != paused,
-            seconds=90,
             what="the form of the next worker",
         )
         answer_form(small, run_id)
-    run = small.wait_for(run_id, seconds=90)
+    run = small.wait_for(run_id)
     assert run["state_name"] == "Completed", run["state"]["message"]
     assert crew.kickoffs == 1
     assert crew.requests["resume"] == 1
@@ -130,7 +129,7 @@ def test_a_flow_run_that_waits_for_a_retry_outlives_its_worker(small: CrewPool, 
     waiting = small.wait_for(run_id, "SCHEDULED", name="AwaitingRetry")
     end(worker)
     small.worker("one")
-    run = small.wait_for(run_id, seconds=120)
+    run = small.wait_for(run_id)
     assert run["state_name"] == "Completed", run["state"]["message"]
     again = [one for one in small.history(run_id) if one["name"] == "Running"][-1]
     due = datetime.fromisoformat(waiting["state"]["state_details"]["scheduled_time"])
@@ -156,7 +155,7 @@ def test_the_prefect_server_may_be_away_for_a_minute(
         for name in ("one", "two"):
             pool.worker(name)
         runs = [pool.start(deployment, crew="on-command", inputs={"topic": f"topic {number}"}) for number in range(5)]
-        wait_until(lambda: crew.kickoffs == 5, seconds=90, what="five kickoffs")
+        wait_until(lambda: crew.kickoffs == 5, what="five kickoffs")
         if how == "killed":
             server.kill()
         else:
@@ -169,7 +168,7 @@ def test_the_prefect_server_may_be_away_for_a_minute(
             server.process.send(signal.SIGCONT)
         back = time.monotonic()
         for run_id in runs:
-            assert pool.wait_for(run_id, seconds=150)["state_name"] == "Completed"
+            assert pool.wait_for(run_id)["state_name"] == "Completed"
         notes.append(f"Prefect {how} for 60 s, 5 runs: Completed {time.monotonic() - back:.0f} s after its return")
         assert crew.kickoffs == len(crew.runs) == 5
 

@@ -101,7 +101,6 @@ class Ways:
             first, second = f"'{flow_run_id}' as crashed", "prefect.flow_runs.worker - Check whether"
             wait_until(
                 lambda: second in way.process.output.rpartition(first)[2],
-                seconds=60,
                 what=f"the worker's own word on {flow_run_id}",
             )
         return run
@@ -112,4 +111,4 @@ class Ways:
 
     def ended(self, flow_run_id: str, *states: str) -> dict[str, Any]:
         """Wait for a state of a flow run and return it."""
-        return wait_for_state(self.seen, flow_run_id, *states, seconds=120)
+        return wait_for_state(self.seen, flow_run_id, *states)

@@ -22,6 +22,7 @@ from typing import IO, Any, Self
 
 from prefect_crew.runs.database import URL_SETTING, database_url
 from proof.kills import Kill, arm, die_after
+from support.waiting import LIMIT
 
 __all__ = ["Ended", "Script", "Zygote"]
 
@@ -90,7 +91,7 @@ class Zygote:
         orders, answers = self._pipes
         orders.close()
         assert self._running
-        self._running.wait(30)
+        self._running.wait(LIMIT)
         answers.close()
 
     def run(self, *scripts: Script) -> list[Ended]:

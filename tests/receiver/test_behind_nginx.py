@@ -41,7 +41,7 @@ async def test_nothing_but_a_report_gets_through_nginx(key: str, tmp_path: Path,
         }
         crew = CrewServer(script({"seconds": 1.0, "output": "done"}))
         with start_nginx(tmp_path, "receive-webhooks.md", changes), crew:
-            wait_until((tmp_path / "pid").exists, seconds=20, what="nginx")
+            wait_until((tmp_path / "pid").exists, what="nginx")
             # Polling alone would see the end half a minute later.
             wait = WaitPolicy(initial=30, max_interval=30)
             result = await arun_crew(crew.crew(wait=wait), {}, idempotency_key=key)

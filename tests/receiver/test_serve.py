@@ -54,7 +54,7 @@ async def test_the_command_takes_webhooks_and_ends_on_a_signal(
         assert (await client.post(hook, json=BODIES["crew-first"])).status_code == 200
         assert (await client.post(hook + "x", json={})).status_code == 404
     process.send(signal.SIGTERM)
-    await until(lambda: not process.running, "it ends", seconds=30)
+    await until(lambda: not process.running, "it ends")
     assert process.popen.returncode == 0
     (event,) = await events_of(key)
     assert event["event"] == "crew.webhook.crew"

@@ -13,6 +13,7 @@ from prefect_crew.runs import start
 from prefect_crew.tasks import stop_crew
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import script, slow
+from support.waiting import soon
 from support.ways import WAYS
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -53,7 +54,7 @@ async def test_every_end_gives_its_room_back(crew_server: CrewServerFactory):
     done, _ = await asyncio.wait({waiting}, timeout=1)
     assert not done, "it waits for room"
     await stop_crew(crew, run.kickoff_id)
-    assert (await asyncio.wait_for(waiting, 20)).output == "done"
+    assert (await soon(waiting)).output == "done"
     with pytest.raises(pc.CrewFailedError):
         await pc.arun_crew(crew, {"seconds": 0, "fail": "no"})
     with pytest.raises(pc.CrewTimeoutError):

@@ -14,6 +14,7 @@ from prefect_crew.exceptions import CrewFailedError
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow
 from support.scripts import script, slow
+from support.waiting import soon
 
 # Polling alone would not look again before this is over.
 RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
@@ -24,7 +25,7 @@ USAGE: dict[str, Any] = {"total_tokens": 1200}
 async def run(crew: DeployedCrew, *, keys: Sequence[str | None] = (None,), **options: Any) -> list[CrewResult]:
     """Run a crew in a flow, once for each key at the same time, in less time than polling alone would need."""
     together = acall_in_flow(lambda: asyncio.gather(*(arun_crew(crew, idempotency_key=key, **options) for key in keys)))
-    return (await asyncio.wait_for(together, 40))[1]
+    return (await soon(together))[1]
 
 
 @pytest.mark.parametrize("ends", ["completed", "failed", "flow"])

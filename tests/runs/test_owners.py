@@ -107,7 +107,7 @@ async def test_a_killed_batchs_flow_run_crashes(
     server, name, export = crew_server(slow(5)), str(uuid.uuid4()), str(tmp_path / "out.jsonl")
     command = [sys.executable, "-c", BATCH, server.url, server.token, name, export]
     with Process(command, log=tmp_path / "log", env=prefect_api.env(home=tmp_path)) as process:
-        await until(lambda: server.requests["status"], "the row is waited for", seconds=60)
+        await until(lambda: server.requests["status"], "the row is waited for")
         process.kill()
     batch = await in_store(get_batch, name)
     assert batch is not None

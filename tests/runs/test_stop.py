@@ -79,7 +79,7 @@ def cancelled(
 
     async def cancel() -> Any:
         running = asyncio.ensure_future(acall_in_flow(trip))
-        await until(when or (lambda: server.requests["status"]), "it is time", seconds=60)
+        await until(when or (lambda: server.requests["status"]), "it is time")
         if state:
             await asyncio.to_thread(seen.set_state, ids[0], state)
         if by_signal:
@@ -425,7 +425,7 @@ def test_a_signal_leaves_the_crew_running(
     with Process([sys.executable, "-u", tmp_path / "script.py"], log=tmp_path / "log", env=env) as process:
         wait_until(lambda: server.requests[moment])
         process.send(number)
-        assert process.wait(60) != 0
+        assert process.wait() != 0
     (run,) = server.runs
     assert str(run.state) == "running"
     assert server.requests["stop"] == 0

@@ -30,6 +30,7 @@ from prefect_crew.store.decision import AttemptState, Step
 from prefect_crew.store.schema import METADATA, attempts
 from support.crew_database import begun, in_flight, request
 from support.postgres import Postgres
+from support.waiting import LIMIT
 
 
 class Fork(multiprocessing.get_context("fork").Process):
@@ -327,7 +328,7 @@ def test_an_event_loop_that_is_closed_does_not_hurt_the_store(timed_store: Store
     @transaction("write")
     def wait(transaction: Transaction) -> None:
         transaction.lock()
-        free.wait(30)
+        free.wait(LIMIT)
 
     async def leave() -> None:
         task = asyncio.create_task(timed_store.run(wait))
@@ -347,7 +348,7 @@ def test_parent_and_child_of_a_fork_write_to_one_database(timed_store: Store):
 
     def write() -> None:
         asyncio.run(timed_store.run(begin, request("child")))
-        allowed.wait(30)
+        allowed.wait(LIMIT)
         asyncio.run(timed_store.run(begin, request("child, after the parent has closed")))
         timed_store.close()
 
@@ -511,7 +512,7 @@ async def test_callers_that_wait_for_a_lock_do_not_hold_up_others(empty_postgres
     def hold(transaction: Transaction) -> None:
         transaction.lock("key:daily")
         holds.set()
-        free.wait(30)
+        free.wait(LIMIT)
 
     attempt = await begun(store, request("other"))
     holder = asyncio.create_task(other.run(hold))

@@ -21,6 +21,7 @@ from prefect_crew.store.news import Place, read_news, tell
 from prefect_crew.store.prune import keys_to_prune, prune_keys
 from prefect_crew.store.spending import Use, used
 from support.crew_database import CREW, Clock, add_news, begun, in_flight, once_more, over, request
+from support.waiting import LIMIT
 
 SPAWNED = multiprocessing.get_context("spawn")
 
@@ -97,7 +98,7 @@ class Blocker:
         def hold(transaction: Transaction) -> None:
             transaction.lock(f"key:{key}")
             self.holds.set()
-            self.free.wait(30)
+            self.free.wait(LIMIT)
 
         self.hold = hold
 
@@ -201,7 +202,7 @@ async def test_news_that_become_visible_late_are_read_once(empty_postgres: Calla
     def add_late(transaction: Transaction) -> None:
         tell(transaction, transaction.lock(), "topic", "late")
         written.set()
-        free.wait(30)
+        free.wait(LIMIT)
 
     place: Place | None = None
     kinds: list[str] = []

@@ -1,5 +1,6 @@
 """A work pool of type `crew` with workers in processes of their own, and crews on loopback."""
 
+import asyncio
 import contextlib
 import itertools
 import sqlite3
@@ -13,7 +14,7 @@ from prefect_crew.devserver import CrewServer, Outcome, Run
 from support.deployed import command, wait_for_state
 from support.prefect_server import PrefectServer, connected
 from support.seen import Seen
-from support.waiting import until
+from support.waiting import LIMIT
 from support.workers import Worker
 
 RUN_CREW = "prefect_crew.flows.run_deployed_crew"
@@ -36,7 +37,8 @@ class CrewOnCommand:
         return [CrewInput(name="topic")]
 
     async def execute(self, run: Run) -> Outcome:
-        await until(lambda: self.ended, seconds=600)
+        while not self.ended:
+            await asyncio.sleep(0.02)
         return Outcome(f"About {run.inputs['topic']}")
 
 
@@ -123,11 +125,9 @@ class CrewPool(Crews):
     def flow_run(self, flow_run_id: str) -> dict[str, Any]:
         return self.seen.flow_run(flow_run_id)
 
-    def wait_for(
-        self, flow_run_id: str, *states: str, name: str | None = None, seconds: float = 60.0
-    ) -> dict[str, Any]:
+    def wait_for(self, flow_run_id: str, *states: str, name: str | None = None) -> dict[str, Any]:
         """Wait as `wait_for_state` does; `name`: that of the state, if it matters."""
-        return wait_for_state(self.seen, flow_run_id, *states, name=name, seconds=seconds)
+        return wait_for_state(self.seen, flow_run_id, *states, name=name)
 
     def states(self, flow_run_id: str) -> list[str]:
         return [state["name"] for state in self.history(flow_run_id)]
@@ -145,7 +145,7 @@ class CrewPool(Crews):
 
     def holders(self) -> dict[str, tuple[str, str]]:
         """Return name and start of the worker that holds a flow run, by the flow runs' ids."""
-        with contextlib.closing(sqlite3.connect(self.folder / "crew.db", timeout=20)) as database:
+        with contextlib.closing(sqlite3.connect(self.folder / "crew.db", timeout=LIMIT)) as database:
             query = "SELECT flow_run_id, name, boot FROM crew_held JOIN crew_workers USING (boot)"
             return {flow_run_id: (name, boot) for flow_run_id, name, boot in database.execute(query)}
 

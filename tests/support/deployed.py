@@ -11,7 +11,7 @@ from prefect.flows import load_flow_from_entrypoint
 from support.environment import program
 from support.processes import Process
 from support.seen import Seen
-from support.waiting import wait_until
+from support.waiting import TooLateError, wait_until
 
 ROOT = Path(__file__).parents[2]
 FINAL = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
@@ -53,9 +53,7 @@ def _environ(pid: int) -> str:
     return ""
 
 
-def wait_for_state(
-    seen: Seen, flow_run_id: Any, *states: str, name: str | None = None, seconds: float = 90.0
-) -> dict[str, Any]:
+def wait_for_state(seen: Seen, flow_run_id: Any, *states: str, name: str | None = None) -> dict[str, Any]:
     """Wait until a flow run is in one of these types of states, any final one if left out, and return it."""
     wanted, run = set(states) or FINAL, dict[str, Any]()
 
@@ -64,7 +62,7 @@ def wait_for_state(
         return run["state_type"] in wanted and name in (None, run["state_name"])
 
     try:
-        wait_until(look, f"flow run {flow_run_id} in {sorted(wanted)}", seconds=seconds)
-    except AssertionError as error:
-        raise AssertionError(f"{error}: it is {run['state']}") from None
+        wait_until(look, f"flow run {flow_run_id} in {sorted(wanted)}")
+    except TooLateError as error:
+        raise TooLateError(f"{error}: it is {run['state']}") from None
     return run

@@ -6,12 +6,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 from typing import Self
 
 from support.prefect_server import free_port
 from support.processes import Process, ProcessError, Program
+from support.waiting import LIMIT, wait_until
 
 DEBIAN = "/usr/lib/postgresql"
 SUPERUSER = "crew"
@@ -45,7 +45,7 @@ class Postgres(Program):
         self._folder = Path(tempfile.mkdtemp(prefix="prefect-crew-postgres-"))
         self.log = self._folder / "postgres.log"
 
-    def start(self, timeout: float = 60.0) -> Self:
+    def start(self) -> Self:
         """Make the database cluster and start it; about 3 seconds."""
         data = self._folder / "data"
         data.mkdir(mode=0o700)
@@ -54,26 +54,27 @@ class Postgres(Program):
             shutil.chown(data, self._user)
         options = "--auth trust --no-sync --encoding UTF8 --no-locale --username"
         made = self._run("initdb", "--pgdata", data, *options.split(), SUPERUSER)
-        if made.wait(timeout) != 0:
+        if made.wait() != 0:
             raise ProcessError(f"initdb failed:\n{made.tail()}")
-        return self.serve(timeout)
+        return self.serve()
 
     def _run(self, name: str, *arguments: str | Path) -> Process:
         return Process([self.programs / name, *arguments], log=self.log, cwd=self._folder / "data", user=self._user)
 
-    def serve(self, timeout: float = 60.0) -> Self:
+    def serve(self) -> Self:
         """Start it over its data, also once more after it was killed."""
         options = ["listen_addresses=127.0.0.1", f"port={self.port}", "unix_socket_directories=", "max_connections=200"]
         flags = [
             part for option in [*options, *(f"{name}=off" for name in self.NOT_DURABLE)] for part in ("-c", option)
         ]
         self._process = process = self._run("postgres", "-D", self._folder / "data", *flags)
-        deadline = time.monotonic() + timeout
-        while self._ask("pg_isready", "-q").returncode:  # nobody listens yet, or it is starting up
-            if not process.running or time.monotonic() > deadline:
-                process.kill()
+
+        def is_ready() -> bool:
+            if not process.running:
                 raise ProcessError(f"PostgreSQL did not start:\n{process.tail()}")
-            time.sleep(0.1)
+            return self._ask("pg_isready", "-q").returncode == 0  # else nobody listens yet, or it is starting up
+
+        wait_until(is_ready, "PostgreSQL answers", pause=0.1)
         return self
 
     def create_database(self, name: str) -> str:
@@ -83,7 +84,7 @@ class Postgres(Program):
 
     def _ask(self, program: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         address = ["-h", "127.0.0.1", "-p", str(self.port), "-U", SUPERUSER]
-        return subprocess.run([self.programs / program, *address, *arguments], timeout=60)
+        return subprocess.run([self.programs / program, *address, *arguments], timeout=LIMIT)
 
     def stop(self) -> None:
         """End it and remove its data. Harmless if it does not run."""

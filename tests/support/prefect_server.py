@@ -20,6 +20,7 @@ import httpx
 
 from support.environment import isolated
 from support.processes import Process, ProcessError, Program
+from support.waiting import LIMIT
 
 QUICK = {
     # The defaults write one task run in a transaction, and hold events back for five seconds.
@@ -88,7 +89,7 @@ class PrefectServer(Program):
         """
         return f"{self.ui_url}{'/v2' if ui == 'v2' else ''}/artifacts/artifact/{artifact_id}"
 
-    def start(self, timeout: float = 120.0) -> Self:
+    def start(self) -> Self:
         """Start it and wait until it answers; about 5 seconds, 12 with a new database."""
         if self.running:
             return self
@@ -101,7 +102,7 @@ class PrefectServer(Program):
             command = [sys.executable, "-m", "prefect", "server", "start", *options]
             variables["PREFECT_SERVER_UI_API_URL"] = self.api_url  # else its pages ask port 4200
             process = self._process = Process(command, log=self.log, env=isolated(self.home, variables))
-            if self._answers(process, time.monotonic() + timeout):
+            if self._answers(process, time.monotonic() + LIMIT):
                 break
             process.kill()
             if not left or "already in use" not in process.tail():
@@ -129,16 +130,16 @@ class PrefectServer(Program):
     def forget_store(self) -> None:
         """Delete the Variable that names a crew database, and all others, of a server on SQLite."""
         assert self.database is not None
-        with closing(sqlite3.connect(self.database, timeout=30.0)) as database, database:
+        with closing(sqlite3.connect(self.database, timeout=LIMIT)) as database, database:
             database.execute("DELETE FROM variable")
 
     def begin_anew(self) -> None:
         """Delete from a server on SQLite all but the types of blocks, as if it had just been started."""
         assert self.database is not None
-        with httpx.Client(base_url=self.api_url, timeout=30.0, trust_env=False) as client:
+        with httpx.Client(base_url=self.api_url, timeout=LIMIT, trust_env=False) as client:
             for automation in client.post("/automations/filter", json={}).raise_for_status().json():
                 client.delete(f"/automations/{automation['id']}").raise_for_status()  # in memory too
-        with closing(sqlite3.connect(self.database, timeout=30.0)) as database, database:
+        with closing(sqlite3.connect(self.database, timeout=LIMIT)) as database, database:
             tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
             for table in tables:
                 if not table.startswith(("alembic", "block_type", "block_schema")):

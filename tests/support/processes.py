@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from support.waiting import LIMIT, TooLateError, wait_until
+
 MARK = "PREFECT_CREW_TEST_PROCESS"
 """The environment variable that names the process a descendant came from; nested ones are joined by a comma."""
 
@@ -97,18 +99,17 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL to the process and to everything that descends from it, and wait until all are gone."""
-        deadline = time.monotonic() + 10
-        while family := self.family():
-            for pid in family:
+
+        def gone() -> bool:
+            for pid in (family := self.family()):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            if not PROC.exists():
+            if family and not PROC.exists():
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise ProcessError(f"{self.command[0]}: {family} still live 10 seconds after SIGKILL")
-            self.popen.poll()
-            time.sleep(0.02)
+            return not family
+
+        wait_until(gone, f"{self.command[0]} and its family end after SIGKILL")
         self.popen.wait()
         if self.popen.stdin:
             self.popen.stdin.close()
@@ -124,28 +125,30 @@ class Process:
         self.kill()
         return self.popen.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, seconds: float = LIMIT) -> int:
         """Wait for its own end; return its exit code."""
         try:
-            return self.popen.wait(timeout)
+            return self.popen.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise ProcessError(f"{self.command} still runs after {timeout:g} seconds:\n{self.tail()}") from None
+            raise TooLateError(f"{self.command} still runs after {seconds:g} seconds:\n{self.tail()}") from None
 
-    def wait_for(self, text: str, timeout: float = 60.0) -> str:
+    def wait_for(self, text: str, seconds: float = LIMIT) -> str:
         """Wait until its output holds `text`; return the output."""
-        deadline = time.monotonic() + timeout
-        while True:
+
+        def look() -> str:
             ended = not self.running  # looked at before the output, so that last words count
-            output = self.output
-            if text in output:
+            if text in (output := self.output):
                 return output
             if ended:
                 raise ProcessError(
                     f"{self.command} ended with {self.popen.returncode} and never wrote {text!r}:\n{self.tail()}"
                 )
-            if time.monotonic() > deadline:
-                raise ProcessError(f"{self.command} did not write {text!r} in {timeout:g} seconds:\n{self.tail()}")
-            time.sleep(0.05)
+            return ""
+
+        try:
+            return wait_until(look, seconds=seconds, pause=0.05)
+        except TooLateError:
+            raise TooLateError(f"{self.command} did not write {text!r} in time:\n{self.tail()}") from None
 
 
 class Program:

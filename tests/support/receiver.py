@@ -76,6 +76,6 @@ class Receiver(Listener):
         """Return the bodies that came to one path, in order of arrival."""
         return [delivery.body for delivery in self.got if delivery.path == path]
 
-    def wait_for(self, enough: Callable[[Receiver], bool], *, seconds: float = 10.0) -> None:
+    def wait_for(self, enough: Callable[[Receiver], bool]) -> None:
         """Wait until what came is enough; fail when it does not come."""
-        wait_until(lambda: enough(self), "enough webhooks", seconds=seconds)
+        wait_until(lambda: enough(self), "enough webhooks")

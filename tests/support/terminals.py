@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 from support.processes import MARK, ProcessError, survivors
+from support.waiting import LIMIT, check
 
 
 class Terminal:
@@ -40,19 +41,19 @@ class Terminal:
         time.sleep(0.3)
         os.write(self._screen, keys.encode())
 
-    def wait_for(self, text: str, timeout: float = 60.0) -> None:
+    def wait_for(self, text: str) -> None:
         """Read until it has written `text`."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + LIMIT
         while text not in self.output:
-            if time.monotonic() > deadline or not self._read(0.2):
+            check(deadline, f"it writes {text!r}:\n{self.output[-3000:]}")
+            if not self._read(0.2):
                 raise ProcessError(f"never wrote {text!r}:\n{self.output[-3000:]}")
 
-    def wait(self, timeout: float) -> int:
+    def wait(self) -> int:
         """Read until it has ended; return its exit code, negative for a signal."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + LIMIT
         while self._code is None:
-            if time.monotonic() > deadline:
-                raise ProcessError(f"still runs after {timeout:g} seconds:\n{self.output[-3000:]}")
+            check(deadline, f"it ends:\n{self.output[-3000:]}")
             self._read(0.1)
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:

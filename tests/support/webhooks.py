@@ -77,9 +77,7 @@ async def served(app: ASGIApp) -> AsyncIterator[str]:
         bound.close()
 
 
-async def events_of(
-    idempotency_key: str, *, at_least: int = 1, seconds: float = 30.0, prefix: str = "crew."
-) -> Sequence[Mapping[str, Any]]:
+async def events_of(idempotency_key: str, *, at_least: int = 1, prefix: str = "crew.") -> Sequence[Mapping[str, Any]]:
     """Return the events of a run from the Prefect server, oldest first, once there are so many."""
     labels = {"prefect-crew.idempotency-key": [idempotency_key]}
     wanted = {"event": {"prefix": [prefix]}, "resource": {"labels": labels}}
@@ -90,4 +88,4 @@ async def events_of(
         events = sorted(answer.json()["events"], key=lambda event: event["occurred"])
         return events if len(events) >= at_least else ()
 
-    return await until(events, f"{at_least} events of {idempotency_key}", seconds=seconds)
+    return await until(events, f"{at_least} events of {idempotency_key}")

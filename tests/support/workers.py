@@ -45,7 +45,7 @@ class Worker(Program):
         self._options = ["--name", self.name, *([] if limit is None else ["--limit", str(limit)])]
         self._kind = kind
 
-    def start(self, timeout: float = 60.0) -> Self:
+    def start(self) -> Self:
         """Start it and wait until it says that it has started."""
         self._process = Process(
             [program("prefect"), *f"worker start --pool {self.pool} --type {self._kind}".split(), *self._options],
@@ -54,7 +54,7 @@ class Worker(Program):
             cwd=self._folder,
         )
         try:
-            self._process.wait_for("started!", timeout)
+            self._process.wait_for("started!")
         except BaseException:
             self._process.kill()
             raise

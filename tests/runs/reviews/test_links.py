@@ -190,7 +190,7 @@ def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, key: str):
                 running_flow = asyncio.create_task(asyncio.to_thread(asks))
                 await until(lambda: chat.got, "the message is on its way")
                 polls = server.requests["status"]
-                await until(lambda: server.requests["status"] > polls + 2, "the polls go on", seconds=5)
+                await until(lambda: server.requests["status"] > polls + 2, "the polls go on")
                 began = time.monotonic()
                 await _approve(server)
                 await running_flow

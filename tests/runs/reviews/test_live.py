@@ -18,7 +18,7 @@ from prefect_crew.runs.database import in_store
 from prefect_crew.store import attempts, questions
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import script
-from support.waiting import until
+from support.waiting import soon, until
 from support.webhooks import SECRET, served
 
 DRAFT = {"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"}
@@ -87,7 +87,7 @@ async def test_the_run_that_an_answer_names_is_waited_for_after_a_crash(
     shown = capsys.readouterr().out
     assert run.id in shown
     assert min(run.former_ids) in shown
-    result = await asyncio.wait_for(run_of(server, key, review=judge), 60)
+    result = await soon(run_of(server, key, review=judge))
     assert result.output == "Draft. Shorter."
     assert server.kickoffs == 1
     assert await command(server, "runs", "inspect", key) == 0
@@ -98,7 +98,7 @@ async def test_a_run_that_fails_after_an_answer_is_an_error_at_once(crew_server:
     server = crew_server(script(DRAFT, {"fail": "'NoneType' object is not subscriptable"}), response_format="live")
     waiting = run_of(server, new_key(), review=lambda _: pc.Review(approve=True))
     with pytest.raises(pc.CrewFailedError, match="'NoneType' object is not subscriptable"):
-        await asyncio.wait_for(waiting, 30)
+        await soon(waiting)
 
 
 async def test_without_its_webhook_a_question_is_lost_and_the_same_key_finds_it_later(
@@ -112,7 +112,7 @@ async def test_without_its_webhook_a_question_is_lost_and_the_same_key_finds_it_
     (question,) = run.questions.values()
     crew = server.crew(wait=WAIT)
     await pc.resume_crew(crew, run.id, feedback="", approve=True, task_id=question.uuid)
-    result = await asyncio.wait_for(run_of(server, key), 60)
+    result = await soon(run_of(server, key))
     assert result.output == "Draft. "
     assert server.kickoffs == 1
 
@@ -174,7 +174,7 @@ async def test_a_stop_names_the_run_that_goes_on(crew_server: CrewServerFactory,
     await until(lambda: server.requests["resume"] == 1, "the answer is sent")
     assert await command(server, "runs", "cancel", key) == 0
     with pytest.raises(pc.CrewStoppedError):
-        await asyncio.wait_for(waiting, 30)
+        await soon(waiting)
 
 
 async def test_command_answers_a_question_that_no_status_shows(crew_server: CrewServerFactory, receiver: None):
@@ -186,7 +186,7 @@ async def test_command_answers_a_question_that_no_status_shows(crew_server: Crew
         return await command(server, "reviews", "approve", key) == 0
 
     await until(approved, "the question is known")
-    assert (await asyncio.wait_for(waiting, 60)).output == "Draft. "
+    assert (await soon(waiting)).output == "Draft. "
     assert server.requests["resume"] == 1
 
 

@@ -23,7 +23,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.asking import Asking, judging
 from support.links import answers_of
 from support.scripts import script
-from support.waiting import until
+from support.waiting import LIMIT, soon, until
 
 SCRIPT = script({"name": "draft", "agent": "Writer", "human": True, "output": "Draft. {{ feedback }}"})
 APPROVED = pc.Review(approve=True)
@@ -62,7 +62,7 @@ async def test_a_function_answers_each_round_once(crew_server: CrewServerFactory
     server = crew_server(asking if is_seen else SCRIPT)
     asking.polls = lambda: server.requests["status"]
     judge = judging(asked, approves_at=2)
-    await asyncio.wait_for(run_with(server, judge), 60)
+    await soon(run_with(server, judge))
     assert [one.round for one in asked] == [1, 2]
     assert server.requests["resume"] == 2
     assert server.kickoffs == 1
@@ -75,7 +75,7 @@ async def test_a_plain_function_blocks_nothing(server: CrewServer) -> None:
 
     def judge(request: pc.ReviewRequest) -> pc.Review:
         logged_by.append(str(this_flow_run.id))  # it is called in the context of the wait
-        assert others_went_on.wait(60), "nothing else went on"
+        assert others_went_on.wait(LIMIT), "nothing else went on"
         return APPROVED
 
     async def another() -> None:
@@ -106,7 +106,7 @@ async def test_peoples_time_includes_a_functions(server: CrewServer, monkeypatch
         return APPROVED
 
     def think_in_a_thread(request: pc.ReviewRequest) -> pc.Review:
-        is_over.wait(30)
+        is_over.wait(LIMIT)
         return APPROVED
 
     review = {"async": think, "sync": think_in_a_thread, "insistent": insist}[how]
