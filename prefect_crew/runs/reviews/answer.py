@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shlex
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -165,21 +165,26 @@ async def answer_question(
             return left
     if asked.state != "open":
         raise _answered(run, asked)
-    sender, by, within = uuid4().hex, run.redact(one_line(review.by))[:MAX_NAME], _post_within(run)
+    by, within = run.redact(one_line(review.by))[:MAX_NAME], _post_within(run)
     answer = {"approve": review.approve, "option": review.option and run.redact(review.option), "call": call}
     if run.redact_name(asked.task or "") == asked.task:
         answer["task"] = asked.task
-    if may_store(run) and not run.redact.hides([review.feedback, review.option or ""]):
+    is_stored = may_store(run) and not run.redact.hides([review.feedback, review.option or ""])
+    if is_stored:
         answer["feedback"] = review.feedback
+
+    async def take(sender: str) -> bool:
+        if not is_stored:  # nobody else could send it, so the right to send it is taken at once
+            return await in_store(questions.answer, question.id, answer, by, sender, within)
         is_written = await in_store(questions.answer, question.id, answer, by)
-        is_mine = is_written and await in_store(questions.send, question.id, sender, within)
-    else:  # nobody else could send it, so the right to send it is taken at once
-        is_mine = await in_store(questions.answer, question.id, answer, by, sender, within)
-    if not is_mine:
+        return is_written and await in_store(questions.send, question.id, sender, within)
+
+    answered = replace(question, answer=answer, answered_by=by, answered_at=asked.now)
+    asked = replace(asked, questions=[*asked.questions[:-1], answered])
+    sent = await _send(run, asked, review, take, webhooks, looks)
+    if sent is None:
         raise NotWaitingError(f"{_where(run, asked)} was answered by somebody else at this moment. Nothing was sent.")
-    question = replace(question, answer=answer, answered_by=by, answered_at=asked.now)
-    asked = replace(asked, questions=[*asked.questions[:-1], question])
-    return await _send(run, asked, review, sender, webhooks, looks)
+    return sent
 
 
 async def _question_to_answer(run: LiveRun, seen: ReviewRequest | None, task_id: str | None) -> Asked:
@@ -205,10 +210,11 @@ async def _question_to_answer(run: LiveRun, seen: ReviewRequest | None, task_id:
 
 async def send_left(run: LiveRun, asked: Asked) -> tuple[ResumeAnswer, Review] | None:
     """Send an answer that its giver left behind, as a process that died. Return None if somebody else sends it."""
-    sender, review = uuid4().hex, asked.answers[-1]
-    if not await in_store(questions.send, asked.question.id, sender, _post_within(run)):
-        return None
-    return await _send(run, asked, review, sender, None, 0)
+
+    def take(sender: str) -> Awaitable[bool]:
+        return in_store(questions.send, asked.question.id, sender, _post_within(run))
+
+    return await _send(run, asked, asked.answers[-1], take, None, 0)
 
 
 def _where(run: LiveRun, asked: Asked) -> str:
@@ -220,12 +226,24 @@ def _post_within(run: LiveRun) -> float:
 
 
 async def _send(
-    run: LiveRun, asked: Asked, review: Review, sender: str, webhooks: Webhooks | None, looks: int
-) -> tuple[ResumeAnswer, Review]:
-    """Send an answer on record, whose `sender` has the right to, and write the outcome. Only this function sends."""
-    question, work = asked.question, OwnTask()
-    with work.uncut():  # a cancellation waits for the answer to the POST
-        accepted = await work.run(_post(run, asked, review, sender, webhooks), within=SEND_WITHIN)
+    run: LiveRun,
+    asked: Asked,
+    review: Review,
+    take: Callable[[str], Awaitable[bool]],
+    webhooks: Webhooks | None,
+    looks: int,
+) -> tuple[ResumeAnswer, Review] | None:
+    """Take the right to send an answer, as a `sender`, send it, and write the outcome. Return None if somebody else
+    sends it. Only this function sends."""
+    question, sender, work = asked.question, uuid4().hex, OwnTask()
+
+    async def take_and_post() -> ResumeAnswer | None:
+        return await _post(run, asked, review, sender, webhooks) if await take(sender) else None
+
+    with work.uncut():  # whoever has the right sends it: a cancellation waits for the answer to the POST
+        accepted = await work.run(take_and_post(), within=SEND_WITHIN)
+    if accepted is None:
+        return None
     written = review_of(replace(question, sent_at=asked.now), asked.questions, asked.now)
     if run.attempt is not None:
         emit("reviewed", run.attempt, **written.model_dump(include={"task_id", "round", "approve", "by"}))

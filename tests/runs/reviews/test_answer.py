@@ -16,6 +16,7 @@ from prefect_crew._internal.clock import utcnow
 from prefect_crew.blocks import crew_of
 from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.database import in_store
+from prefect_crew.runs.reviews import answer as answer_module
 from prefect_crew.runs.reviews import questions as questions_module
 from prefect_crew.runs.reviews.answer import list_open_questions, resume_run
 from prefect_crew.runs.run import LiveRun
@@ -27,7 +28,7 @@ from support.asking import AskingServer, judging
 from support.flow_runs import acall_in_flow
 from support.links import answers_of
 from support.scripts import script
-from support.waiting import until
+from support.waiting import soon, until
 from support.webhooks import SECRET, served
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
@@ -211,3 +212,27 @@ async def test_an_answer_that_was_left_behind_is_sent(monkeypatch: pytest.Monkey
         assert await in_store(questions.answer, opened[0].id, {"approve": True, "feedback": "Good."}, "Ada")
         assert await waiting == "done"
         assert [sent["human_feedback"] for sent in server.resumes] == ["Good."]
+
+
+async def test_a_cancelled_giver_sends_the_answer_that_only_it_may_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(work: Any, *args: Any) -> Any:
+        done = await in_store(work, *args)
+        if work is questions.send:
+            taken.set()
+            await go_on.wait()
+        return done
+
+    async with asking() as (server, crew):
+        waiting = asyncio.create_task(run_of(crew))
+        await until(lambda: in_store(questions.open_questions), "the question")
+        monkeypatch.setattr(answer_module, "in_store", held)
+        giving = asyncio.create_task(approve(crew, server.run_id, "Good."))
+        await soon(taken.wait(), "the right to send")
+        giving.cancel()
+        go_on.set()
+        assert await soon(waiting) == "done"
+        assert [sent["human_feedback"] for sent in server.resumes] == ["Good."]
+        with pytest.raises(asyncio.CancelledError):
+            await giving
