@@ -19,8 +19,9 @@ WORKERS ?= 3
 ARGS ?=
 PINS ?= -c constraints.txt
 
-# Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once.
-AT_ONCE = -n $(WORKERS) --dist worksteal
+# Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once. One that fails is
+# tried once more; a fourth of them fails at once.
+AT_ONCE = -n $(WORKERS) --dist worksteal --reruns 1 --max-suite-reruns 3
 PYTEST = $(BIN)/$(if $(COVERED),coverage run -m,python -m) pytest $(AT_ONCE)
 SEEDED = $(if $(SEED),--seed $(SEED))
 SAMPLED = --sample $(SAMPLE) $(SEEDED) --ignore tests/deployments/test_installed_wheel.py \

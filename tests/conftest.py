@@ -4,6 +4,8 @@
 - No embedded Prefect server is started by surprise: a test that talks to Prefect asks for `prefect_api`.
 - What a test needs and this machine lacks is skipped, counted and named at the end, never without a message.
 - No test leaves a process behind: those that do make the run fail.
+- With `--reruns 1`, as in `make test`, a failed test is tried once more, and named at the end under TRIED AGAIN. A test
+  of a promise is tried again only where something came too late: a second start must not be tried away.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +34,7 @@ from support.postgres import Postgres, find_postgres
 from support.prefect_server import PrefectServer, connected
 from support.processes import MARK, survivors
 from support.proxy import Proxy, through
+from support.waiting import TooLateError
 
 if TYPE_CHECKING:
     from support.seen import Seen
@@ -138,10 +142,17 @@ HEAVY = (
 """Of these, the tests on a Prefect server or on PostgreSQL take most CPU time of what starts no program."""
 
 
+def _is_only_late(error: BaseException) -> bool:
+    """Whether nothing but a wait has failed, as an assertion before the wait of a clean-up."""
+    return isinstance(error, TooLateError) and isinstance(error.__context__, TooLateError | TimeoutError | None)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     path, fixtures = item.path.relative_to(TESTS).as_posix(), getattr(item, "fixturenames", ())
     if path.startswith(("proof/", "outcomes/")):
         item.add_marker("proofs")
+        if item.config.getoption("reruns"):
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=TooLateError, condition=_is_only_late))
     elif path.startswith(PROGRAMS) or "alone" in fixtures:
         item.add_marker("programs")
     elif path.startswith(HEAVY) and {"prefect_server", "postgres"} & {*fixtures}:
@@ -164,7 +175,9 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(trylast=True)  # after pytest-xdist has ended its workers, which bear the mark as well
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    left = survivors(SESSION)
+    deadline = time.monotonic() + ENDING
+    while (left := survivors(SESSION)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -187,6 +200,8 @@ def pytest_testnodedown(node: Any) -> None:
 
 LEFT_BEHIND = pytest.StashKey[dict[int, str]]()
 NOTES = pytest.StashKey[list[str]]()
+ENDING = 10.0
+"""Seconds that processes may take to end once the tests have ended."""
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -200,6 +215,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("NOT TESTED HERE", yellow=True, bold=True)
         for reason, count in sorted(needs.items()):
             terminalreporter.line(f"{count} skipped: {reason}", yellow=True)
+    if failed_once := terminalreporter.stats.get("rerun"):
+        terminalreporter.section("TRIED AGAIN", yellow=True, bold=True)
+        for report in failed_once:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            first_line = (str(report.longrepr) if crash is None else crash.message).partition("\n")[0]
+            terminalreporter.line(f"{report.nodeid} failed first: {first_line[:300]}", yellow=True)
     for note in config.stash.get(NOTES, []):
         terminalreporter.line(note)
     if left := config.stash.get(LEFT_BEHIND, None):
