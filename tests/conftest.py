@@ -31,7 +31,7 @@ import pytest
 from support.chromium import Chromium, find_chromium
 from support.environment import PRIVATE, QUIET, trust_hardly_anyone
 from support.postgres import Postgres, find_postgres
-from support.prefect_server import PrefectServer, connected
+from support.prefect_server import PrefectServer, connected, free_port
 from support.processes import MARK, survivors
 from support.proxy import Proxy, through
 from support.waiting import TooLateError
@@ -267,6 +267,23 @@ def proxy(prefect_server: PrefectServer) -> Iterator[Proxy]:
     """A way to the server that can be cut; this process takes it."""
     with through(prefect_server) as way:
         yield way
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect's client, which tries a refused connection three more times, does so without its pauses of 1.5 s."""
+    for kind in ("_async", "_sync"):
+        monkeypatch.setattr(f"httpcore.{kind}.connection.RETRIES_BACKOFF_FACTOR", 0)
+
+
+@pytest.fixture
+def away(no_pause: None) -> Iterator[str]:
+    """This process is a client of a Prefect API that does not answer, with this URL."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,21 @@
 """A Prefect API that does not answer: each public function that needs it raises PrefectAwayError."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from prefect import flow, unmapped
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import prefect_crew as pc
 from prefect_crew.flows import run_deployed_crew
 from prefect_crew.operations import recover
 from prefect_crew.testing import CrewServerFactory
-from support.prefect_server import free_port
 from support.proxy import Proxy
 
 INPUTS = {"text": "a"}
-
-
-@pytest.fixture
-def away() -> Iterator[str]:
-    url = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield url
 
 
 def batch(crew: pc.DeployedCrew, folder: Path) -> Any:
@@ -71,6 +62,7 @@ IN_A_FLOW: dict[str, Callable[[pc.DeployedCrew], Any]] = {
 
 
 @pytest.mark.parametrize("name", IN_A_FLOW)
+@pytest.mark.usefixtures("no_pause")
 def test_a_call_in_a_flow_says_that_prefect_is_away(name: str, proxy: Proxy, crew_server: CrewServerFactory):
     crew = crew_server("echo").crew(secret_inputs=["text"])
 

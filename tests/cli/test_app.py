@@ -15,7 +15,6 @@ import cyclopts
 import httpx
 import pytest
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import BaseModel, SecretStr
 
 from prefect_crew.cli import _output, _prefect, main, run
@@ -26,7 +25,6 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import PrefectAwayError
 from support.commands import Command, environment
 from support.environment import program
-from support.prefect_server import free_port
 
 
 def commands(group: cyclopts.App, *words: str) -> list[str]:
@@ -200,12 +198,10 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - WITHOUT_PREFECT))
 def test_a_command_says_that_prefect_does_not_answer(
-    here: Command, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Command, command: str, away: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.csv").write_text("text\na\n")
-    url = f"http://127.0.0.1:{free_port()}/api"
-    with temporary_settings({PREFECT_API_URL: url}):
-        done = here(*command.split(), *ARGUMENTS.get(command, "").split())
-    assert f"The Prefect API {url} does not answer" in done.error(OTHER)
+    done = here(*command.split(), *ARGUMENTS.get(command, "").split())
+    assert f"The Prefect API {away} does not answer" in done.error(OTHER)
     assert done.out == ""
