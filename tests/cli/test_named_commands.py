@@ -3,7 +3,7 @@
 import ast
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jinja2
@@ -78,20 +78,21 @@ HOSTILE = "r1;touch 'pwned' $(touch x) `y` \"z\" \\"
 ATTEMPT = new_attempt(HOSTILE, crew=HOSTILE, state=AttemptState.STARTED, kickoff_id=HOSTILE)
 CREW = crew_of(DeployedCrew(url="https://x.test", token=SecretStr("a-token-of-tests")))
 ALERT = {"payload": {"idempotency_key": HOSTILE, "reason": "x"}}
-TEXTS = {
-    "uncertain": str(uncertain(ATTEMPT, "x")),
-    "lost": str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
-    "answer": how_to_answer(LiveRun(crew=CREW, kickoff_id=HOSTILE)),
-    "to do: uncertain": todo(ATTEMPT, Word.UNCERTAIN, 0.0),
-    "to do: unattended": todo(ATTEMPT, Word.UNATTENDED, 0.0),
-    "to do: waiting": todo(ATTEMPT, Word.WAITING, 0.0),
-    "alert": jinja2.Template(PROBLEM).render(event={"event": "crew.uncertain", **ALERT}),
+TEXTS: dict[str, Callable[[], str]] = {
+    "uncertain": lambda: str(uncertain(ATTEMPT, "x")),  # emits an event
+    "lost": lambda: str(CrewLostError(kickoff_id="k", idempotency_key=HOSTILE)),
+    "answer": lambda: how_to_answer(LiveRun(crew=CREW, kickoff_id=HOSTILE)),
+    "to do: uncertain": lambda: todo(ATTEMPT, Word.UNCERTAIN, 0.0),
+    "to do: unattended": lambda: todo(ATTEMPT, Word.UNATTENDED, 0.0),
+    "to do: waiting": lambda: todo(ATTEMPT, Word.WAITING, 0.0),
+    "alert": lambda: jinja2.Template(PROBLEM).render(event={"event": "crew.uncertain", **ALERT}),
 }
 
 
 @pytest.mark.parametrize("which", TEXTS)
+@pytest.mark.usefixtures("prefect_api")
 def test_a_shell_takes_an_id_for_one_word(which: str):
-    commands = TEXTS[which].split("prefect-crew ")[1:]
+    commands = TEXTS[which]().split("prefect-crew ")[1:]
     assert commands
     for command in commands:
         assert shlex.quote(HOSTILE) in command
