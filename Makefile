@@ -15,14 +15,13 @@ UV := $(BIN)/uv
 SAMPLE ?= 20
 SEED ?=
 MUTANTS ?= 30
-WORKERS ?= 3
+WORKERS ?= 4
 ARGS ?=
 PINS ?= -c constraints.txt
 
-# Most tests wait: for servers, crews, processes. So two cores are best used by three that run at once. One that fails is
+# Most tests wait: for servers, crews, processes. So two cores are best used by four that run at once. One that fails is
 # tried once more; a fourth of them fails at once.
 AT_ONCE = -n $(WORKERS) --dist worksteal --reruns 1 --max-suite-reruns 3
-PYTEST = $(BIN)/$(if $(COVERED),coverage run -m,python -m) pytest $(AT_ONCE)
 SEEDED = $(if $(SEED),--seed $(SEED))
 SAMPLED = --sample $(SAMPLE) $(SEEDED) --ignore tests/deployments/test_installed_wheel.py \
     --deselect "tests/test_benchmarks.py::test_every_part_has_a_goal[all]"
@@ -37,12 +36,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
 SESSIONS = lint docs wheel-smoke coverage oldest
 
-.PHONY: help sessions environment demo test rest programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format size docs audit dist constraints clean
+.PHONY: help sessions environment demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format size docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), rest (these three), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, size, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, size, docs (the site), audit, dist, constraints, clean."
 
 sessions:
 	@echo $(SESSIONS)
@@ -56,11 +55,7 @@ demo: $(VENV)/.core
 	@exec $(BIN)/prefect-crew demo $(ARGS)
 
 test: $(VENV)/.tests
-	$(PYTEST) $(ARGS)
-
-# The tests that `make test` leaves out: programs, proofs and sample, in one go.
-rest: $(VENV)/.tests
-	$(PYTEST) -m "programs or heavy or proofs or slow" $(SAMPLED) $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
 
 # Those that take much CPU time. They start whole programs: the pages of the documentation, deployments, workers, scripts
 # that are killed, CrewAI. Or they run batches, pipelines, reviews, budgets and commands on a Prefect server.
@@ -71,20 +66,21 @@ programs: $(VENV)/.tests
 proofs: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m "proofs and not slow" $(ARGS)
 
-# All of them: the quick ones and the slow proofs side by side, with random data that nobody has seen unless SEED names
-# them, then the other slow ones, which measure and load, one after the other.
+# All of them: the quick ones, the slow proofs and all pages side by side, with random data that nobody has seen unless
+# SEED names them, then the other slow ones, which measure and load, one after the other.
+SIDE_BY_SIDE = tests/proof tests/outcomes tests/test_docs.py
 prove: test programs proofs
-	$(BIN)/python -m pytest $(AT_ONCE) -m slow --seed $(or $(SEED),$(shell date +%s)) tests/proof tests/outcomes $(ARGS)
-	$(BIN)/python -m pytest -m slow --ignore tests/proof --ignore tests/outcomes $(ARGS)
+	$(BIN)/python -m pytest $(AT_ONCE) -m slow --seed $(or $(SEED),$(shell date +%s)) $(SIDE_BY_SIDE) $(ARGS)
+	$(BIN)/python -m pytest -m slow $(addprefix --ignore ,$(SIDE_BY_SIDE)) $(ARGS)
 
 # SAMPLE of the slow tests, always the same with one SEED.
 sample: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) -m slow $(SAMPLED) $(ARGS)
 
-# The wheel alone in a fresh environment: the demo, and a project that init wrote. WHEEL_PYTHON=3.12 chooses its Python,
-# WHEEL=dist/… a wheel that is built.
+# The wheel alone in a fresh environment: the demo, and by night (NIGHTLY) a project that init wrote. WHEEL_PYTHON=3.12
+# chooses its Python, WHEEL=dist/… a wheel that is built.
 wheel-smoke: $(VENV)/.tests
-	$(BIN)/python -m pytest -m slow tests/deployments/test_installed_wheel.py $(ARGS)
+	$(BIN)/python -m pytest $(if $(NIGHTLY),,-k "not project") tests/deployments/test_installed_wheel.py $(ARGS)
 
 # Single mistakes in the modules that decide and post, MUTANTS of them (30) chosen by SEED, all in one MODULE if that is
 # said (such as runs/start.py): who sees each.
@@ -95,13 +91,12 @@ mutate: $(VENV)/.tests
 bench: $(VENV)/.tests
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 
-# `make test` and `make rest`, and whether they reach enough lines. `coverage run`, not a plugin: pytest imports parts of
-# the package, through its own plugin, before any other begins.
+# The quick tests, programs, proofs and a sample of the slow ones in one go, and whether they reach enough lines.
+# `coverage run`, not a plugin: pytest imports parts of the package, through its own plugin, before any other begins.
 coverage: $(VENV)/.tests
 	$(BIN)/coverage erase
-	$(MAKE) --no-print-directory --keep-going test rest COVERED=1
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/coverage run -m pytest $(AT_ONCE) $(SAMPLED) $(ARGS); code=$$?; \
+	    $(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $$code
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -191,8 +186,9 @@ oldest:
 	    $(MAKE) --no-print-directory oldest-tests OLDEST_PYTHON=$$python; \
 	fi
 
-# The tests of what talks to Prefect: of the modules that import it, and of flows as a user writes them. The command line
-# has its two commands that need most of Prefect here. Only the quick tests, and by night (NIGHTLY) all of them.
+# By night (NIGHTLY) all tests of what talks to Prefect: of the modules that import it, and of flows as a user writes
+# them. The command line has its two commands that need most of Prefect here. By day those of _internal, the only ones
+# that ever failed here alone.
 TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run telemetry) flows \
     store \
     $(addprefix runs/,keys owners prune run start stop reviews/answer reviews/form) pipelines/run batches/run \
@@ -202,8 +198,8 @@ TOUCHES_PREFECT = $(foreach name,_internal $(addprefix artifacts/,events run tel
 .PHONY: oldest-tests
 oldest-tests: $(OLDEST_VENV)/.tests
 	$(OLDEST_VENV)/bin/python -m pytest $(AT_ONCE) \
-	    -m "$(if $(NIGHTLY),,not programs and not heavy and) not slow and not proofs and not crewai and not browser and not postgres" \
-	    $(TOUCHES_PREFECT) tests/cli/test_run.py tests/cli/test_deploy.py $(ARGS)
+	    -m "not slow and not proofs and not crewai and not browser and not postgres" \
+	    $(if $(NIGHTLY),$(TOUCHES_PREFECT) tests/cli/test_run.py tests/cli/test_deploy.py,tests/_internal) $(ARGS)
 
 $(OLDEST_VENV)/.tests: pyproject.toml constraints.txt constraints-oldest.txt
 	@echo "Building $(OLDEST_VENV) with $$($(OLDEST_PYTHON) --version) and $$(grep '^prefect==' constraints-oldest.txt) …"

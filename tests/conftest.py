@@ -69,11 +69,12 @@ hypothesis.settings.load_profile("prefect-crew")
 
 
 QUICK = "not slow and not programs and not heavy and not proofs"
-"""What plain `pytest` runs. Naming a file or a test runs all of it; `-m` says what else is meant."""
+"""What plain `pytest` runs. Naming a file or a test runs all of it; `-m` and `--sample` say what else is meant."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr:
+    nothing_is_named = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.markexpr
+    if nothing_is_named and config.option.sample is None:
         config.option.markexpr = QUICK
     own = os.getpid()
 
@@ -123,6 +124,7 @@ PROGRAMS = (
     "cli/test_doctor.py",
     "devserver/test_crewai",
     "batches/test_cancel.py",
+    "client/test_linear_time.py",
 )
 """Tests that mostly start programs: pages of the documentation, deployments, workers, the command line, CrewAI. There
 are few, and they take more CPU time than all others."""

@@ -5,6 +5,7 @@ be named), one terminal and one Python, against a Prefect server that holds noth
 done right after it, with the same folder and what that server holds by then, a new terminal and a new Python, while all
 that was started runs on.
 Links are checked too. One page, with those after it: pytest tests/test_docs.py -k batches
+A page that nobody has touched for ten commits is marked `slow`, but for README and tutorial: `make prove` runs it.
 """
 
 import ast
@@ -50,12 +51,31 @@ def _groups() -> list[object]:
         # A page that cannot be read fails as a test of its own, below, not as an error of collection.
         with contextlib.suppress(DocsError):
             pages.append(read_page(ROOT, path))
+    changed = _recently_changed()
     return [
         pytest.param(group, id=" ".join(page.name for page in group), marks=[pytest.mark.slow] * is_slow)
         for group in groups_of(pages)
         if any(block.language not in SHOWN for page in group for block in page.blocks)
-        for is_slow in {"slow" in page.words for page in group}  # all of a group, or none
+        for is_slow in [not any(_is_due(page, changed) for page in group)]
     ]
+
+
+def _recently_changed() -> set[str]:
+    """Return the files of the last ten commits and those not committed, as paths in the clone; none without git."""
+    commands = (("log", "-10", "--name-only", "--format="), ("ls-files", "--modified", "--others", "--exclude-standard"))
+    return {
+        name
+        for command in commands
+        for name in subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    }
+
+
+def _is_due(page: Page, changed: set[str]) -> bool:
+    """Whether the gate runs a page: a first one, or one that has changed, as a file that it names has."""
+    if page.name in {"README.md", "docs/tutorial.md", *changed}:
+        return True
+    text = text_of(page.name)
+    return any(name in text for name in changed if name.startswith(("flows/", "examples/", "deployments/")))
 
 
 @pytest.fixture(scope="session")

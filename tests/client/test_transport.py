@@ -1,6 +1,7 @@
 """The client against real servers on loopback: what only a connection can do wrong."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import socket
@@ -11,11 +12,11 @@ import time
 import traceback
 import tracemalloc
 import zlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
@@ -447,20 +448,23 @@ async def test_a_large_answer_is_parsed_in_a_thread(monkeypatch: pytest.MonkeyPa
     assert small == threading.get_ident() != large
 
 
-@pytest.mark.parametrize(
-    "handler",
-    [
-        pytest.param(trickling(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"), id="head"),
-        pytest.param(trickling(b"", b"HTTP/1.1 102 Processing\r\n\r\n"), id="1xx"),
-        pytest.param(trickling(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "), id="body"),
-    ],
-)
-async def test_an_endless_answer_ends_the_call(monkeypatch: pytest.MonkeyPatch, handler: Handler):
+async def test_an_endless_answer_ends_the_call(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_transport, "GET_DEADLINE", 2)
-    # Not shorter: a busy machine connects late.
-    async with raw_server(handler) as url, CrewClient(url, TOKEN, request_timeout=2) as client:
-        for call in (client.status("k1"), client.kickoff({"topic": "Lisbon"})):
-            with pytest.raises(CrewConnectionError, match="not complete after 4 s") as caught:
-                await soon(call)
-            assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
-            assert_quiet(caught.value)
+    endless = (  # a head, answers before the answer, a body
+        trickling(b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
+        trickling(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+        trickling(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b" "),
+    )
+    async with contextlib.AsyncExitStack() as running:
+        calls: list[Awaitable[object]] = []
+        for handler in endless:
+            url = await running.enter_async_context(raw_server(handler))
+            # Not shorter: a busy machine connects late.
+            client = await running.enter_async_context(CrewClient(url, TOKEN, request_timeout=2))
+            calls += [client.status("k1"), client.kickoff({"topic": "Lisbon"})]
+        errors = await asyncio.gather(*map(soon, calls), return_exceptions=True)
+    for error in errors:
+        with pytest.raises(CrewConnectionError, match="not complete after 4 s") as caught:
+            raise cast(BaseException, error)
+        assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
+        assert_quiet(caught.value)

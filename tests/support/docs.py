@@ -11,7 +11,7 @@ import yaml
 
 RUNS = frozenset({"python", "bash", "console"})
 SHOWN = frozenset({"text", "mermaid", "diff", "http", "csv", "ini"})
-PAGE_WORDS = frozenset({"slow", "needs", "after"})
+PAGE_WORDS = frozenset({"needs", "after"})
 RUN_WORDS = frozenset({"crew", "spec", "url", "token", "background", "exit", "raises", "speed"})
 
 _FENCED = re.compile(r"^( *)(`{3,}) *([^\s`]*)[^\n]*\n(.*?)^ *\2`*\s*$", re.DOTALL | re.MULTILINE)
