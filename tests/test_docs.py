@@ -62,11 +62,10 @@ def _groups() -> list[object]:
 
 def _recently_changed() -> set[str]:
     """Return the files of the last ten commits and those not committed, as paths in the clone; none without git."""
-    commands = (("log", "-10", "--name-only", "--format="), ("ls-files", "--modified", "--others", "--exclude-standard"))
     return {
         name
-        for command in commands
-        for name in subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+        for command in ("log -10 --name-only --format=", "ls-files --modified --others --exclude-standard")
+        for name in subprocess.run(["git", *command.split()], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     }
 
 

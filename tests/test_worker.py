@@ -518,9 +518,9 @@ class Handed:
         wait_until(lambda: self.crew.requests["status"] > 0, what="the wait")
         return run_id
 
-    def cancel(self, run_id: str, seconds: float = 60.0) -> None:
+    def cancel(self, run_id: str) -> None:
         self.pool.set_state(run_id, "CANCELLING")
-        assert self.pool.wait_for(run_id, seconds=seconds)["state_name"] == "Cancelled"
+        assert self.pool.wait_for(run_id)["state_name"] == "Cancelled"
 
     def owner(self, run_id: str) -> str:
         """Return the name of the worker that holds a flow run, "" for none."""
@@ -699,7 +699,7 @@ def test_a_flow_that_swallows_cancellations_holds_no_worker(handed: Handed, time
     cancelled, kept = (pool.start(deployment, times=number) for number in (1, times))
     for run_id in (cancelled, kept):
         pool.wait_for(run_id, "RUNNING")
-    handed.cancel(cancelled, seconds=30)
+    handed.cancel(cancelled)
     one.process.send(signal.SIGTERM)
     one.process.wait()
     assert pool.flow_run(kept)["state_name"] == state

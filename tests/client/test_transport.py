@@ -465,6 +465,6 @@ async def test_an_endless_answer_ends_the_call(monkeypatch: pytest.MonkeyPatch):
         errors = await asyncio.gather(*map(soon, calls), return_exceptions=True)
     for error in errors:
         with pytest.raises(CrewConnectionError, match="not complete after 4 s") as caught:
-            raise cast(BaseException, error)
+            raise cast("BaseException", error)
         assert kickoff_fate(caught.value) is KickoffFate.UNCERTAIN
         assert_quiet(caught.value)

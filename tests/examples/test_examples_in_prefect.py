@@ -34,6 +34,6 @@ def test_real_code_runs_from_prefect(spec: str, inputs: dict[str, Any], title: s
         usage = server.runs[0].usage
     assert title in f"{result.output} {result.data}"
     assert [task.name for task in result.tasks] == tasks
-    assert all(task.execution_time for task in result.tasks)
+    assert all(task.execution_time is not None for task in result.tasks)
     assert usage is not None
     assert usage.total_tokens
