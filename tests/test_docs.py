@@ -62,11 +62,11 @@ def _groups() -> list[object]:
 
 def _recently_changed() -> set[str]:
     """Return the files of the last ten commits and those not committed, as paths in the clone; none without git."""
-    return {
-        name
-        for command in ("log -10 --name-only --format=", "ls-files --modified --others --exclude-standard")
-        for name in subprocess.run(["git", *command.split()], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    }
+    names: set[str] = set()
+    for command in ("log -10 --name-only --format=", "ls-files --modified --others --exclude-standard"):
+        listed = subprocess.run(["git", *command.split()], cwd=ROOT, capture_output=True, text=True)
+        names.update(listed.stdout.splitlines())
+    return names
 
 
 def _is_due(page: Page, changed: set[str]) -> bool:
