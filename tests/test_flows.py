@@ -34,6 +34,7 @@ from support.past import aput, key, new_attempt
 from support.proxy import Proxy
 from support.scripts import FAILS, PICKY, script, slow
 from support.seen import Seen
+from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -153,11 +154,10 @@ def test_run_crew_in_a_nested_sync_flow(crew_server: CrewServerFactory):
     @flow
     async def outer() -> list[str]:
         beating = asyncio.create_task(beat())
-        await asyncio.sleep(0.05)
+        await until(lambda: beats, "the first beat")
         outputs, before = inner(), len(beats)
-        await asyncio.sleep(0.1)
+        await until(lambda: len(beats) > before + 1, "more beats")
         beating.cancel()
-        assert len(beats) > before + 1
         return outputs
 
     assert asyncio.run(outer()) == ["done"] * 3

@@ -1,6 +1,5 @@
 """The fixtures for users' tests, used as a user would."""
 
-import time
 from pathlib import Path
 
 import httpx
@@ -22,14 +21,14 @@ def test_a_test_may_have_several_servers(crew_server: CrewServerFactory, scripte
     server = crew_server(tmp_path / "crew.yaml", faults=["inputs:503=2@1"], response_format="live", token="t")
     answers = [httpx.get(f"{server.url}/inputs", headers={"Authorization": "Bearer t"}) for _ in range(2)]
     assert [answer.status_code for answer in answers] == [503, 200]
-    block = server.crew(request_timeout=5, wait=WaitPolicy(initial=60))
+    block = server.crew(
+        request_timeout=5, wait=WaitPolicy(initial=3600)
+    )  # polling is instant, whatever the policy says
     assert block.url == server.url
     assert block.token.get_secret_value() == "t"
     assert block.request_timeout == 5
-    began = time.monotonic()
     assert run_crew(block, {"topic": "bees"}).output == "about bees"
     assert run_crew(scripted_crew.crew(), {"text": "hi"}).output == "hi"
-    assert time.monotonic() - began < 30, "polling is instant, whatever the policy says"
     assert server.kickoffs == 1
     assert scripted_crew.kickoffs == 1
     server.stop()

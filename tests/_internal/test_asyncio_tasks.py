@@ -14,6 +14,7 @@ from prefect.context import FlowRunContext
 
 from prefect_crew._internal.asyncio_tasks import OwnTask, cancel_and_wait, sync_version
 from prefect_crew.exceptions import ConfigurationError
+from support.waiting import LIMIT
 
 
 async def test_a_cancelled_task_may_finish():
@@ -73,29 +74,32 @@ asyncio.run(outer())
 
 
 def test_ctrl_c_ends_a_nested_sync_wait():
-    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=40, check=False)
+    done = subprocess.run([sys.executable, "-c", NESTED], capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == -signal.SIGINT
     assert done.stdout == "stopped\n", done.stderr
 
 
 async def test_a_cancelled_coroutine_finishes_by_itself():
-    finished = asyncio.Event()
+    for limit, is_waited_for in ((0.05, False), (LIMIT, True)):
+        begun, may_finish, finished = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def start() -> None:
-        try:
-            await asyncio.sleep(60)
-        finally:
-            await asyncio.sleep(0.3)
-            finished.set()
+        async def start(begun: asyncio.Event, may_finish: asyncio.Event, finished: asyncio.Event) -> None:
+            try:
+                begun.set()
+                await asyncio.sleep(60)
+            finally:
+                await may_finish.wait()
+                finished.set()
 
-    for limit, is_waited_for in ((0.05, False), (60.0, True)):
-        finished.clear()
-        running = asyncio.ensure_future(OwnTask().run(start(), within=limit))
-        await asyncio.sleep(0.01)
+        running = asyncio.ensure_future(OwnTask().run(start(begun, may_finish, finished), within=limit))
+        await begun.wait()
         running.cancel()
+        if is_waited_for:
+            asyncio.get_running_loop().call_later(0.1, may_finish.set)
         with pytest.raises(asyncio.CancelledError):
             await running
         assert finished.is_set() is is_waited_for
+        may_finish.set()
         await finished.wait()
 
 

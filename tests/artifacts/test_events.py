@@ -42,7 +42,8 @@ def test_the_events_of_a_run_come_in_order(crew_server: CrewServerFactory, seen:
         run = await server.crew().atrigger({})
         waiting = asyncio.ensure_future(run.await_for_completion())
         await until(lambda: str(server.run(run.kickoff_id).state) == "waiting")
-        await asyncio.sleep(0.2)
+        polls = server.requests["status"]
+        await until(lambda: server.requests["status"] > polls + 1, "a poll has shown the question")
         await run.aresume("fine", approve=True)
         await waiting
         return run.kickoff_id

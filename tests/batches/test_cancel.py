@@ -24,7 +24,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.batches import Batches
 from support.held import Held
 from support.scripts import slow
-from support.waiting import until
+from support.waiting import soon, until
 
 ROWS = [{"topic": str(number)} for number in range(40)]
 
@@ -137,9 +137,8 @@ async def test_the_command_cancels_the_latest_flow_run(batch: Batches, crew_serv
     running = asyncio.ensure_future(mine())
     await until(lambda: "running" in phases, "the rows are waited for")
     await cancel("latest")
-    async with asyncio.timeout(30):
-        with pytest.raises(FlowRunCancelledError):
-            await running
+    with pytest.raises(FlowRunCancelledError):
+        await soon(running)
 
 
 @pytest.mark.parametrize("way", ["evicted", "timed out"])
@@ -195,7 +194,7 @@ async def test_a_suspended_flow_run_leaves_rows_and_batch(batch: Batches, crew_s
     running = asyncio.create_task(mine())
     await until(lambda: server.requests["status"] >= 2, "two rows wait")
     held.end("suspended", "Flow run was suspended.")
-    await asyncio.wait({running}, timeout=10)
+    await soon(asyncio.wait({running}))
     assert running.cancelled()
     assert server.kickoffs == 2
     assert server.requests["stop"] == 0

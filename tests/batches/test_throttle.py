@@ -45,7 +45,7 @@ async def test_so_many_kickoffs_are_under_way_at_once(chosen: dict[str, int], at
     assert await admitted(gate, 100) == at_once
     for _ in range(at_once):
         gate.leave()
-    await asyncio.wait_for(gate.idle(), 5)
+    await soon(gate.idle())
 
 
 async def test_one_kickoff_is_tried_first_and_each_accepted_one_lets_twice_as_many_go():
@@ -72,7 +72,7 @@ async def test_rows_are_admitted_in_their_order_as_others_leave():
     await asyncio.sleep(0.01)
     assert order == []
     full.leave()
-    await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    await soon(asyncio.gather(*waiting))
     assert order == [0, 1, 2, 3, 4]
 
 
@@ -83,7 +83,7 @@ async def test_a_batch_that_has_stopped_admits_nobody():
     await asyncio.sleep(0.01)
     slow.stop("enough")
     slow.stop("more than enough")
-    assert await asyncio.wait_for(asyncio.gather(*waiting), 5) == [False] * 3
+    assert await soon(asyncio.gather(*waiting)) == [False] * 3
     assert slow.stopped == "enough"
 
 

@@ -31,7 +31,7 @@ from support.prefect_server import PrefectServer
 from support.processes import Process
 from support.scripts import PICKY, script
 from support.terminals import Terminal
-from support.waiting import wait_until
+from support.waiting import soon, wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 KEY = ("--key-column", "id")
@@ -262,8 +262,7 @@ def test_a_cancel_that_stops_nothing_tells_it(
 
     async def stop(_: CrewClient, kickoff_id: str) -> None:
         asked.append(kickoff_id)
-        async with asyncio.timeout(60):
-            await many.wait()
+        await soon(many.wait())
         raise CrewError("The server is away.")
 
     monkeypatch.setattr(CrewClient, "stop", stop)

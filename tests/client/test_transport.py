@@ -32,7 +32,7 @@ from prefect_crew.exceptions import ConfigurationError, CrewAPIError, CrewConnec
 from prefect_crew.states import CrewState
 from support.frames import locals_of
 from support.raw import Handler, answer, answering, raw_server, read_request
-from support.waiting import soon, until
+from support.waiting import LIMIT, soon, until
 
 TOKEN = "t0ken-0123456789"
 STARTED = '{"kickoff_id": "k1"}'
@@ -176,7 +176,7 @@ class Talking:
 
     def __init__(self, reply: bytes = answer(RUNNING), after: bytes | Callable[[Any], None] = b"") -> None:
         self.heads: list[list[str]] = []
-        self.gone = 0
+        self.gone = self.said_more = 0
         self._reply, self._after = reply, after
 
     @property
@@ -198,24 +198,32 @@ class Talking:
                 await writer.drain()
                 await asyncio.sleep(0.05)
                 if callable(self._after):
+                    self.said_more += 1
+                    self.said_more += 1
                     return self._after(writer)
                 writer.write(self._after)
+                self.said_more += 1
+                self.said_more += 1
         finally:
             self.gone += 1
 
 
-async def test_a_kickoff_takes_no_idle_connection():
+async def test_a_kickoff_takes_no_idle_connection(monkeypatch: pytest.MonkeyPatch):
+    def idle(*, is_long: bool) -> None:
+        monkeypatch.setattr(_transport, "POST_KEEPALIVE", 0.0 if is_long else LIMIT)
+
     crew = Talking()
     # A client among others: they share connections.
     async with raw_server(crew) as url, CrewClient(url, TOKEN) as other, CrewClient(url, TOKEN) as client:
         await client.inputs()
+        idle(is_long=False)
         await client.kickoff({})
-        await asyncio.sleep(1.2)
         await other.status("k1")
-        await asyncio.sleep(1.2)
+        idle(is_long=True)
         await client.kickoff({})
+        idle(is_long=False)
         await client.kickoff({})  # of two connections, it takes the one just used
-        await asyncio.sleep(1.2)
+        idle(is_long=True)
         with pytest.raises(ConfigurationError):
             await client.status("a" * 70_000)  # makes no URL, and so makes no connection fresh
         await client.kickoff({})
@@ -241,19 +249,16 @@ async def test_open_clients_share_connections():
 
 
 async def test_idle_connections_are_closed_once_they_are_old(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_transport, "POLL_KEEPALIVE", 0.3)
     server = Talking()
     async with raw_server(server) as url, CrewClient(url, TOKEN) as client:
         await client.status("k1")
         await client.status("k1")
         assert server.connections == [2]
-        await asyncio.sleep(0.6)
+        monkeypatch.setattr(_transport, "POLL_KEEPALIVE", 0.0)
         await asyncio.gather(*(client.status("k1") for _ in range(10)))
         assert len(server.connections) == 11
-        for _ in range(15):
-            await asyncio.sleep(0.1)
-            await client.status("k1")
-        assert server.gone >= 10
+        await client.status("k1")
+        await until(lambda: server.gone >= 10)
 
 
 async def test_a_request_that_outlives_all_clients_closes_its_connection():
@@ -290,12 +295,13 @@ async def test_a_connection_on_which_the_server_said_more_is_left(
             monkeypatch.setenv("http_proxy", url)
             url = "http://crew.test"
         async with CrewClient(url, TOKEN, allow_http=True) as client:
-            for _ in range(3):
+            for number in range(1, 4):
                 if call == "status":
                     assert (await client.status("k1")).state is CrewState.RUNNING
                 else:
                     assert await client.kickoff({}) == "k1"
-                await asyncio.sleep(0.2)
+                await until(lambda number=number: talking.said_more == number)
+                await asyncio.sleep(0.05)  # it arrives
     assert talking.connections == [1, 1, 1]
 
 
@@ -311,7 +317,7 @@ async def test_a_cancelled_client_closes_all_its_connections():
 
 
 async def test_a_word_that_came_while_the_loop_was_busy_is_no_answer():
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener, said_more = socket.create_server(("127.0.0.1", 0)), threading.Event()
 
     def serve() -> None:
         """Answer one request of each connection, and say more a little later; in a thread, since the loop is busy."""
@@ -321,11 +327,12 @@ async def test_a_word_that_came_while_the_loop_was_busy_is_no_answer():
             connection.sendall(answer(json.dumps({"kickoff_id": f"{number}"})))
             time.sleep(0.1)
             connection.sendall(answer(json.dumps({"kickoff_id": "stray"})))
+            said_more.set()
 
     threading.Thread(target=serve, daemon=True).start()
     async with CrewClient(f"http://127.0.0.1:{listener.getsockname()[1]}", TOKEN) as client:
         ids = [await client.kickoff({})]
-        time.sleep(0.3)
+        said_more.wait(LIMIT)
         ids.append(await client.kickoff({}))
     listener.close()
     assert ids == ["0", "1"]

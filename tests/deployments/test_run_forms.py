@@ -11,9 +11,9 @@ import pytest
 from prefect_crew import crew_flow
 from prefect_crew.devserver import CrewServer
 from support.chromium import Chromium
-from support.deployed import wait_until
 from support.prefect_server import PrefectServer
 from support.servers import describing
+from support.waiting import TooLateError, wait_until
 
 CREW = """
 name: report
@@ -43,8 +43,8 @@ def test_it_asks_for_inputs(prefect_api: PrefectServer, chromium: Chromium, ui: 
 
     def submit() -> dict[str, Any] | None:
         page.click("button:has-text('Submit')")  # again, if the page still read the deployment and ignored a click
-        with suppress(AssertionError):
-            return wait_until(run, what="a flow run")
+        with suppress(TooLateError):
+            return wait_until(run, what="a flow run", seconds=5.0)
 
     with chromium.page(height=1800) as page:
         page.open(address)

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +192,16 @@ def test_a_rejected_task_sees_the_feedback() -> None:
 
 
 @pytest.mark.parametrize(("speed", "seconds"), [(1, 0.2), (4, 0.05), (float("inf"), 0)])
-def test_speed(speed: float, seconds: float) -> None:
-    began = time.monotonic()
+def test_speed(monkeypatch: pytest.MonkeyPatch, speed: float, seconds: float) -> None:
+    pauses, sleep = list[float](), asyncio.sleep
+
+    async def noted(pause: float) -> None:
+        pauses.append(pause)
+        await sleep(pause)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
     run(one_task("seconds: '{{ n }}'\n    steps: [{content: a}]"), speed=speed, n=0.2)
-    assert seconds <= time.monotonic() - began < seconds + 2
+    assert pauses == [seconds / 2] * 2
 
 
 @pytest.mark.parametrize(

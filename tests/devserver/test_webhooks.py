@@ -156,7 +156,7 @@ def test_no_crew_webhook_but_for_success(receiver: Receiver, serve: Serve, last:
         (["webhook:lose"], [], 0),
         (["webhook-crew:lose"], ["t", "u"], 0),
         (["webhook:double", "webhook-task:lose@2"], ["t", "t"], 2),
-        (["webhook-task:delay=0.4@1"], ["u", "t"], 1),
+        (["webhook-task:delay=2@1"], ["u", "t"], 1),
     ],
 )
 def test_faults(receiver: Receiver, serve: Serve, faults: list[str], tasks: list[str], crews: int) -> None:
@@ -170,13 +170,11 @@ def test_faults(receiver: Receiver, serve: Serve, faults: list[str], tasks: list
     assert len(receiver.at("/crew")) == crews
 
 
-@pytest.mark.parametrize(("answer", "delay"), [(200, 3), (500, 0)], ids=["slow", "failing"])
+@pytest.mark.parametrize(("answer", "delay"), [(200, 3600), (500, 0)], ids=["endless", "failing"])
 def test_a_bad_receiver_costs_the_run_nothing(serve: Serve, answer: int, delay: float) -> None:
     _, client = serve("echo")
     with Receiver(answer=answer, delay=delay) as receiver:
-        began = time.monotonic()
         finished(client, kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/crew"))
-        assert time.monotonic() - began < 2
         receiver.wait_for(lambda it: len(it.got) == 1)
 
 

@@ -33,7 +33,7 @@ from prefect_crew import (
 from prefect_crew.devserver import CrewServer, ProgramError, Run
 from prefect_crew.devserver import Outcome as Output
 from support.commands import Finished, outside
-from support.waiting import until
+from support.waiting import LIMIT, soon, until
 
 QUICKLY = {"initial": 0.05, "max_interval": 0.2, "timeout": 30}
 Outcome = str | type[CrewError]
@@ -166,8 +166,7 @@ class Call(Step):
     async def _cancel(self, world: World, task: asyncio.Task[Any]) -> None:
         await until(lambda: world.server.kickoffs >= (self.cancel_when or 0) and world.server.requests["status"])
         task.cancel()
-        done, _ = await asyncio.wait([task], timeout=20)
-        assert done, "a cancelled call goes on"
+        await soon(asyncio.wait([task]), "the end of a cancelled call")
         assert task.cancelled() or isinstance(task.exception(), CrewError), "a cancelled call returned"
 
 
@@ -296,7 +295,7 @@ def command(world: World, *arguments: str) -> Finished:
     """Run a command as somebody else on this machine does, with the settings of this process."""
     own = {name: value for name, value in os.environ.items() if name.startswith("PREFECT_")}
     own["CREW_TOKEN"] = world.server.token
-    return outside(Path(os.environ["PREFECT_HOME"]), *arguments, env=own, timeout=100)
+    return outside(Path(os.environ["PREFECT_HOME"]), *arguments, env=own, timeout=LIMIT)
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,14 @@ async def see_form(flow_run_id: str) -> None:
 
         async def is_up() -> bool:
             state = (await client.read_flow_run(uuid.UUID(flow_run_id))).state
-            return state is not None and state.is_paused()
+            if state is None or not state.is_paused():
+                return False
+            keys: Any = state.state_details.run_input_keyset
+            path: Any = f"/flow_runs/{flow_run_id}/input/filter"
+            stored = await client.request("POST", path, json={"prefix": keys["schema"], "limit": 1})
+            return bool(stored.json())  # its fields are stored a moment after the pause
 
         await until(is_up, "the form")
-        await asyncio.sleep(0.3)  # its fields are stored a moment after the pause
 
 
 async def submit_form(flow_run_id: str) -> Any:

@@ -26,6 +26,7 @@ from support.postgres import Postgres
 from support.prefect_server import PrefectServer, connected
 from support.scripts import Held
 from support.seen import Seen
+from support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,11 +36,9 @@ RACERS = 20
 def ends(seen: Seen, kickoff_id: str) -> list[dict[str, Any]]:
     """Return the events about the end of a run, once the server has had time to write them down."""
     wanted = {"event": {"name": ["crew.completed"]}, "resource": {"id": [f"prefect-crew.run.{kickoff_id}"]}}
-    deadline = time.monotonic() + 20
-    while not (found := seen.post("/events/filter", {"filter": wanted})["events"]) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until(lambda: seen.post("/events/filter", {"filter": wanted})["events"], "its event", pause=0.5)
     time.sleep(2)  # for a second one
-    return seen.post("/events/filter", {"filter": wanted})["events"] if found else []
+    return seen.post("/events/filter", {"filter": wanted})["events"]
 
 
 def race(zygote: Zygote, seen: Seen, idempotency_key: str) -> None:

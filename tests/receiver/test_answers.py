@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -74,12 +73,10 @@ async def test_a_link_shows_the_question_and_answers_it(chat: Chat):
         assert (await read(url, method="PUT")).status == 404
         assert server.requests["resume"] == 0
         assert await answers_of(key) == []
-        began = time.monotonic()
         sent = await send(url, decision="approve", name="Ada")
         assert sent.status == 200
         assert "Approved by Ada." in sent.said
         assert await flow_run == "printed"
-        assert time.monotonic() - began < 10
         assert server.requests["resume"] == 1
         (answer,) = await answers_of(key)
         assert answer.approve
@@ -191,10 +188,14 @@ async def test_each_wrong_link_is_refused_alike(chat: Chat):
 
 
 async def test_a_link_ends_with_peoples_time(chat: Chat):
-    async with asking(wait=QUICK.model_copy(update={"human_timeout": 2.0})) as (server, _, _):
+    async with asking(wait=QUICK.model_copy(update={"human_timeout": 4.0})) as (server, _, _):
         url = await chat.link()
         assert (await read(url)).status == 200
-        await asyncio.sleep(2)
+
+        async def is_over() -> bool:
+            return (await read(url)).status == 404
+
+        await until(is_over, "the end of people's time")
         assert (await send(url, decision="approve")).status == 404
         assert server.requests["resume"] == 0
 
@@ -289,7 +290,9 @@ async def test_the_page_says_whether_an_answer_was_sent(fault: str, status: int,
         page = await send(await chat.link(), decision="approve", feedback="fine", name="Ada")
         assert page.status == status
         assert text in page.said
-        assert [answer.outcome for answer in await answers_of(key)] == ["uncertain"] * (status == 502)
+        outcomes = [answer.outcome for answer in await answers_of(key)]
+        arrived = [["sent"]] if "after-accept" in fault else []  # by now the wait may have seen that
+        assert outcomes in [["uncertain"] * (status == 502), *arrived]
         assert status == 502 or "fine</" in page.text
 
 

@@ -37,7 +37,7 @@ async def test_a_limit_holds_for_every_way_to_start(crew_server: CrewServerFacto
     async def both() -> None:
         await asyncio.gather(*(WAYS[way](server.crew(concurrency_limit=1), text) for text in "ab"))
 
-    await asyncio.wait_for(flow(both)() if inside else both(), 60)
+    await soon(flow(both)() if inside else both())
     assert server.kickoffs == (4 if way == "batch" else 2)
     assert started_one_after_the_other(server)
 
@@ -60,4 +60,4 @@ async def test_every_end_gives_its_room_back(crew_server: CrewServerFactory):
     with pytest.raises(pc.CrewTimeoutError):
         await pc.arun_crew(crew, {"seconds": 60, "fail": ""}, wait=pc.WaitPolicy(timeout=0.2))
     # Nobody waits for that one, and its time is over.
-    assert (await asyncio.wait_for(pc.arun_crew(crew, quick), 20)).output == "done"
+    assert (await soon(pc.arun_crew(crew, quick))).output == "done"

@@ -13,6 +13,7 @@ from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow
 from support.scripts import JOURNAL, script
 from support.seen import Seen
+from support.waiting import soon
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -36,7 +37,7 @@ async def test_limits_of_a_waiting_caller_are_its_own(crew_server: Any, key: str
     run = await server.crew().atrigger({"note": "a"}, session="s", idempotency_key=key)
     policy = pc.WaitPolicy(timeout=1, on_timeout="stop", human_timeout=0.3, on_human_timeout="reject", max_rounds=1)
     with pytest.raises(pc.SessionBlockedError, match=f"is still {state}, and this call has waited for 1 s") as caught:
-        await asyncio.wait_for(pc.arun_crew(server.crew(), {"note": "b"}, session="s", wait=policy), 20)
+        await soon(pc.arun_crew(server.crew(), {"note": "b"}, session="s", wait=policy))
     assert "after turn 1" in str(caught.value)
     assert f"prefect-crew runs cancel {run.kickoff_id}" in str(caught.value)
     assert server.kickoffs == 1

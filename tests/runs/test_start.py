@@ -28,7 +28,7 @@ from prefect_crew.store import attempts
 from prefect_crew.store.decision import AttemptState
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import FAILS, script
-from support.waiting import until
+from support.waiting import LIMIT, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
@@ -259,6 +259,7 @@ async def cancelled_at(is_time: Any, server: CrewServer, key: str, way: str = "c
     scope.cancel()
     if way == "cancelled":
         calling.cancel()
+    server.release()
     with pytest.raises(asyncio.CancelledError):
         await calling
 
@@ -266,10 +267,10 @@ async def cancelled_at(is_time: Any, server: CrewServer, key: str, way: str = "c
 @pytest.mark.parametrize(
     ("faults", "way", "expected"),
     [
-        (["kickoff:latency=1"], "cancelled", [STARTED]),
-        (["kickoff:latency=1"], "timed out", [STARTED]),
-        (["kickoff:latency=1", "kickoff:404"], "cancelled", [NOT_STARTED]),
-        (["kickoff:latency=1", "kickoff:500"], "cancelled", [UNCERTAIN]),
+        (["kickoff:hold"], "cancelled", [STARTED]),
+        (["kickoff:hold"], "timed out", [STARTED]),
+        (["kickoff:hold", "kickoff:404"], "cancelled", [NOT_STARTED]),
+        (["kickoff:hold", "kickoff:500"], "cancelled", [UNCERTAIN]),
         (["kickoff:429=30"], "timed out in a gather", [NOT_STARTED]),
         (["inputs:latency=30"], "cancelled", []),
     ],
@@ -278,7 +279,9 @@ async def test_a_cancelled_kickoff_is_recorded(
     crew_server: Any, key: str, caplog: pytest.LogCaptureFixture, faults: list[str], way: str, expected: list[Any]
 ):
     server = crew_server("echo", faults=faults)
-    await cancelled_at(faults[0].partition(":")[0], server, key, way)
+    await cancelled_at(
+        (lambda: server.held) if "kickoff:hold" in faults else faults[0].partition(":")[0], server, key, way
+    )
     assert await states(key) == expected
     assert server.kickoffs == expected.count(STARTED)
     assert server.requests["stop"] == 0
@@ -310,7 +313,7 @@ async def test_an_endless_post_is_not_waited_for(server: CrewServer, key: str, m
     monkeypatch.setattr(start_module, "FINISH", 0.2)
     server.faults.add("kickoff:timeout")
     # Not wait_for: its own cancellation is what `cancelled_at` expects.
-    async with asyncio.timeout(20) as limit:
+    async with asyncio.timeout(LIMIT) as limit:
         await cancelled_at("kickoff", server, key)
     assert not limit.expired()
     # The POST that was left loses its connection as the caller's session closes, and may have written that down by now.

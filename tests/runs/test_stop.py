@@ -42,7 +42,7 @@ from support.proxy import Proxy
 from support.scripts import script as scripted
 from support.scripts import slow
 from support.seen import Seen
-from support.waiting import until, wait_until
+from support.waiting import soon, until, wait_until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "quick_look")
 
@@ -86,7 +86,7 @@ def cancelled(
             running.cancel()
             await until(lambda: server.requests["stop"] or running.done(), "the crew is asked to stop")
             running.cancel()
-        return (await asyncio.wait_for(asyncio.gather(running, return_exceptions=True), 90))[0]
+        return (await soon(asyncio.gather(running, return_exceptions=True)))[0]
 
     return asyncio.run(cancel()), ids[0]
 
@@ -331,7 +331,7 @@ async def outlived(server: CrewServer, is_time: Callable[[], Any], *, suspend: b
         if not suspend:
             await shared.client.set_flow_run_state(uuid.UUID(flow_run_id), Cancelling(), force=True)
         held.end("suspended" if suspend else "cancelled", "The flow run has ended here.")
-        (end,) = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 20)
+        (end,) = await soon(asyncio.gather(*calls, return_exceptions=True))
     return end
 
 
@@ -450,8 +450,7 @@ async def test_a_stopped_run_has_its_end(server: CrewServer, monkeypatch: pytest
         server.faults.add(fault)
         monkeypatch.setattr(stop, "LOOK_WITHIN", 0.2)
     without_inputs = crew_of(server.crew(price=0.25))
-    async with asyncio.timeout(5 if fault else 60):
-        answers = [await stop.stop_run(LiveRun(without_inputs, str(run.kickoff_id))) for _ in range(2)]
+    answers = [await soon(stop.stop_run(LiveRun(without_inputs, str(run.kickoff_id)))) for _ in range(2)]
     assert [answer.outcome for answer in answers] == [StopOutcome.STOPPED, StopOutcome.NOT_STOPPABLE]
     assert [answer.accepted for answer in answers] == [True, False]
     attempt = await stored(str(run.kickoff_id))

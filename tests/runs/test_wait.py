@@ -1,7 +1,6 @@
 """Waiting for a run under Prefect: its ends, its budgets, what is reported of it, and trouble on the way."""
 
 import asyncio
-import time
 import uuid
 from typing import Any
 
@@ -26,7 +25,7 @@ from support.held import Held
 from support.scripts import FAILS, script, slow
 from support.seen import Seen
 from support.transports import carried_by
-from support.waiting import until
+from support.waiting import soon, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
@@ -91,7 +90,7 @@ async def test_a_cancelled_wait_reports_its_end(server: CrewServer, seen: Seen, 
     waiting = asyncio.ensure_future(run.await_for_completion())
     await ending.wait()
     waiting.cancel()
-    await asyncio.wait({waiting}, timeout=20)
+    await asyncio.wait({waiting})
     assert waiting.cancelled()
     assert (await events_of(seen, run)).count("crew.completed") == 1
 
@@ -139,15 +138,13 @@ async def test_a_later_task_knows_the_kickoffs_inputs(crew_server: CrewServerFac
 
 
 async def test_a_task_timeout_ends_the_wait_at_once(crew_server: CrewServerFactory):
-    server, wait_with_timeout = crew_server(slow(60)), pc.wait_for_crew.with_options(timeout_seconds=0.5)
+    server, wait_with_timeout = crew_server(slow(3600)), pc.wait_for_crew.with_options(timeout_seconds=0.5)
 
     async def trip() -> None:
-        await wait_with_timeout(server.crew(), await pc.kickoff_crew(server.crew()), wait=pc.WaitPolicy(initial=5))
+        await wait_with_timeout(server.crew(), await pc.kickoff_crew(server.crew()), wait=pc.WaitPolicy(initial=3600))
 
-    began = time.monotonic()
     with pytest.raises(TimeoutError):
-        await acall_in_flow(trip)
-    assert time.monotonic() - began < 5
+        await soon(acall_in_flow(trip))
     assert server.requests["stop"] == 0
 
 

@@ -30,7 +30,7 @@ from prefect_crew.store.decision import AttemptState, Step
 from prefect_crew.store.schema import METADATA, attempts
 from support.crew_database import begun, in_flight, request
 from support.postgres import Postgres
-from support.waiting import LIMIT, until
+from support.waiting import LIMIT, soon, until
 
 
 class Fork(multiprocessing.get_context("fork").Process):
@@ -514,7 +514,7 @@ async def test_callers_that_wait_for_a_lock_do_not_hold_up_others(empty_postgres
     await asyncio.to_thread(holds.wait)
     waiting = [asyncio.create_task(store.run(begin, request())) for _ in range(20)]
     await asyncio.sleep(0.2)
-    assert (await asyncio.wait_for(store.run(started, attempt, "id", 1.0), 10)).attempt is not None
+    assert (await soon(store.run(started, attempt, "id", 1.0))).attempt is not None
     assert not any(task.done() for task in waiting)
     free.set()
     await holder

@@ -21,7 +21,7 @@ from prefect_crew.store.news import Place, read_news, tell
 from prefect_crew.store.prune import keys_to_prune, prune_keys
 from prefect_crew.store.spending import Use, used
 from support.crew_database import CREW, Clock, add_news, begun, in_flight, once_more, over, request
-from support.waiting import LIMIT
+from support.waiting import LIMIT, soon
 
 SPAWNED = multiprocessing.get_context("spawn")
 
@@ -147,7 +147,7 @@ async def test_a_caller_that_is_cancelled_before_its_transaction_writes_nothing(
     await asyncio.sleep(0.1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 0.5)
+        await soon(task)
     await blocker.end()
     await asyncio.gather(*waiting)
     assert await timed_store.run(of_key, "other") == []

@@ -3,7 +3,6 @@ pages."""
 
 import asyncio
 import logging
-import time
 import uuid
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from prefect_crew.runs.run import LiveRun
 from support.flow_runs import acall_in_flow
 from support.links import QUICK, Chat, notifying, running
 from support.scripts import ASKS, script
-from support.waiting import until
+from support.waiting import soon, until
 from support.webhooks import SECRET, events_of
 
 UNSENT = "the link to its question was not sent"
@@ -178,22 +177,20 @@ async def test_a_disabled_alert_sends_nothing(links_on: None, key: str, caplog: 
 
 
 def test_a_slow_chat_holds_up_no_sync_flow(links_on: None, key: str):
-    with Chat(delay=8.0) as chat, CrewServer(script({"name": "draft", "human": True, "output": "x"})) as server:
+    with Chat(delay=3600) as chat, CrewServer(script({"name": "draft", "human": True, "output": "x"})) as server:
 
         @flow
         def asks() -> str:
             return pc.run_crew(key, {}, idempotency_key=key).output
 
-        async def both() -> float:
+        async def both() -> None:
             await server.crew(wait=QUICK).asave(key, overwrite=True)
             async with notifying(chat):
                 running_flow = asyncio.create_task(asyncio.to_thread(asks))
                 await until(lambda: chat.got, "the message is on its way")
                 polls = server.requests["status"]
                 await until(lambda: server.requests["status"] > polls + 2, "the polls go on")
-                began = time.monotonic()
                 await _approve(server)
-                await running_flow
-                return time.monotonic() - began
+                await soon(running_flow)
 
-        assert asyncio.run(both()) < 6
+        asyncio.run(both())

@@ -63,7 +63,7 @@ async def test_a_function_approves_after_a_second_question(crew_server: CrewServ
         asked.append(request)
         return pc.Review(approve=len(asked) == 2, feedback="Shorter.")
 
-    result = await asyncio.wait_for(run_of(server, new_key(), review=judge), 60)
+    result = await soon(run_of(server, new_key(), review=judge))
     assert result.output == "Draft. Shorter."
     assert [request.output for request in asked] == ["Draft. ", "Draft. Shorter."]
     assert server.requests["resume"] == 2
@@ -106,7 +106,7 @@ async def test_without_its_webhook_a_question_is_lost_and_the_same_key_finds_it_
 ):
     server, key = crew_server(ASKS, response_format="live"), new_key()
     with pytest.raises(pc.CrewLostError, match="waits for a person looks the same"):
-        await asyncio.wait_for(run_of(server, key, IMPATIENT, review=lambda _: pc.Review(approve=True)), 60)
+        await soon(run_of(server, key, IMPATIENT, review=lambda _: pc.Review(approve=True)))
     assert "by webhook only" in caplog.text
     (run,) = server.runs
     (question,) = run.questions.values()
@@ -124,17 +124,18 @@ async def test_an_answer_whose_reply_is_lost_is_never_sent_again(
     spec = script({**DRAFT, "seconds": 3 if known_by == "person" else 0})
     server, key = crew_server(spec, response_format="live", faults=["resume:drop-after-accept@1"]), new_key()
     with pytest.raises(pc.AnswerUncertainError, match="--kickoff-id"):
-        await asyncio.wait_for(run_of(server, key, review=lambda _: pc.Review(approve=False, feedback="No.")), 60)
+        await soon(run_of(server, key, review=lambda _: pc.Review(approve=False, feedback="No.")))
     (run,) = server.runs
     if known_by == "person":
         assert await command(server, "runs", "resolve", key, "--kickoff-id", run.id) == 0
     await until(lambda: run.questions, "the crew asks again")
     (attempt,) = await in_store(attempts.of_key, key)
-    while (
-        len(await in_store(questions.questions_of, attempt.id)) < 2
-    ):  # until its webhook came, the answer is uncertain
-        await asyncio.sleep(0.1)
-    result = await asyncio.wait_for(run_of(server, key, review=lambda _: pc.Review(approve=True)), 60)
+
+    async def is_known() -> bool:
+        return len(await in_store(questions.questions_of, attempt.id)) == 2
+
+    await until(is_known, "the webhook of the second question")  # before it, the answer is uncertain
+    result = await soon(run_of(server, key, review=lambda _: pc.Review(approve=True)))
     assert result.output == "Draft. No."
     assert server.requests["resume"] == 2
     assert server.kickoffs == 1
@@ -146,7 +147,7 @@ async def test_an_answer_that_may_not_have_arrived_makes_no_run_a_lost_one(
     server, key = crew_server(ASKS, response_format="live", faults=["resume:drop-before-accept@1"]), new_key()
     for wait in (WAIT, IMPATIENT):
         with pytest.raises(pc.AnswerUncertainError, match="--kickoff-id"):
-            await asyncio.wait_for(run_of(server, key, wait, review=lambda _: pc.Review(approve=True)), 60)
+            await soon(run_of(server, key, wait, review=lambda _: pc.Review(approve=True)))
     assert await command(server, "runs", "resolve", key, "--lost", "--yes") == 2
     assert server.requests["resume"] == server.kickoffs == 1
 
@@ -160,10 +161,12 @@ async def test_an_uncertain_kickoff_whose_run_waits_for_a_person_is_resolved(
     await crew.save(key, _sync=False)  # where a receiver finds it
     with pytest.raises(pc.KickoffUncertainError):
         await run_of(server, key, crew=crew)
-    async with asyncio.timeout(40):
-        while (await in_store(attempts.of_key, key))[0].kickoff_id is None:
-            await asyncio.sleep(0.2)
-    result = await asyncio.wait_for(run_of(server, key, crew=crew, review=lambda _: pc.Review(approve=True)), 60)
+
+    async def is_resolved() -> bool:
+        return (await in_store(attempts.of_key, key))[0].kickoff_id is not None
+
+    await until(is_resolved, "the id of its run")
+    result = await soon(run_of(server, key, crew=crew, review=lambda _: pc.Review(approve=True)))
     assert result.output == "Draft. "
     assert server.kickoffs == 1
 

@@ -111,7 +111,7 @@ async def test_peoples_time_includes_a_functions(server: CrewServer, monkeypatch
 
     review = {"async": think, "sync": think_in_a_thread, "insistent": insist}[how]
     running = asyncio.ensure_future(run_with(server, review, human_timeout=1.0))
-    done, _ = await asyncio.wait({running}, timeout=20)
+    done, _ = await asyncio.wait({running}, timeout=LIMIT)
     is_over.set()
     with pytest.raises(pc.CrewTimeoutError) as caught:
         await running
