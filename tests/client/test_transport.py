@@ -199,10 +199,8 @@ class Talking:
                 await asyncio.sleep(0.05)
                 if callable(self._after):
                     self.said_more += 1
-                    self.said_more += 1
                     return self._after(writer)
                 writer.write(self._after)
-                self.said_more += 1
                 self.said_more += 1
         finally:
             self.gone += 1
