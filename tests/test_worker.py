@@ -477,6 +477,8 @@ def test_a_prefect_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch):
         CrewWorker("a pool")
 
 
+# Prefect's pause, which is cut off between two polls, leaves its own sleep unawaited.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 async def test_a_paused_flow_run_that_loses_its_slot_begins_again(
     prefect_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
