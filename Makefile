@@ -2,6 +2,7 @@
 #
 #   make demo        a crew through Prefect, on this machine, without an account
 #   make test        the quick tests: what each part does, and single runs on a Prefect server (as plain pytest does)
+#   make check       lint, and the tests of what changed since main
 #
 # Variables: PYTHON=python3.12 to choose the interpreter, VENV=folder for the environment, ARGS="-k name" for pytest,
 # WORKERS=0 to run the tests one after the other, SEED=7 for another choice of slow tests and other random histories,
@@ -36,12 +37,12 @@ unexport PYTHONDONTWRITEBYTECODE
 # What a change has to pass. `.ci/run` and .github/workflows/checks.yml read this list and run `make` for each of it.
 SESSIONS = lint docs wheel-smoke coverage oldest
 
-.PHONY: help sessions environment demo test programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format size docs audit dist constraints clean
+.PHONY: help sessions environment demo test check again programs proofs prove sample wheel-smoke mutate bench coverage oldest httpx2 lint format size docs audit dist constraints clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
-	@echo "Also: programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, size, docs (the site), audit, dist, constraints, clean."
+	@echo "Also: again (what ARGS names, twenty times under load), programs (tests that take much CPU time), proofs (of what is promised), sample (some of the slow ones), prove (all tests), wheel-smoke, mutate, bench, coverage, oldest, httpx2, lint, format, size, docs (the site), audit, dist, constraints, clean."
 
 sessions:
 	@echo $(SESSIONS)
@@ -56,6 +57,16 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest $(AT_ONCE) $(ARGS)
+
+check: lint
+	@tests=$$($(BIN)/python .ci/changed.py); \
+	if [ -z "$$tests" ]; then echo "No test belongs to what changed."; exit; fi; \
+	echo "pytest $$tests"; $(BIN)/python -m pytest $(AT_ONCE) -m "not slow" $$tests $(ARGS)
+
+# What ARGS names, twenty times beside two processes that keep both cores busy, until it fails.
+again: $(VENV)/.tests
+	@yes > /dev/null & one=$$!; yes > /dev/null & two=$$!; trap "kill $$one $$two" EXIT; \
+	for round in $$(seq 20); do $(BIN)/python -m pytest -q $(ARGS) || exit 1; done
 
 # Those that take much CPU time. They start whole programs: the pages of the documentation, deployments, workers, scripts
 # that are killed, CrewAI. Or they run batches, pipelines, reviews, budgets and commands on a Prefect server.
