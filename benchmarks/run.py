@@ -51,17 +51,20 @@ def trace_run(crew: Any) -> tuple[Counter[CodeType], list[str]]:
             tasks.append(coroutine.cr_code.co_qualname)
         return create_task(loop, coroutine, **options)
 
+    # Also the threads of the store, which run already; Python 3.11 cannot.
+    profile: Any = getattr(threading, "setprofile_all_threads", threading.setprofile)
+
     def is_ours(code: CodeType) -> bool:
         return PACKAGE in Path(code.co_filename).parents
 
     asyncio.BaseEventLoop.create_task = create  # type: ignore[method-assign]
-    threading.setprofile(note)
+    profile(note)
     sys.setprofile(note)
     try:
         run_crew(crew, {"topic": "traced"})
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)
+        profile(None)
         asyncio.BaseEventLoop.create_task = create_task  # type: ignore[method-assign]
     # A thread may still add one. A lambda, comprehension or generator belongs to the function that it stands in.
     ours = {code: calls[code] for code in tuple(calls) if is_ours(code) and not code.co_name.startswith("<")}
