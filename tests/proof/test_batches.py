@@ -33,7 +33,7 @@ from proof.kills import Kill
 from proof.resolve import is_in_doubt, let_an_hour_pass, resolve
 from proof.zygote import Script, Zygote
 from support.scripts import JOURNAL, script
-from support.servers import at_random
+from support.servers import at_random, let_requests_end
 
 PICKY = {"output": "on {{ topic }}", "fail": "{{ 'no ' + topic if 'bad' in topic }}"}
 WAIT = {"initial": 0.05, "factor": 1.5, "max_interval": 0.3, "jitter": 0, "timeout": 60, "lost_after": 1}
@@ -203,7 +203,7 @@ def lives(world: World, zygote: Zygote, folder: Path, faults_seed: int = 1) -> N
             ended = zygote.run_one(place.call(kill=kill))
             note(f"{kill}: {ended}")
         server.faults.clear()
-        time.sleep(0.2)  # what was sent last arrives
+        let_requests_end(server)
         ended = zygote.run_one(place.call())
         note(f"{ended}; kickoffs {dict(server.kickoffs_by_key)}; log in {zygote.folder}")
         assert not ended.error
@@ -300,7 +300,7 @@ def test_turns_of_rows_whose_batches_are_killed(
             ended = zygote.run(*calls)
             assert not [one for one in ended if one.error]
             killed += sum(one.killed for one in ended)
-            time.sleep(0.3)  # a kickoff that was sent last arrives
+            let_requests_end(server)
             uncertain += sum(resolve_rows(place) for place in places)
             if all((one.report or {}).get("completed") == SESSIONS * NOTES for one in ended):
                 break

@@ -9,7 +9,6 @@ server sees; here it is each transaction, statement and request.
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import pytest
@@ -22,6 +21,8 @@ from proof.resolve import age_answers, attempts_of, is_in_doubt, let_an_hour_pas
 from proof.zygote import Script, Zygote
 from support.scripts import ASKS, script
 from support.seen import Seen
+from support.servers import let_requests_end
+from support.waiting import LIMIT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_api")]
 
@@ -38,9 +39,11 @@ DOUBTFUL = {
 """The points between the two commits, of those that are named after a function."""
 
 
-def script_of(server: CrewServer, idempotency_key: str, kill: Kill | None = None, **more: Any) -> Script:
-    wait = {"initial": 0.2, "max_interval": 0.5, "timeout": 60, "human_timeout": 3}
-    crew = {"url": server.url, "token": server.token, "request_timeout": 3, "wait": wait}
+def script_of(
+    server: CrewServer, idempotency_key: str, kill: Kill | None = None, human_timeout: float = LIMIT, **more: Any
+) -> Script:
+    wait = {"initial": 0.2, "max_interval": 0.5, "timeout": LIMIT, "human_timeout": human_timeout}
+    crew = {"url": server.url, "token": server.token, "wait": wait}
     return Script(crew, {"inputs": {"text": "tea"}, "idempotency_key": idempotency_key, **more}, kill)
 
 
@@ -49,8 +52,8 @@ def test_a_script_that_was_killed_is_called_again(kill: Kill, zygote: Zygote, se
     with CrewServer(CREW, faults=kill.faults) as server:
         first = zygote.run_one(script_of(server, idempotency_key, kill))
         assert first.killed, f"it ended before: {first}"
-        time.sleep(1.2 if kill.faults else 0.2)  # what it has sent arrives
         server.faults.clear()
+        let_requests_end(server)
         assert server.kickoffs <= 1
         left = attempts_of(idempotency_key)
         if kill.hook not in ("request", "statement"):
@@ -84,11 +87,14 @@ def test_an_answer_is_sent_once_wherever_who_gave_it_dies(kill: Kill, zygote: Zy
     with CrewServer(ASKS, faults=kill.faults) as server:
         first = zygote.run_one(script_of(server, idempotency_key, kill, review="yes"))
         assert first.killed, f"it ended before: {first}"
-        time.sleep(1.2 if kill.faults else 0.2)
+        server.faults.clear()
+        let_requests_end(server)
         sent = server.requests["resume"]
         asyncio.run(find_store().run(age_answers))
-        second = zygote.run_one(script_of(server, idempotency_key, review="yes"))
-        if str(kill) in MAY_HAVE_LEFT and not sent:
+        is_unsent = str(kill) in MAY_HAVE_LEFT and not sent
+        human_timeout = 3 if is_unsent else LIMIT  # nobody answers
+        second = zygote.run_one(script_of(server, idempotency_key, human_timeout=human_timeout, review="yes"))
+        if is_unsent:
             assert second.error in ("AnswerUncertainError", "CrewTimeoutError"), second
             assert server.requests["resume"] == 0, "an answer is not sent on a guess"
         else:

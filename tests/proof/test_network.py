@@ -30,6 +30,7 @@ from proof.resolve import attempts_of
 from proof.tables import Case, cases
 from support.crash import CrashingServer
 from support.scripts import script
+from support.servers import let_requests_end
 from support.waiting import until
 
 REQUEST_TIMEOUT = 1.0
@@ -86,12 +87,10 @@ class Ground:
 
     async def repair(self) -> None:
         """Return once the server is up and nothing is on its way any more; from here on it does no wrong."""
-        # The longest fault takes two seconds.
-        await asyncio.sleep(2.2 if "latency" in self.case.fault else 0.2)
         if "crash" in self.case.fault:
-            await asyncio.to_thread(self.restarted.wait, 10)
-            await asyncio.sleep(1.0)  # what was in flight begins again
+            await until(self.restarted.is_set, "the server's return")
         self.server.faults.clear()
+        await asyncio.to_thread(let_requests_end, self.server)
 
     async def cells(self) -> tuple[str, ...]:
         """Do what the row says and return its cells."""
@@ -113,6 +112,8 @@ class Ground:
         self.server.faults.add(self.case.text)
         first = await act(kickoff_id)
         await self.repair()
+        if "crash" in self.case.fault:  # the run begins again
+            await until(lambda: self.server.run(kickoff_id).state in (wanted, CrewState.STOPPED))
         state = str(self.server.run(kickoff_id).state)
         again = await act(kickoff_id)
         await asyncio.sleep(0.1)

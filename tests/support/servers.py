@@ -11,7 +11,7 @@ from starlette.routing import Mount
 
 from prefect_crew.devserver import CrewServer, Fault, Program, Run
 from prefect_crew.devserver._response_formats import Documented
-from support.waiting import wait_until
+from support.waiting import LIMIT, wait_until
 
 Serve = Callable[..., tuple[CrewServer, httpx.Client]]
 """Starts a server, as CrewServer does, and opens a plain HTTP client with its token: the fixture `serve`."""
@@ -87,6 +87,15 @@ class Crews(CrewServer):
     @property
     def runs(self) -> list[Run]:
         return [run for crew in self.crews.values() for run in crew.runs]
+
+
+def let_requests_end(server: CrewServer) -> None:
+    """Return once the server has received what dead and cancelled callers sent before, and has answered it."""
+    # The server accepts connections in their order, so it has those of the dead once it answers a new one.
+    httpx.get(f"{server.url}/inputs", headers=server.headers, timeout=LIMIT)
+    web = server._web  # pyright: ignore[reportPrivateUsage]
+    assert web is not None
+    wait_until(lambda: not web.server_state.tasks, "the end of all requests")
 
 
 def kickoff(client: httpx.Client, inputs: dict[str, Any] | None = None, **more: Any) -> str:
