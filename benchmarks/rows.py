@@ -79,5 +79,5 @@ if __name__ == "__main__":
         with used(wall, cpu):
             asyncio.run({"batch": batch, "loop": loop}[options.what](options, server, dataset, output))
         assert len(output.read_text().splitlines()) == options.rows
-    row_cpu_ms, peak_mb = 1000 * cpu[0] / options.rows, memory_mb(field="VmHWM")
-    report(options.what, rows=options.rows, seconds=wall[0], row_cpu_ms=row_cpu_ms, memory_mb=peak_mb)
+    peak_mb = memory_mb(field="VmHWM")
+    report(options.what, rows=options.rows, seconds=wall[0], cpu_seconds=cpu[0], memory_mb=peak_mb)

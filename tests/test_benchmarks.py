@@ -30,7 +30,7 @@ def test_every_part_has_a_goal(parts: list[str]):
 
 
 MOST_FUNCTIONS = 264
-"""The goal is 90. Whoever removes a step that a run passes lowers this."""
+"""The goal is 130. Whoever removes a step that a run passes lowers this."""
 MOST_TASKS = 4
 
 
