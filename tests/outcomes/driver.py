@@ -1,13 +1,13 @@
 """The language of scenarios, and the one driver that plays them: a crew's server, what callers do, what comes of it.
 
-It looks from outside only: at the requests that the crew's server got, and at what each call returns or raises.
+It looks from outside only: at the requests that the crew's server got, and at what each call returns or raises. Only
+`Command` with `waits` reaches inside: it lets an hour pass in the crew database.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,10 +32,11 @@ from prefect_crew import (
 )
 from prefect_crew.devserver import CrewServer, ProgramError, Run
 from prefect_crew.devserver import Outcome as Output
+from support.batches import let_an_hour_pass
 from support.commands import Finished, outside
 from support.waiting import LIMIT, soon, until
 
-QUICKLY = {"initial": 0.05, "max_interval": 0.2, "timeout": 30}
+QUICKLY = {"initial": 0.05, "max_interval": 0.2, "timeout": LIMIT}
 Outcome = str | type[CrewError]
 """What a call gives: the output of its crew, or the class of the error that it raises."""
 
@@ -108,7 +109,7 @@ class World:
     def crew(self, **fields: Any) -> DeployedCrew:
         """Return a block of the crew."""
         fields["wait"] = QUICKLY | fields.get("wait", {})
-        return self.server.crew(**{"request_timeout": 2.0, **fields})
+        return self.server.crew(**fields)
 
     def words(self, words: tuple[str, ...], **names: object) -> list[str]:
         """Fill `{key}` and `{run1}`, `{run2}` … in the words that a message has to have."""
@@ -265,8 +266,8 @@ class Result(Step):
 class Command(Step):
     """A command of `prefect-crew` in a process of its own, its exit code, and words that it writes.
 
-    `{key}` and `{run1}` … may stand in its arguments; a last `--crew` gets the crew's URL. `waits`: it is made again
-    for 100 s until it ends with that code, since what is uncertain may be resolved only after some time.
+    `{key}` and `{run1}` … may stand in its arguments; a last `--crew` gets the crew's URL. `waits`: until what is
+    uncertain may be resolved.
     """
 
     arguments: str
@@ -280,11 +281,9 @@ class Command(Step):
         arguments = [word for part in self.arguments.split() for word in world.words((part,), key=key)]
         if arguments[-1] == "--crew":
             arguments.append(world.server.url)
+        if self.waits:
+            await let_an_hour_pass()
         ended = await asyncio.to_thread(command, world, *arguments)
-        deadline = time.monotonic() + 100
-        while self.waits and ended.code != self.code and time.monotonic() < deadline:
-            await asyncio.sleep(2)
-            ended = await asyncio.to_thread(command, world, *arguments)
         written = ended.out + ended.err
         assert ended.code == self.code, f"{arguments} ended with {ended.code}: {written}"
         missing = [word for word in world.words(self.says, key=key) if word not in written]
@@ -388,7 +387,6 @@ class Row:
     formats: tuple[str, ...] = ("documented",)
     resumes: int = 0
     stops: int = 0
-    is_slow: bool = False
     serve: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -125,7 +125,7 @@ class Stage:
     def fields(self) -> dict[str, Any]:
         wait = {**QUICKLY, "human_timeout": 3}
         is_flow = self.server.is_flow
-        return {"url": self.server.url, "token": self.server.token, "request_timeout": 1, "wait": wait, "flow": is_flow}
+        return {"url": self.server.url, "token": self.server.token, "wait": wait, "flow": is_flow}
 
     def release(self) -> None:
         """Let the runs of a crew that is held end."""

@@ -135,9 +135,9 @@ ROWS = (
     Row("the result of what is uncertain", (UNCERTAIN, Result(CrewError, None, says=("{key}",))), 1, faults=("kickoff:drop-after-accept@1",)),
     Row("resolved as started", (UNCERTAIN, Command("runs resolve {key} --kickoff-id {run1} --crew", waits=True), Call(), Call()), 1, faults=("kickoff:drop-after-accept@1",), formats=BOTH),
     Row("an id that the server does not know, said too early", (UNCERTAIN, Command("runs resolve {key} --kickoff-id 5e1f --crew", 1, ("{key}",)), UNCERTAIN), 1, faults=("kickoff:drop-after-accept@1",)),
-    Row("resolved with an id that the server does not know", (UNCERTAIN, Command("runs resolve {key} --kickoff-id 5e1f --crew", 2, ("5e1f",), waits=True), UNCERTAIN), 1, faults=("kickoff:drop-after-accept@1",), is_slow=True),
+    Row("resolved with an id that the server does not know", (UNCERTAIN, Command("runs resolve {key} --kickoff-id 5e1f --crew", 2, ("5e1f",), waits=True), UNCERTAIN), 1, faults=("kickoff:drop-after-accept@1",)),
     Row("never started, said too early", (UNCERTAIN, Command("runs resolve {key} --never-started --yes", 1, ("{key}",)), UNCERTAIN), 1, faults=("kickoff:500-after-accept@1",)),
-    Row("never started, said in time", (UNCERTAIN, Command("runs resolve {key} --never-started --yes", waits=True), Call(), Call()), 1, 2, faults=("kickoff:500@1",), is_slow=True),
+    Row("never started, said in time", (UNCERTAIN, Command("runs resolve {key} --never-started --yes", waits=True), Call(), Call()), 1, 2, faults=("kickoff:500@1",)),
     Row("nothing to resolve", (Call(), Command("runs resolve {key} --never-started --yes", 1, ("{key}",)), Call()), 1),
     # Never lost: what a failed poll says, and what it does not.
     Row("bad answers while it waits", (Call(),), 1, faults=("status:500@1", "status:429=0.1@2", "status:drop@3", "status:html@4", "status:garbage@5"), formats=BOTH),
@@ -187,11 +187,7 @@ ROWS = (
 
 def cases() -> list[object]:
     """Return each row with each response format that it names."""
-    return [
-        pytest.param(row, form, id=f"{row.name}, {form}", marks=[pytest.mark.slow] if row.is_slow else [])
-        for row in ROWS
-        for form in row.formats
-    ]
+    return [pytest.param(row, form, id=f"{row.name}, {form}") for row in ROWS for form in row.formats]
 
 
 @pytest.mark.parametrize(("row", "response_format"), cases())
