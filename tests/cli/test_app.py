@@ -1,7 +1,6 @@
 """The program itself: its help, its signals, and how errors become words and exit codes."""
 
 import json
-import logging
 import os
 import re
 import subprocess
@@ -9,17 +8,14 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import cyclopts
-import httpx
 import pytest
-from prefect.exceptions import PrefectHTTPStatusError
 from pydantic import BaseModel, SecretStr
 
-from prefect_crew.cli import _output, _prefect, main, run
+from prefect_crew.cli import _output, _prefect, run
 from prefect_crew.cli import app as module
-from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, message, own_error, reason
+from prefect_crew.cli._errors import CODES, OTHER, TERMINATED, message, reason
 from prefect_crew.cli.app import app
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import PrefectAwayError
@@ -85,21 +81,6 @@ def test_json_tells_errors_as_one_document(here):
     assert here("inputs", "-o", "json").json["error"]["exit_code"] == 2
 
 
-@pytest.mark.parametrize(
-    ("signal", "code", "text"),
-    [(KeyboardInterrupt, 130, "Interrupted.\n"), (module.TerminatedError, TERMINATED, "Ended by a signal.\n")],
-)
-def test_a_signal_ends_a_command_with_its_code(
-    signal: type[BaseException], code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
-):
-    def end(_: list[str]) -> int:
-        raise signal
-
-    monkeypatch.setattr(module, "run", end)
-    assert main(["runs", "ls"]) == code
-    assert capsys.readouterr().err == text
-
-
 @pytest.mark.usefixtures("instant_polling", "prefect_api")
 def test_an_error_after_the_kickoff_names_the_run(here, crews: CrewServer, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run, "put_result", lambda *_, **__: json.loads("{"))
@@ -112,16 +93,6 @@ def test_an_error_after_the_kickoff_names_the_run(here, crews: CrewServer, monke
     assert done.json["error"].items() >= {"kickoff_id": kickoff_id, "exit_code": 1}.items()
     monkeypatch.setattr(module, "run", lambda _: json.loads("{"))
     assert kickoff_id not in here("doctor").err, "the run of an earlier command"
-
-
-def test_only_warnings_of_this_package_are_shown(capsys: pytest.CaptureFixture[str]):
-    _output.begin()
-    for name, level in ((_prefect.__file__, "WARNING"), (_prefect.__file__, "INFO"), (logging.__file__, "ERROR")):
-        record = logging.makeLogRecord({"pathname": name, "levelno": getattr(logging, level), "msg": f"{level} of it"})
-        assert not _prefect._show_own_logs(record)
-    assert capsys.readouterr().err == "WARNING of it\n"
-    _output.begin(debug=True)
-    assert _prefect._show_own_logs(record)
 
 
 def test_an_embedded_server_that_does_not_start_ends_the_command(monkeypatch: pytest.MonkeyPatch):
@@ -137,30 +108,6 @@ def test_the_documentation_lists_all_codes():
     page = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| (\d+) \| .+ \|$", page, re.MULTILINE)
     assert [*map(int, listed)] == sorted({0, OTHER, *CODES, TERMINATED})
-
-
-def _answer(status: int) -> PrefectHTTPStatusError:
-    request = httpx.Request("POST", "http://prefect.test/api/variables/")
-    response = httpx.Response(status, request=request, json={})
-    return PrefectHTTPStatusError(f"Client error {status}", request=request, response=response)
-
-
-@pytest.mark.parametrize(
-    ("error", "advice"),
-    [
-        (_answer(409), "refuses a request (HTTP 409)"),
-        (_answer(503), "does not answer (HTTP 503)"),
-        (_answer(403), "Check PREFECT_API_KEY"),
-        (httpx.ConnectError("refused"), "prefect server start"),
-        (RuntimeError("Failed to reach API at http://x."), "prefect server start"),
-        (KeyError("x"), "KeyError: 'x'. This is unexpected. Add --debug to see more."),
-    ],
-)
-def test_a_message_is_one_line_that_says_what_to_do(error: Exception, advice: str):
-    text = message(own_error(error))
-    assert advice in text
-    assert text.isprintable()
-    assert "developer.mozilla" not in text
 
 
 def test_a_message_about_wrong_fields_shows_no_value():

@@ -162,18 +162,6 @@ def test_bad_rows_are_refused_or_skipped(here: Command, leads: Leads):
     assert [row["line"] for row in leads("failures", *JSON).json] == [3, 4]
 
 
-def test_a_corrected_row_is_retried_and_a_conflict_not(leads: Leads):
-    leads.run(*KEY)
-    leads.write("id,topic\na,coffee\nb,good milk\nc,cake\n")
-    error = leads("resume").error(6)
-    assert leads.server.kickoffs == 4
-    assert leads.states() == {"a": "conflict", "b": "completed", "c": "completed"}
-    assert "batch failures" in error
-    assert "To start failed rows again" not in error, "a row with a result stays as it is"
-    (conflict,) = leads("failures", *JSON).json
-    assert (conflict["key"], conflict["state"]) == ("a", "conflict")
-
-
 def test_failed_rows_are_started_again_by_name_up_to_max_attempts(leads: Leads, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(leads.folder)
     leads.here("batch", "run", leads.crew, "leads.csv", "--name", leads.name, "--export", "out.jsonl", *KEY)
@@ -291,7 +279,7 @@ def test_a_batch_that_a_process_runs_is_cancelled_or_prefect_refuses(leads: Lead
 
 
 @pytest.mark.programs
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143)])
 def test_a_batch_that_a_signal_ended_is_cancelled(
     here: Command, crew_server: CrewServerFactory, prefect_api: PrefectServer, tmp_path: Path, number: int, code: int
 ):

@@ -74,20 +74,6 @@ def test_a_schedule_is_told_with_its_next_time(here: Command, greeter: str):
     assert [entry.parameters for entry in stored.schedules] == [{"idempotency_key": key}]
 
 
-def test_the_key_of_a_schedule_is_not_that_of_a_person(here: Command, crews: CrewServer, greeter: str):
-    key = f"{greeter}-{{scheduled_start:%Y-%m-%d}}"
-    for _ in range(2):
-        again = here("deploy", greeter, *ADA, "--cron", "0 6 * * *", "--key", key)
-    assert again.err == ""
-    stored = deployment(f"deployed-crew/{greeter}")
-    for who in ("Grace", "Rita"):  # on one day
-        asyncio.run(run_of(stored, {"inputs": {"who": who}}))
-    asyncio.run(run_of(stored, {"inputs": {"who": "Joan"}, "idempotency_key": key}))
-    keys = {run.inputs["who"]: (run.meta or {})["idempotency_key"] for run in crews.runs if run.meta}
-    assert keys["Joan"].startswith(f"{greeter}-20")
-    assert not any(keys[who].startswith(greeter) for who in ("Grace", "Rita"))
-
-
 def test_a_second_deploy_replaces_the_first(here: Command, greeter: str, work_pool: WorkPool):
     pool = work_pool("process")
     first: Any = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}, "cron": "0 6 * * *", "tags": ["mine"]}

@@ -63,13 +63,11 @@ def refusal(code: int) -> bytes:
 @pytest.mark.parametrize(
     ("health", "others", "fact"),
     [
-        pytest.param(refusal(404), refusal(401), NO_API, id="no-health"),
         pytest.param(PAGE, refusal(401), NO_API, id="page"),
         pytest.param(refusal(401), refusal(401), "Check PREFECT_API_KEY", id="key"),
         pytest.param(refusal(503), refusal(401), "does not answer (HTTP 503). Start that server", id="broken"),
         pytest.param(answer("true"), refusal(401), "Check PREFECT_API_KEY", id="key-of-the-rest"),
         pytest.param(answer("true"), PAGE, "JSONDecodeError", id="page-of-the-rest"),
-        pytest.param(refusal(429), refusal(401), "Check PREFECT_API_KEY", id="busy"),
     ],
 )
 async def test_a_prefect_api_that_is_none_is_a_problem(

@@ -24,22 +24,19 @@ RENAMED = "Give --url for a new crew 'new'. If a crew of that name is stored alr
     [
         ("bogus", ""),
         ("result", 'Command "result" parameter KEY requires an argument.'),
-        ("inputs {closed} --bogus", ""),
         ("serve --port 99999", ""),
         ("run", 'Command "run" parameter CREW requires an argument.'),
         ("run travel --ouput x", "Did you mean --output?"),
-        ("runs resolve key", ""),
         ("runs resolve key --lost --never-started", ""),
         ("automations apply --waiting 4hours", "Invalid value"),
         ("costs --from May", 'Invalid value for --from: unable to convert "May"'),
         ("deploy", "Received 0 arguments. Exactly 1 of {CREW, --pipeline} must be specified."),
-        ("deploy x --pipeline a.yaml", ""),
         ("batch run travel rows.csv --name x", 'Command "batch run" parameter --export requires an argument.'),
         ("batch run x y.csv --name x --export y --on-failure 1x", 'convert "1x"'),
     ],
 )
 def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line: str, problem: str):
-    done = here(*line.replace("{closed}", "http://127.0.0.1:1").split())
+    done = here(*line.split())
     assert done.code == 2
     assert done.out == ""
     assert problem in done.err
@@ -57,13 +54,11 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("inputs nowhere", 2, "prefect-crew crews save nowhere --url URL"),
         ("docs recver", 2, "did you mean recover?"),
         ("init {folder}", 2, f"{{folder}} {NOTHING_WRITTEN}"),
-        ("init {rows}", 2, f"{{rows}} {NOTHING_WRITTEN}"),
         ("serve no-such-crew", 2, "no-such-crew"),
         ("serve echo --fault kickoff:odd", 2, "odd"),
         ("serve echo --host 192.0.2.1", 1, "Cannot listen on"),
         ("serve echo --port {port}", 1, "Cannot listen on 127.0.0.1:{port}: Address already in use. --port 0 takes"),
         ("run {closed} -i topic", 2, "does not have the form name=value"),
-        ("run {closed} -i =Lisbon", 2, "does not have the form name=value"),
         ("run {closed} -i a=1 -i a=2", 2, "-i a is given twice"),
         ("run {url}", 2, "Missing inputs: who"),
         ("run {url} -i who=Ada -i colour=red", 2, "Unknown inputs: colour."),
@@ -73,7 +68,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("run {url} -i id=1 --session a", 2, "is not saved as a Flow"),
         (f"run {{url}} --session a --restore-from {UUID(int=1)}", 2, "A session chooses the state to restore itself"),
         ("result never-used", 2, "never-used"),
-        ("runs inspect never-used", 2, "never-used"),
         ("runs cancel never-used --crew {url}", 2, "No run has the key or kickoff id 'never-used'"),
         ("runs resolve batch/no-batch/z --never-started --yes", 2, "no-batch"),
         ("reviews approve never-used", 2, "No run has the key or kickoff id 'never-used'"),
@@ -86,7 +80,6 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
             "not have (for a constant text, write it as a template, with both pairs of braces: {{{{ 'text' }}}})",
         ),
         ("crews save new", 2, RENAMED),
-        ("crews save new --overwrite", 2, RENAMED),
         ("crews save new --url http://x.example.com", 2, "plain text"),
         ("crews save new --url {closed} --max-attempts 0", 2, "max_attempts"),
         ("crews save Not-A-Name --url {closed}", 2, "not stored"),

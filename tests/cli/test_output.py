@@ -15,8 +15,8 @@ from rich.console import Console
 
 from prefect_crew.batches.report import BatchReport
 from prefect_crew.blocks import DeployedCrew, crew_of
-from prefect_crew.cli import _options, _output
-from prefect_crew.cli._options import gather_inputs, read_token
+from prefect_crew.cli import _output
+from prefect_crew.cli._options import gather_inputs
 from prefect_crew.cli._output import Progress
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.client.models import CrewStatus
@@ -73,19 +73,6 @@ def test_a_file_without_inputs_is_refused(tmp_path: Path, content: bytes | None,
         (tmp_path / "in.yaml").write_bytes(content)
     with pytest.raises(ConfigurationError, match=problem):
         gather_inputs([], str(tmp_path / "in.yaml"))
-
-
-def test_where_a_token_comes_from(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CREW_TOKEN", "from-the-env")
-    url = "https://x.test"
-    assert read_token(url) == "from-the-env"
-    monkeypatch.delenv("CREW_TOKEN")
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(_options, "getpass", lambda _: "typed ")
-    assert read_token(url) == "typed"
-    monkeypatch.setattr(_options, "getpass", lambda _: "")
-    with pytest.raises(ConfigurationError, match="set CREW_TOKEN"):
-        read_token("https://another.test")
 
 
 # What is written

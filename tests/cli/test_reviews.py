@@ -162,12 +162,3 @@ def test_what_cannot_be_answered_is_refused_and_nothing_is_sent(here: Command, b
     assert "by Grace" in refused
     assert crews.requests["resume"] == resumes
     assert "nobody knows whether the answer arrived" in here("reviews", "inspect", record.key).out
-
-
-def test_an_answer_that_may_have_arrived_has_an_exit_code_of_its_own(
-    here: Command, block: str, crews: CrewServer
-) -> None:
-    record = write(crews, asked(crews), crew=block)
-    crews.faults.add("resume:500@1")
-    answered = here("reviews", "approve", record.key, "--task", "draft")
-    assert "nobody knows whether it arrived" in answered.error(4)

@@ -14,10 +14,8 @@ import pytest
 from prefect_crew._internal.clock import utcnow
 from prefect_crew.cli.runs import Word, short_name, todo, word_of
 from prefect_crew.client.inputs import Inputs
-from prefect_crew.client.models import CrewStatus
 from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.database import find_store
-from prefect_crew.runs.run import StoredResult
 from prefect_crew.states import CrewState
 from prefect_crew.store import questions
 from prefect_crew.store.decision import Attempt, AttemptState
@@ -222,22 +220,6 @@ def test_a_completed_run_that_nobody_waits_for_leads_to_its_result(
     assert here("result", kickoff_id, *greet).ok == "**Hello** Ada\n"
 
 
-def test_a_large_result_is_written_without_the_crews_server(here: Command, write: Write):
-    result = StoredResult(output="x" * 9000).model_dump(mode="json")
-    ended = {"state": S.COMPLETED, "ended_at": utcnow().timestamp()}
-    record = write(**ended, kickoff_id=f"k-{uuid.uuid4()}", result=result)
-    assert here("result", record.key).ok == f"{'x' * 9000}\n"
-
-
-def test_a_start_that_may_still_arrive_is_not_resolved(here: Command, write: Write):
-    deadline = (utcnow() + timedelta(seconds=40)).timestamp()
-    key = write(**UNCERTAIN, deadline=deadline).key
-    assert "Its kickoff may arrive until" in here("runs", "inspect", key).out
-    early = here("runs", "resolve", key, "--never-started", "--yes").error(1)
-    assert "Look again at" in early
-    assert [attempt.state for attempt in stored(key)] == [S.UNCERTAIN]
-
-
 def test_the_crew_database_is_shown_and_chosen(here: Command, write: Write, monkeypatch: pytest.MonkeyPatch):
     write(**STARTED, kickoff_id="k")
     page = here("database").ok
@@ -316,17 +298,6 @@ def test_word(facts: dict[str, Any], ended: bool, word: Word):
     needs_a_person = (Word.UNCERTAIN, Word.UNATTENDED, Word.WAITING, Word.FAILED, Word.LOST)
     assert bool(todo(attempt, word, NOW)) is (word in needs_a_person)
     assert todo(replace(attempt, replaced=True), word, NOW) == ""
-
-
-def test_what_to_do():
-    assert todo(daily(state=S.COMPLETED), Word.COMPLETED, NOW) == ""
-    assert "reviews inspect k1." in todo(daily(**ASKED), Word.WAITING, NOW)
-    of_url = daily(**ASKED, crew="travel.test")
-    assert "reviews inspect k1 --crew https://travel.test." in todo(of_url, Word.WAITING, NOW)
-    gone = CrewStatus(kickoff_id="k1", state=CrewState.UNKNOWN)
-    assert "runs resolve k1 --lost" in todo(daily(**IN_FLIGHT), Word.STARTED, NOW, gone)
-    row = todo(daily(state=S.LOST, batch="leads", row_key="7"), Word.LOST, NOW)
-    assert row == "prefect-crew batch resume leads starts another run, up to max_attempts of the crew."
 
 
 def test_a_run_with_a_derived_key_is_listed_by_its_kickoff_id():

