@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from prefect import flow, get_client, task, unmapped
 from prefect.flow_engine import run_flow_async
 from prefect.states import Scheduled
@@ -335,9 +333,3 @@ async def test_a_slash_in_a_step_name_is_no_subflow(server: Any, start: Start):
     assert server.kickoffs == 3
     parts = [[part.partition("~")[0] for part in key.split("/")[1:-2]] for key in keys(server)]
     assert sorted(parts) == [["child-0", "b"], ["child-0%252Fb"], ["child-0%2Fb"]]
-
-
-@given(st.lists(st.text(max_size=5), min_size=1, max_size=4), st.lists(st.text(max_size=5), min_size=1, max_size=4))
-def test_keys_of_different_parts_differ(one: list[str], other: list[str]):
-    first, second = ("/".join(map(keys_module.escape_name, names)) for names in (one, other))
-    assert (first == second) == (one == other)

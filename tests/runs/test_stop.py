@@ -400,7 +400,6 @@ async def around():
 
 {
     "script": lambda: run_crew(crew, {"text": "a"}),
-    "sync flow": sync_flow,
     "async flow": lambda: asyncio.run(async_flow()),
     "sync flow in an async one": lambda: asyncio.run(around()),
 }[os.environ["KIND"]]()
@@ -412,7 +411,7 @@ async def around():
     ("kind", "moment", "number"),
     [
         ("script", "kickoff", signal.SIGINT),
-        *((kind, "status", signal.SIGINT) for kind in ("sync flow", "async flow", "sync flow in an async one")),
+        *((kind, "status", signal.SIGINT) for kind in ("async flow", "sync flow in an async one")),
         ("script", "status", signal.SIGTERM),
     ],
 )

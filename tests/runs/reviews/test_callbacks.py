@@ -260,10 +260,8 @@ def asked_with(**changes: Any) -> ReviewRequest:
 @pytest.mark.parametrize(
     ("options", "approving"),
     [
-        (("reject", "approve"), ["approve"]),
         (("Accept", "reject"), ["Accept"]),
         (("no-go", "yes"), ["yes"]),
-        (("publish", "needs_revision"), ["publish"]),
         (("No", "publish", "archive"), ["publish"]),
         (("reject", "denied"), []),
     ],

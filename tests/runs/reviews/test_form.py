@@ -18,7 +18,6 @@ from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.devserver import CrewServer
 from prefect_crew.runs.reviews import form
 from prefect_crew.testing import CrewServerFactory
-from support.asking import AskingServer
 from support.chromium import Chromium
 from support.links import answers_of
 from support.prefect_server import PrefectServer
@@ -27,7 +26,6 @@ from support.review_page import answer_on_page
 from support.scripts import script
 from support.seen import Seen
 from support.waiting import wait_until
-from support.webhooks import SECRET, receiver_of, served
 
 DRAFT = "# On {{ topic }}\n\nDraft *number {{ round }}* <b>for you</b>. {{ feedback }}"
 SCRIPT = script(
@@ -126,21 +124,6 @@ def asking(server: CrewServer, seen: Seen) -> Callable[..., FlowRun]:
         return FlowRun(seen, lambda: arun_crew(crew, {"topic": topic}, review="form", **options), **flow_options)
 
     return run
-
-
-async def test_a_repeated_question_gets_its_own_form(asking: Any) -> None:
-    server = AskingServer(rounds=2, between=False)
-    async with served(server.app()) as url:
-        crew = DeployedCrew(url=url, token="secret-token", wait=WaitPolicy(next_round_after=1.0))
-
-        def answer() -> Any:
-            run = asking(crew).form()
-            run.fill_in(decision="reject", feedback="Warmer.")
-            run.form().fill_in()
-            return run.result()
-
-        assert (await asyncio.to_thread(answer)).output == "done"
-    assert [one["is_approve"] for one in server.resumes] == [False, True]
 
 
 def test_the_form_takes_each_answer_once(server: CrewServer, asking: Any, seen: Seen, key: str) -> None:
@@ -294,23 +277,3 @@ def test_a_person_answers_on_the_page(
         answer_on_page(*where, "approve", "", tmp_path / f"{ui}-approving.png", round=2)
     assert "Warmer, please." in run.result().output
     assert server.requests["resume"] == 2
-
-
-def test_a_form_answers_a_crew_as_on_amp(
-    crew_server: CrewServerFactory,
-    asking: Callable[..., FlowRun],
-    monkeypatch: pytest.MonkeyPatch,
-    prefect_api: PrefectServer,
-    tmp_path: Path,
-):
-    """A hosted crew's question comes by its webhook alone, and its run goes on under new ids."""
-    server = crew_server(SCRIPT, response_format="live")
-    with receiver_of(prefect_api.env(), tmp_path) as (_, port):
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_URL", f"http://127.0.0.1:{port}")
-        monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_WEBHOOK_SECRET", SECRET)
-        run = asking(server.crew())
-        assert run.form().fill_in(decision="reject", feedback="Shorter.") == "ACCEPT"
-        assert run.form().fill_in() == "ACCEPT"
-        run.result()
-    assert server.requests["resume"] == 2
-    assert server.kickoffs == 1

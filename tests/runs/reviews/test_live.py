@@ -211,26 +211,6 @@ async def test_a_status_whose_meta_names_an_uncertain_key_resolves_it(crew_serve
     assert server.kickoffs == 1
 
 
-async def test_a_session_chains_by_the_kickoff_id_of_the_last_completed_turn(crew_server: CrewServerFactory):
-    spec = script({"output": "{{ state.turn }}"}, inputs=["note"], flow=True)
-    server = crew_server(spec, response_format="live")
-    crew = server.crew(flow=True, wait=WAIT)
-    outputs = [(await pc.arun_crew(crew, {"note": note}, session="ana")).output for note in ("tea", "rain", "sun")]
-    assert outputs == ["1", "2", "3"]
-    runs = server.runs
-    assert [run.restore_from for run in runs] == [None, runs[0].id, runs[1].id]
-    assert all("id" not in run.inputs for run in runs)
-
-
-async def test_a_crew_that_is_no_flow_has_no_session_and_its_refusal_names_the_option(crew_server: CrewServerFactory):
-    server = crew_server(script({"output": "x"}, inputs=["note"], flow=True))
-    with pytest.raises(pc.ConfigurationError, match="--flow"):
-        await pc.arun_crew(server.crew(flow=False), {"note": "tea"}, session="ana")
-    with pytest.raises(pc.InvalidInputsError, match="--flow"):
-        await pc.arun_crew(server.crew(flow=False), {})
-    assert server.kickoffs == 0
-
-
 async def test_a_flow_is_started_with_fewer_inputs_than_its_state_has(crew_server: CrewServerFactory):
     spec = script({"output": "Done."}, inputs=["count", "history"], flow=True)
     server = crew_server(spec, response_format="live")
