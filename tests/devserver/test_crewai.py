@@ -13,10 +13,8 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_crew import run_crew
 from prefect_crew.devserver import CrewServer, ProgramNotFoundError, Run, load_program
 from support.environment import isolated
-from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff
 from support.waiting import LIMIT, wait_until
 
@@ -173,14 +171,6 @@ def test_the_state_of_a_flow_has_the_id_of_its_kickoff(crew: Serve) -> None:
     assert failed["state"] == "FAILED", "the types of a Flow's values are its state's"
 
 
-def test_a_session_of_a_flow_that_persists(crew: Serve, prefect_api: object, instant_polling: None) -> None:
-    server, _ = crew("Counting")
-    results = [run_crew(server.crew(), session="a") for _ in range(3)]
-    assert [result.data["count"] for result in results] == [1, 2, 3]
-    assert [result.data["id"] for result in results] == [run.id for run in server.runs]
-    assert run_crew(server.crew(), session="b").data["count"] == 1
-
-
 def test_a_rejected_task_is_done_again(crew: Serve) -> None:
     server, client = crew("reviewed_crew.py:build")
     run_id = kickoff(client, {"topic": "a picnic"})
@@ -204,21 +194,6 @@ def test_a_rejected_task_is_done_again(crew: Serve) -> None:
     usage = server.run(run_id).usage
     assert usage is not None
     assert usage.successful_requests == 4
-
-
-def test_a_live_crew_asks_by_webhook(crew: Serve, receiver: Receiver) -> None:
-    _, client = crew("reviewed_crew.py:build", "live")
-    hook = {"humanInputWebhookUrl": f"{receiver.url}/human"}
-    run_id = kickoff(client, {"topic": "a picnic"}, **hook)
-    for number, approve in ((1, False), (2, True)):
-        receiver.wait_for(lambda it, number=number: len(it.at("/human")) == number)
-        question = receiver.at("/human")[-1]
-        assert question["kickoff_id"] == run_id
-        assert question["task_output"].startswith("## An announcement of a picnic")
-        assert client.get(f"/status/{run_id}").json()["state"] == "NOT FOUND"
-        answer = {"executionId": run_id, "taskId": question["task_id"], "humanFeedback": "", "isApprove": approve}
-        run_id = client.post("/resume", json=answer | hook).json()["kickoff_id"]
-    assert finished(client, run_id)["state"] == "SUCCESS"
 
 
 def test_a_nameless_task_has_its_description(crew: Serve) -> None:
@@ -279,20 +254,6 @@ async def test_a_tool_s_use_is_reported_in_order() -> None:
         ("step", "Scout", "final_answer", "It is 21 degrees.", None),
         ("task_ended", "look", "Scout"),
     ]
-
-
-async def test_a_cancelled_run_reports_nothing() -> None:
-    run, reports = recorded()
-    running = asyncio.create_task(load_program(f"{CREWS}:slow").execute(run))
-    ticks = 0
-    while not run.tasks:
-        await asyncio.sleep(0.01)
-        ticks += 1
-    assert ticks > 1, "the first task takes 0.3 s at the least"
-    running.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await running
-    assert [report[1] for report in reports if report[0] == "task_ended"] == ["part 0"]
 
 
 @pytest.mark.parametrize(

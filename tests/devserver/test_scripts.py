@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from prefect_crew.client.models import TaskResult, TokenUsage
-from prefect_crew.devserver import Answer, Outcome, ProgramError, Run, load_program, load_script
+from prefect_crew.devserver import Outcome, ProgramError, Run, load_program, load_script
 from prefect_crew.devserver._scripts import BUNDLED, CrewScript, ScriptedProgram
-from support.scripts import JOURNAL
 
 X, T = "name: x\n", "name: x\ntasks:\n  - name: t\n    "
 
@@ -65,16 +64,12 @@ def test_all_fields_of_a_script_are_described() -> None:
             assert field.get("description", "").endswith("."), name
 
 
-def run(text: str, *answers: Answer, speed: float = float("inf"), **inputs: Any) -> tuple[Outcome, list[Any]]:
-    """Run a script, answer its questions, and return its outcome with what it reported."""
+def run(text: str, *, speed: float = float("inf"), **inputs: Any) -> tuple[Outcome, list[Any]]:
+    """Run a script, and return its outcome with what it reported."""
     reports: list[Any] = []
-    left = list(answers)
 
     def listener(run: Run, event: str, value: Any) -> None:
-        if event == "waiting":
-            reports.append(("asked", value.output))
-            asyncio.get_running_loop().call_soon(run.answer, value.task_id, left.pop(0))
-        elif isinstance(value, TaskResult):
+        if isinstance(value, TaskResult):
             reports.append((event, value.name, value.output))
         else:
             reports.append((event, value if event == "task_started" else (value.kind, value.content, value.tool)))
@@ -116,32 +111,6 @@ def test_tasks_see_inputs_and_earlier_tasks() -> None:
     ]
 
 
-def test_a_flow_keeps_its_states() -> None:
-    program = load_program(JOURNAL)
-    states: dict[str, Any] = program.states  # pyright: ignore[reportAttributeAccessIssue]
-
-    def write(note: str, id_: str, restore_from: str | None = None) -> str:
-        own = Run({"note": note, "id": id_}, restore_from=restore_from)
-        return asyncio.run(program.execute(own)).output
-
-    assert write("tea", "a") == "1 tea"
-    assert write("rain", "b", "a") == "2 rain after 1 tea"
-    assert write("sun", "c", "a") == "2 sun after 1 tea"
-    assert write("bread", "c") == "3 bread after 2 sun after 1 tea", "an id that was used before is its own state"
-    assert write("new", "d", "unknown") == "1 new"
-    assert all(state["id"] == name for name, state in states.items())
-    assert {name: state["note"] for name, state in states.items()} == {
-        "a": "tea",
-        "b": "rain",
-        "c": "bread",
-        "d": "new",
-    }
-    with pytest.raises(ProgramError):
-        write("bad", "e", "a")
-    assert states["e"]["turn"] == 2, "a Flow that fails has stored what it had done"
-    assert states["a"]["output"] == "1 tea", "a state to restore is copied"
-
-
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -173,23 +142,6 @@ def test_structured_results(data: str, expected: Any) -> None:
 def test_failures(task: str, message: str) -> None:
     with pytest.raises(ProgramError, match=message):
         run(one_task(task), what="tokens")
-
-
-REVIEWED = """
-name: x
-tasks:
-  - name: draft
-    output: "draft {{ round }}{% if feedback %} ({{ feedback }}){% endif %}"
-    human: true
-  - {name: final, output: "final {{ previous }}"}
-"""
-
-
-def test_a_rejected_task_sees_the_feedback() -> None:
-    outcome, reports = run(REVIEWED, Answer(False, "shorter"), Answer(True, ""))
-    assert [one[1] for one in reports if one[0] == "asked"] == ["draft 1", "draft 2 (shorter)"]
-    assert outcome.output == "final draft 2 (shorter)"
-    assert [one[1] for one in reports if one[0] == "task_ended"] == ["draft", "final"]
 
 
 @pytest.mark.parametrize(("speed", "seconds"), [(1, 0.2), (4, 0.05), (float("inf"), 0)])

@@ -163,22 +163,6 @@ def served(serve: Serve) -> Served:
     return serve("name: quick\ninputs: [text]\ntasks: [{name: one, output: '{{ text }}'}]")
 
 
-BROKEN = {"drop": httpx.RemoteProtocolError, "timeout": httpx.ReadTimeout}
-
-
-@pytest.mark.parametrize("phase", ["before", "after"])
-@pytest.mark.parametrize(("name", "error"), BROKEN.items(), ids=BROKEN)
-def test_an_unanswered_call(served: Served, name: str, error: type[Exception], phase: str) -> None:
-    server, client = served
-    server.faults.add(f"kickoff:{name}-{phase}-accept@1", f"inputs:{name}")
-    with pytest.raises(error):
-        client.post("/kickoff", json=KICKOFF, timeout=0.3)
-    with pytest.raises(error):
-        client.get("/inputs", timeout=0.3)
-    assert server.kickoffs == (phase == "after")
-    assert finished(client, kickoff(client, **KICKOFF))
-
-
 def test_faults_of_headers_bodies_and_latency(served: Served) -> None:
     server, client = served
     names = ("429=3", "503=0.5", "429", "429-bare", "500", "redirect", "html", "empty")

@@ -10,7 +10,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from prefect_crew.devserver import CrewServer, _webhooks
+from prefect_crew.devserver import CrewServer
 from support.receiver import Receiver
 from support.servers import Serve, finished, kickoff
 from support.waiting import wait_until
@@ -196,12 +196,3 @@ def test_a_failed_webhook_logs_no_secret(
     wait_until(lambda: f"The stream webhook was not delivered: {reason}" in caplog.text)
     assert "s3cret" not in caplog.text
     assert "tök-en" not in caplog.text
-
-
-def test_all_arrive_one_after_another(receiver: Receiver, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_webhooks, "_MAX_CONCURRENT", 1)
-    _, client = serve("echo")
-    receiver.delay = 0.05
-    for _ in range(3):
-        kickoff(client, {"text": "x"}, crewWebhookUrl=f"{receiver.url}/crew")
-    receiver.wait_for(lambda it: len(it.got) == 3)
