@@ -231,6 +231,7 @@ class Form:
         required: The inputs that each run has to give if the deployment has no default.
         parameters: The parameters of the deployment: the crew or the pipeline, and the defaults.
         has_session: Whether a run may have a session: those of crews, not of pipelines.
+        takes_extra: Whether a run may give inputs that the crew does not name.
     """
 
     owner: str
@@ -238,6 +239,7 @@ class Form:
     required: Sequence[str]
     parameters: Mapping[str, Any]
     has_session: bool = False
+    takes_extra: bool = False
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -246,7 +248,8 @@ class Form:
             name: _field_of(name, item, name in self.required, position)
             for position, (name, item) in enumerate(self.inputs.items())
         }
-        return {"type": "object", "properties": fields, "required": [*self.required], "additionalProperties": False}
+        required, extra = [*self.required], self.takes_extra
+        return {"type": "object", "properties": fields, "required": required, "additionalProperties": extra}
 
     @property
     def signature(self) -> inspect.Signature:
@@ -254,7 +257,8 @@ class Form:
         of_inputs: Any = Annotated[dict[str, Any], WithJsonSchema(self.schema)]
         kind = inspect.Parameter.KEYWORD_ONLY
         default: Any = inspect.Parameter.empty if self.required else {}
-        fields = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if self.inputs else []
+        has_inputs = self.inputs or self.takes_extra
+        fields = [inspect.Parameter("inputs", kind, default=default, annotation=of_inputs)] if has_inputs else []
         texts = {"idempotency_key": ("Idempotency key", KEY_HELP)}
         if self.has_session:
             texts["session"] = ("Session", SESSION_HELP)
@@ -272,15 +276,16 @@ class Form:
         if not isinstance(defaults, Mapping):
             raise ConfigurationError(f"{self.owner} takes its inputs by name. Give inputs={{'NAME': …}}.")
         defaults = cast("Mapping[str, Any]", defaults)
-        if unknown := [name for name in defaults if name not in self.inputs]:
+        unknown = [name for name in defaults if name not in self.inputs]
+        if unknown and not self.takes_extra:
             raise ConfigurationError(
                 f"{self.owner} does not know the inputs {', '.join(unknown)}; it takes "
                 f"{', '.join(self.inputs) or 'none'}."
             )
         fields = dict(self.inputs)
-        for name, value in defaults.items():
+        for name in [name for name in defaults if name in fields]:
             kind = None if fields[name].secret else fields[name].type
-            fields[name] = fields[name].model_copy(update={"default": _read_as(kind, name, value)})
+            fields[name] = fields[name].model_copy(update={"default": _read_as(kind, name, defaults[name])})
         secrets = {name: item.default for name, item in fields.items() if item.secret and item.default is not None}
         await values_of_blocks(secrets, set(secrets))
         return replace(self, inputs=fields)
@@ -295,10 +300,15 @@ async def _crew_form(name: str, defaults: Mapping[str, Any]) -> Form:
         item.name: as_pipeline_input(item).model_copy(update={"secret": item.name in crew.secret_inputs})
         for item in crew_inputs
     }
+    if crew.allow_extra_inputs:  # a secret one has a field, which asks for the name of its block
+        secret = PipelineInput(required=False, secret=True)
+        inputs |= {name: secret for name in crew.secret_inputs if name not in inputs}
     # A run that gives `inputs` replaces those of the deployment, so defaults make none of them optional.
     required = [key for key, item in inputs.items() if item.required]
-    form = await Form(f"Crew {name!r}", inputs, required, {}, has_session=True).with_defaults(defaults)
-    values = {key: item.default for key, item in form.inputs.items() if item.default is not None}
+    form = Form(f"Crew {name!r}", inputs, required, {}, has_session=True, takes_extra=crew.allow_extra_inputs)
+    form = await form.with_defaults(defaults)
+    values = {key: form.inputs[key].default if key in inputs else value for key, value in defaults.items()}
+    values = {key: value for key, value in values.items() if value is not None}
     return replace(form, parameters={"crew": name, **({"inputs": values} if values else {})})
 
 

@@ -9,6 +9,7 @@ from uuid import uuid4
 import cloudpickle
 import pytest
 from prefect import get_client
+from prefect.blocks.system import Secret
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
 from prefect.client.schemas.schedules import CronSchedule
@@ -19,6 +20,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect_crew import crew_flow, pipeline_flow
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError
+from prefect_crew.flows import run_deployed_crew
 from support.prefect_server import PrefectServer
 from support.servers import describing
 
@@ -95,10 +97,16 @@ def test_a_call_in_sync_code_and_a_copy_in_another_process(crew: CrewServer):
     assert copied.parameters == {"crew": "form"}
 
 
-async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer):
+@pytest.fixture
+async def pool(prefect_api: PrefectServer) -> str:
+    """The name of a work pool of the type `crew`."""
     pool = f"pool-{uuid4().hex[:8]}"
     async with get_client() as client:
         await client.create_work_pool(WorkPoolCreate(name=pool, type="crew"))
+    return pool
+
+
+async def test_a_deployment_takes_what_prefect_offers(crew: CrewServer, pool: str):
     made: Any = crew_flow("form").deploy(
         "whole",
         work_pool_name=pool,
@@ -156,6 +164,33 @@ def test_a_default_that_does_not_fit_is_refused(crew: CrewServer, case: str):
     options, problem = REFUSED[case]
     with pytest.raises(ConfigurationError, match=problem):
         crew_flow("form").to_deployment("refused", **options)
+
+
+async def test_a_crew_that_takes_extra_inputs_takes_them_from_its_deployment(crew: CrewServer, pool: str):
+    block: Any = crew.crew(allow_extra_inputs=True, secret_inputs=["pin"])
+    await block.save("form", overwrite=True)
+    pin: Any = Secret(value="hunter22-secret")
+    await pin.save("the-pin", overwrite=True)
+    extra = {"colour": "red", "sizes": [1, 2], "pin": "the-pin"}
+    made: Any = crew_flow("form").deploy(
+        "extra",
+        work_pool_name=pool,
+        parameters={"inputs": {**GIVEN, **extra}},
+        schedules=[Cron("0 6 * * *", parameters={"inputs": {**GIVEN, "shape": "round"}})],
+        print_next_steps=False,
+    )
+    async with get_client() as client:
+        stored = await client.read_deployment(await made)
+        assert stored.parameters == {"crew": "form", "inputs": {**GIVEN, **extra}}
+        assert stored.schedules[0].parameters == {"inputs": {**GIVEN, "shape": "round"}}
+        flow_run = await client.create_flow_run_from_deployment(
+            stored.id, parameters={"inputs": {**GIVEN, **extra, "shape": "round"}}
+        )
+    await run_deployed_crew(**flow_run.parameters)
+    assert crew.runs[-1].inputs["shape"] == "round"
+    assert crew.runs[-1].inputs["pin"] == "hunter22-secret"
+    with pytest.raises(ConfigurationError, match="Secret block"):
+        await crew_flow("form").to_deployment("refused", parameters={"inputs": {"pin": "hunter22-secret"}})
 
 
 def test_a_secret_of_a_schedule_is_the_name_of_a_block(crew: CrewServer, prefect_api: PrefectServer):
