@@ -101,7 +101,8 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         The default name is the name of the crew or the pipeline.
 
         Raises:
-            ConfigurationError: A default does not fit, or a secret one names no Secret block.
+            ConfigurationError: A default does not fit, a secret one names no Secret block, or a session is
+                given that no run can have.
             CrewError: The crew does not name its inputs.
         """
         parameters = dict(options.pop("parameters", None) or {})
@@ -111,6 +112,12 @@ class InputsFlow(Flow[..., Coroutine[Any, Any, T]]):
         options["tags"] = [TAG, *(tag for tag in options.get("tags") or () if tag != TAG)]
         deployment = await super(InputsFlow, self._copy(_form=form)).ato_deployment(name or self.label, **options)
         schedules, key = deployment.schedules or [], (deployment.parameters or {}).get("idempotency_key") or ""
+        given = [parameters, *(schedule.parameters or {} for schedule in schedules)]
+        if not form.has_session and any(each.get("session") for each in given):
+            raise ConfigurationError(
+                f"{form.owner} takes no session, so its runs would fail. Nothing was deployed. Save a crew as a Flow "
+                "(--flow, or DeployedCrew(flow=True)), or name the sessions of a pipeline in its steps."
+            )
         if schedules and "{" in key:  # the form would fill it in, for any inputs, and take the key of the scheduled run
             deployment.parameters = {name: value for name, value in deployment.parameters.items() if value is not key}
             for schedule in schedules:
@@ -230,7 +237,7 @@ class Form:
         inputs: The inputs by name, with the defaults of the deployment.
         required: The inputs that each run has to give if the deployment has no default.
         parameters: The parameters of the deployment: the crew or the pipeline, and the defaults.
-        has_session: Whether a run may have a session: those of crews, not of pipelines.
+        has_session: Whether a run may have a session: those of a crew that is saved as a Flow.
         takes_extra: Whether a run may give inputs that the crew does not name.
     """
 
@@ -305,7 +312,7 @@ async def _crew_form(name: str, defaults: Mapping[str, Any]) -> Form:
         inputs |= {name: secret for name in crew.secret_inputs if name not in inputs}
     # A run that gives `inputs` replaces those of the deployment, so defaults make none of them optional.
     required = [key for key, item in inputs.items() if item.required]
-    form = Form(f"Crew {name!r}", inputs, required, {}, has_session=True, takes_extra=crew.allow_extra_inputs)
+    form = Form(f"Crew {name!r}", inputs, required, {}, has_session=crew.flow, takes_extra=crew.allow_extra_inputs)
     form = await form.with_defaults(defaults)
     values = {key: form.inputs[key].default if key in inputs else value for key, value in defaults.items()}
     values = {key: value for key, value in values.items() if value is not None}

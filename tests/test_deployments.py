@@ -155,6 +155,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"schedules": [Cron("0 6 * * *", parameters={"inputs": {"colour": "red"}})]},
         "does not know the inputs colour; it takes topic, ",
     ),
+    "session of a crew that is no Flow": (defaults(session="a"), "Crew 'form' takes no session"),
+    "session of a schedule": (
+        {"schedules": [Cron("0 6 * * *", parameters={"session": "a"})]},
+        "Crew 'form' takes no session",
+    ),
     "a text in place of inputs": (defaults(inputs="tea"), "takes its inputs by name"),
 }
 

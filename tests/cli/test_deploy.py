@@ -55,7 +55,7 @@ def test_a_deployment_asks_for_the_inputs_of_its_crew(here: Command, greeter: st
     assert stored.tags == ["prefect-crew", "mine"]
     assert stored.enforce_parameter_schema
     schema = stored.parameter_openapi_schema
-    assert list(schema["properties"]) == ["inputs", "idempotency_key", "session"]
+    assert list(schema["properties"]) == ["inputs", "idempotency_key"]
     assert schema["required"] == ["inputs"]
     assert schema["properties"]["inputs"]["required"] == ["who"]
 
@@ -74,8 +74,8 @@ def test_a_schedule_is_told_with_its_next_time(here: Command, greeter: str):
     assert [entry.parameters for entry in stored.schedules] == [{"idempotency_key": key}]
 
 
-def test_a_second_deploy_replaces_the_first(here: Command, greeter: str, work_pool: WorkPool):
-    pool = work_pool("process")
+def test_a_second_deploy_replaces_the_first(here: Command, store: Store, work_pool: WorkPool):
+    pool, greeter = work_pool("process"), store("greet", flow=True)
     first: Any = {"work_pool_name": pool, "job_variables": {"env": {"A": "b"}}, "cron": "0 6 * * *", "tags": ["mine"]}
     parameters = {"review": "form", "inputs": {"who": "Ada"}, "session": "ada"}
     crew_flow(greeter).deploy(greeter, parameters=parameters, concurrency_limit=2, print_next_steps=False, **first)
@@ -83,6 +83,7 @@ def test_a_second_deploy_replaces_the_first(here: Command, greeter: str, work_po
     assert again.err == ""
     stored = deployment(f"deployed-crew/{greeter}")
     assert stored.parameters == {"crew": greeter, "inputs": {"who": "Grace"}, "session": "ada"}
+    assert "session" in stored.parameter_openapi_schema["properties"]
     assert stored.schedules == []
     assert stored.work_pool_name == pool, "left out, it stays"
 

@@ -98,6 +98,8 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("deploy --pipeline {pipeline} -i times=two", 2, "The default of the input times must be JSON of the"),
         ("deploy --pipeline {no_step}", 2, "'whom' is no step, and no input that has a value"),
         ("deploy --pipeline {no_crew}", 2, "No crew is stored under the name 'no-"),
+        ("deploy --pipeline {pipeline} --session a", 2, "takes no session"),
+        ("deploy {crew} --session a", 2, "takes no session"),
         ("deploy --pipeline nowhere.yaml", 2, "The pipeline in nowhere.yaml cannot be read"),
         ("automations apply", 2, "Recovery needs a work pool"),
         ("automations apply --pool nowhere", 2, "prefect work-pool create nowhere"),
