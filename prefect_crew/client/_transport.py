@@ -123,7 +123,8 @@ def _proxy_for(url: httpx.URL) -> str | None:
     """Return the environment's proxy for a URL; None for loopback, even if NO_PROXY does not name it."""
     proxies = urllib.request.getproxies()
     proxy = proxies.get(url.scheme) or proxies.get("all")
-    if not proxy or is_loopback(url.host) or urllib.request.proxy_bypass(url.host):
+    address = f"{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"  # NO_PROXY may name the port
+    if not proxy or is_loopback(url.host) or urllib.request.proxy_bypass(address):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 

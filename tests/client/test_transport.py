@@ -154,6 +154,29 @@ async def test_a_refusing_proxy_gets_nothing(monkeypatch: pytest.MonkeyPatch):
     assert "s3cret" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("crew", "no_proxy", "is_named"),
+    [
+        ("https://crew.invalid:8443", "other.invalid, crew.invalid:8443", True),
+        ("https://crew.invalid:8443", "crew.invalid:9443", False),
+        ("https://crew.invalid", "crew.invalid:443", True),
+        ("https://crew.invalid:8443", ".invalid", True),
+        ("https://[fd00::1]:8443", "fd00::1", True),
+    ],
+)
+async def test_no_proxy_names_a_host_with_or_without_its_port(
+    monkeypatch: pytest.MonkeyPatch, crew: str, no_proxy: str, is_named: bool
+):
+    heads: list[str] = []
+    async with raw_server(refusing(heads)) as url:
+        monkeypatch.setenv("HTTPS_PROXY", url)
+        monkeypatch.setenv("no_proxy", no_proxy)
+        async with CrewClient(crew, TOKEN, request_timeout=4) as client:
+            with pytest.raises(CrewConnectionError):
+                await client.status("k1")
+    assert bool(heads) is not is_named
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 async def test_no_token_for_loopback_goes_to_a_proxy(host: str, monkeypatch: pytest.MonkeyPatch):
     heads: list[str] = []
