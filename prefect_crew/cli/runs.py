@@ -17,11 +17,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 
 from prefect_crew._internal.clock import moment
+from prefect_crew._text import excerpt
 from prefect_crew.artifacts.escape import progress
 from prefect_crew.cli import _output
 from prefect_crew.cli._errors import OTHER
 from prefect_crew.cli._options import CrewOfRun, Output, Yes, find_crew, missing_crew, need_crew
 from prefect_crew.cli._prefect import page_url
+from prefect_crew.client._parsing import as_object, text_of
 from prefect_crew.client.models import CrewStatus, StopOutcome
 from prefect_crew.costs import By, read_costs
 from prefect_crew.crew import Crew, CrewSession
@@ -47,6 +49,8 @@ from prefect_crew.store.questions import Question
 S = AttemptState
 MOST = 500
 """Runs that a list shows at most."""
+ORIGIN = ("execution_origin", "source", "triggered_by", "last_event")
+"""What a hosted crew also says in the status of a run, from crewai 1.15.22 on; `source` is where the status is from."""
 PAGE = 200
 """The most flow runs in one answer of the Prefect server."""
 
@@ -213,6 +217,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = N
     found = await find_attempts(run)
     found = await in_store(attempts.of_key, found[0].key)
     ended, now, last, status = await ended_flow_runs(found), await in_store(attempts.time_now), latest(found), None
+    origin: dict[str, Any] = {}
     loaded_crew = await find_crew(last, crew)
     if last.state is S.STARTED and loaded_crew is None:
         _output.note(f"The crew's server was not asked. {missing_crew(last)}")
@@ -220,7 +225,10 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = N
         live = LiveRun(loaded_crew, str(last.first_id), last)
         try:
             async with live.session:
-                status = live.redact_status(await read_status(live))
+                answer = await read_status(live)
+            status = live.redact_status(answer)
+            raw = {} if live.is_blind else as_object(answer.raw)
+            origin = live.redact.tree({name: raw[name] for name in ORIGIN if raw.get(name)})
         except CrewError as error:
             _output.note(str(error))
         last = live.attempt or last
@@ -235,7 +243,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = N
             "todo": todo(attempt, word, now, its_status),
         }
         if its_status is not None:
-            facts["status"] = its_status.model_dump(mode="json", exclude={"raw": True, "tasks": True})
+            facts["status"] = its_status.model_dump(mode="json", exclude={"raw": True, "tasks": True}) | origin
         documents.append(_as_json(attempt, word, now) | facts)
     if output:
         _output.put_json(documents)
@@ -245,6 +253,7 @@ async def inspect(run: KeyOrId, /, *, output: Output = None, crew: CrewOfRun = N
         _output.put_facts(document)
     if status is not None:
         _put_status(status)
+        _output.put_facts({name: excerpt(text_of(fact) or "") for name, fact in origin.items()})
     if last.state is S.COMPLETED:
         _output.put(f"Its result: prefect-crew result {shlex.quote(last.key)}")
 

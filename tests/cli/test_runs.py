@@ -22,6 +22,7 @@ from prefect_crew.store.decision import Attempt, AttemptState
 from support.commands import TOKEN, Command
 from support.past import new_attempt, put, stored
 from support.prefect_server import PrefectServer
+from support.servers import adding
 from support.waiting import wait_until
 
 S = AttemptState
@@ -110,6 +111,33 @@ def test_a_run_is_found_by_its_kickoff_id_and_the_crew_asked(
     started, refused = here("runs", "inspect", record.key, *greet, "-o", "json").json
     assert started["status"]["kickoff_id"] == kickoff_id
     assert "status" not in refused
+
+
+def test_inspect_shows_what_a_hosted_crew_says_of_its_run(here: Command, write: Write, monkeypatch: pytest.MonkeyPatch):
+    facts: dict[str, Any] = {
+        "execution_origin": "schedule",
+        "source": "memory",
+        "triggered_by": {"type": "user", "id": "u-1"},
+        "last_event": {"type": "task_started", "note": f"\x1b[2J with {TOKEN}", "more": "x" * 10_000},
+        "events": None,
+    }
+    slow = "name: slow\ntasks: [{name: wait, seconds: 600, output: late}]"
+    with adding(CrewServer(slow, token=TOKEN), **facts) as server:
+        for secret_names in ((), ("pin",)):
+            kickoff_id = httpx.post(f"{server.url}/kickoff", headers=server.headers, json={"inputs": {}}).json()
+            record = write(**STARTED, **kickoff_id, crew_url=server.url, secret_names=secret_names)
+            page = here("runs", "inspect", record.key, "--crew", server.url).out
+            status = here("runs", "inspect", record.key, "--crew", server.url, "-o", "json").json[-1]["status"]
+            assert TOKEN not in f"{page}{status}"
+            assert "\x1b" not in page
+            assert len(page) < 5_000
+            if secret_names:  # a text of the crew cannot be masked
+                assert "schedule" not in f"{page}{status}"
+                continue
+            assert "  Execution origin: schedule\n  Source: memory\n" in page
+            assert '  Triggered by: {"type":"user","id":"u-1"}\n  Last event: {"type":"task_started",' in page
+            assert status["triggered_by"] == facts["triggered_by"]
+            assert "events" not in status
 
 
 def test_a_run_is_cancelled_by_its_key_and_its_crew(here: Command, write: Write, crews: CrewServer):

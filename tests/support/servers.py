@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from prefect_crew.devserver import CrewServer, Fault, Program, Run
-from prefect_crew.devserver._response_formats import Documented
+from prefect_crew.devserver._response_formats import Documented, Live
 from support.waiting import LIMIT, wait_until
 
 Serve = Callable[..., tuple[CrewServer, httpx.Client]]
@@ -46,6 +46,20 @@ def at_random(*texts: str, seed: int) -> list[Fault]:
 class _Describing(Documented):
     def inputs(self, program: Program) -> dict[str, Any]:
         return {"inputs": [item.model_dump(exclude_none=True) for item in program.inputs()]}
+
+
+class _Adding(Live):
+    def __init__(self, **facts: Any) -> None:
+        self.facts = facts
+
+    def status(self, run: Run) -> dict[str, Any]:
+        return super().status(run) | self.facts
+
+
+def adding(server: CrewServer, **facts: Any) -> CrewServer:
+    """Let the status of a server, in the live format, have more facts."""
+    server._format = _Adding(**facts)
+    return server
 
 
 class _Hiding(Documented):
