@@ -10,9 +10,9 @@ import shutil
 import tempfile
 import urllib.request
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, cast
 from urllib.error import HTTPError
@@ -29,6 +29,8 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma"}
 """The names that fsspec has for a compression, by its ending."""
 FIELD_LIMIT = 1 << 28
 """Characters of a field. Without a limit, a quote that is never closed makes one field of a whole file."""
+FIRST_LINES = 20
+"""Lines of a CSV file that tell its delimiter."""
 PART = 5_000
 """Rows of a frame or of a query that are converted at once."""
 _fsspec = cast("Any", fsspec)
@@ -211,6 +213,8 @@ class _File:
     def _lines(self, content: IO[bytes]) -> Iterator[str]:
         """Yield each line with its line feed. Nothing else ends one."""
         for number, line in enumerate(content, start=1):
+            if b"\0" in line:
+                raise DatasetError("holds a NUL, as UTF-16 does. Save it as UTF-8.", source=self.name, line=number)
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -221,15 +225,17 @@ class _File:
 
     def _csv(self, lines: Iterator[str]) -> Iterator[Row]:
         csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))  # of the whole process; a document is long
-        first, usual = next(lines, ""), ENDINGS[self._ending]
-        # Excel writes semicolons where a comma is the decimal point.
-        delimiter = next((sign for sign in (usual, *";\t|,") if sign in first), usual)
-        reader, line = csv.reader(chain((first,), lines), delimiter=delimiter, strict=True), 2
-        header = next(reader, None)
+        first = [*islice(lines, FIRST_LINES)]
+        reader = csv.reader(chain(first, lines), delimiter=self._delimiter(first), strict=True)
+        try:
+            header = next(reader, None)
+        except csv.Error as error:
+            raise DatasetError(f"is not CSV: {error}.", source=self.name, line=1) from None
         if not header:
             raise DatasetError("is empty: it has no header line.", source=self.name)
         check_columns(header, self.name, line=1)
         while True:
+            line = reader.line_num + 1
             try:
                 fields = next(reader)
             except StopIteration:
@@ -245,7 +251,27 @@ class _File:
                     yield Row(line, dict(zip(header, fields, strict=True)))
                 elif fields:
                     yield Row(line, {}, f"has {len(fields)} fields, the header has {len(header)}")
-            line = reader.line_num + 1
+
+    def _delimiter(self, first: Sequence[str]) -> str:
+        """Return the sign that splits the header: Excel writes semicolons where a comma is the decimal point.
+
+        Of several signs, one that leaves quotes in the names splits within them, and one that fits gives each of the
+        first rows the header's width. Raises DatasetError unless exactly one fits.
+        """
+        usual = ENDINGS[self._ending]
+        headers = {sign: next(_csv_rows(first, sign), list[str]()) for sign in (usual, *",;\t|")}
+        splitting = [sign for sign, header in headers.items() if len(header) > 1]
+        signs = [sign for sign in splitting if '"' not in "".join(headers[sign])] or splitting
+        if len(signs) > 1 and not (usual == "\t" and usual in signs):
+            possible = " and ".join(map(repr, signs))
+            signs = [sign for sign in signs if {*map(len, _csv_rows(first, sign))} <= {0, len(headers[sign])}]
+            if len(signs) != 1:
+                raise DatasetError(
+                    f"both {possible} may separate the columns. Rename each column that has one of them in its name.",
+                    source=self.name,
+                    line=1,
+                )
+        return signs[0] if signs else usual
 
     def _array(self, lines: Iterable[str]) -> Iterator[Row]:
         """Yield the objects of a JSON array after a read of the whole array. A file of one object is one row."""
@@ -273,6 +299,12 @@ def check_columns(columns: Sequence[str], name: str, *, line: int | None = None)
     """Raise DatasetError if two columns have the same name."""
     if doubled := sorted({column for column in columns if columns.count(column) > 1}):
         raise DatasetError(f"the columns {', '.join(map(repr, doubled))} appear twice.", source=name, line=line)
+
+
+def _csv_rows(first: Sequence[str], sign: str) -> Iterator[list[str]]:
+    """Yield the rows of the first lines, up to one that is not CSV with this delimiter, or that is cut off."""
+    with suppress(csv.Error):
+        yield from csv.reader(first, delimiter=sign, strict=True)
 
 
 def _jsonl(lines: Iterable[str]) -> Iterator[Row]:

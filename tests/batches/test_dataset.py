@@ -157,6 +157,12 @@ UNREADABLE: dict[str, tuple[str, bytes | None, str]] = {
     "only blank lines": ("x.csv", b"\n", "is empty"),
     "doubled column": ("x.csv", b"a,b,a\n1,2,3\n", r"line 1: the columns 'a' appear twice"),
     "open quote": ("x.csv", b'a,b\n1,2\n3,"x\n4,5\n', r"line 3: is not CSV: a quote that opens in this row"),
+    "open quote in the header": ("x.csv", b'"a,b\n1,2\n', r"line 1: is not CSV: unexpected end of data"),
+    "two delimiters": ("x.csv", b"id;price, net\n1;2,50\n", r"line 1: both ',' and ';' may separate"),
+    "none of two delimiters": ("x.csv", b"id;price, net\n1;2\n3,4\n", r"line 1: both ',' and ';' may"),
+    "UTF-16": ("x.csv", CSV.encode("utf-16"), "line 1: holds a NUL, as UTF-16 does. Save it as UTF-8"),
+    "UTF-16 without a mark": ("x.csv", CSV.encode("utf-16-le"), "line 1: holds a NUL"),
+    "UTF-16 of JSON": ("x.jsonl", JSONL.encode("utf-16-be"), "line 1: holds a NUL"),
     "other encoding": ("x.csv", "a,b\n1,2\nü,3\n".encode("latin-1"), r"line 3: the bytes fc are not UTF-8"),
     "encoding in mid-line": ("x.jsonl", b'{"a": 1}\n{"a": "x\xff"}\n', r"line 2: the bytes ff are not UTF-8"),
     "empty json": ("x.json", b" \n ", r"line 2: is not JSON: Expecting value"),
@@ -199,6 +205,40 @@ def test_another_delimiter_is_read_from_the_header(tmp_path: Path, name: str, si
     path, column = tmp_path / name, f"id{sign}text"
     path.write_text(f"{column}\n1{sign}tea\n", encoding="utf-8-sig")  # as Excel writes it
     assert values(open_dataset(path))[0] == {"id": "1", "text": "tea"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ('id;"city, country"\n1;"Lisbon, Portugal"\n2;Rome\n', [("1", "Lisbon, Portugal"), ("2", "Rome")]),
+        ('"id";"price, net"\n1;2,50\n2;3,00', [("1", "2,50"), ("2", "3,00")]),
+        ('name,"notes; remarks"\nAda,"x; y"\n', [("Ada", "x; y")]),
+        ("topic,tone (dry|warm)\ntea,dry\n", [("tea", "dry")]),
+        ("id\tcity, country\n1\tRome\n", [("1", "Rome")]),
+        ('id;"a, b"\n1;"2,\n' + "x\n" * 30 + '"\n', [("1", "2,\n" + "x\n" * 30)]),
+        ('id;x\n1;"x"y\n2;"x, y"', [("2", "x, y")]),
+        ('"topic, or title"\ntea\nrye', [("tea",), ("rye",)]),
+        ("a,b", []),
+        ("a,b\n", []),
+    ],
+)
+def test_the_delimiter_is_what_the_first_lines_fit(
+    tmp_path: Path, content: str, rows: list[tuple[str, ...]], encoding: str
+):
+    (tmp_path / "x.csv").write_text(content, encoding=encoding)
+    found = [row for row in open_dataset(tmp_path / "x.csv").rows() if row.fault is None]
+    assert [tuple(row.values.values()) for row in found] == rows
+
+
+def test_the_ending_of_a_file_with_tabs_tells_its_delimiter(tmp_path: Path):
+    (tmp_path / "x.tsv").write_text("name\tcity, country\nAda\tParis, France\n")
+    assert values(open_dataset(tmp_path / "x.tsv")) == [{"name": "Ada", "city, country": "Paris, France"}]
+
+
+def test_lines_are_counted_after_a_header_of_two(tmp_path: Path):
+    (tmp_path / "x.csv").write_text('"a\nb",c\n1,2\n3\n')
+    assert [row.line for row in open_dataset(tmp_path / "x.csv").rows()] == [3, 4]
 
 
 # Lines that hold no row
