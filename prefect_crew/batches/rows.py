@@ -189,7 +189,10 @@ class RowPlan:
         if row.fault is not None:
             raise ConfigurationError(row.fault)
         session = self._session_of(row.values)
-        inputs = self._crew.take(Inputs.of(self._inputs_of(row.values)), session=session)
+        values: Any = self._inputs_of(row.values)
+        if values is None:  # for a single run it means no inputs; here a `return` is missing
+            raise ConfigurationError("the function of the inputs returned None, not a mapping")
+        inputs = self._crew.take(Inputs.of(values), session=session)
         self._check_shown(inputs, "session", session or "")
         encoded = inputs.encoded
         if missing := missing_inputs(self._expected, encoded):

@@ -115,6 +115,7 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "empty template": ({"a": None}, {"inputs": {"topic": " {{ a }} "}}, "has no value for topic"),
     "attribute": ({"a": 1}, {"inputs": {"topic": "{{ a.b.c }}"}}, "cannot be filled"),
     "function": ({"a": None}, {"inputs": lambda row: {"topic": row["a"].strip()}}, "AttributeError"),
+    "nothing": ({"a": 0}, {"inputs": lambda row: None, "expected": []}, "the function of the inputs returned None"),
     "raising": ({"a": 0}, {"inputs": {"topic": lambda row: 1 / row["a"]}}, "ZeroDivisionError"),
     "no key column": ({"topic": "x"}, {"key": "id"}, "there is no column 'id', which is the key"),
     "empty key": ({"topic": "x", "id": " "}, {"key": "id"}, "its key is empty"),
