@@ -28,17 +28,19 @@ _TASK_FIELDS = ("name", "agent", "output", "data", "execution_time", "descriptio
 
 
 def _readable(value: Any) -> Any:
-    """Return structured values as JSON for the text, not in Python's form."""
+    """Return structured values as JSON for the text, not in Python's form. Raise TemplateRuntimeError for None."""
+    if value is None:
+        raise TemplateRuntimeError("a value in it is null; for a text in its place write {{ value or 'text' }}")
     if callable(value) and not isinstance(value, StrictUndefined):
         raise TemplateRuntimeError("this is a method, not a value; write a key with that name as data['items']")
-    if isinstance(value, Mapping | list | tuple) or value is None or isinstance(value, bool):
+    if isinstance(value, Mapping | list | tuple | bool):
         return to_json(value).decode()
     return value
 
 
 def _needed(value: Any) -> Any:
-    """Return a value for the text as `_readable` does. Raise TemplateRuntimeError for None and an empty text."""
-    if value in (None, ""):
+    """Return a value for the text as `_readable` does. Raise TemplateRuntimeError for an empty text."""
+    if value == "":
         raise TemplateRuntimeError("a value in it is empty")
     return _readable(value)
 
@@ -164,7 +166,7 @@ def _problem(node: nodes.Node) -> str | None:
 
 
 def compiled(template: str, *, is_complete: bool = False) -> Callable[[Mapping[str, Any]], str]:
-    """Return a function that fills a template with values. With `is_complete`, it refuses None and empty texts.
+    """Return a function that fills a template with values. With `is_complete`, it refuses empty texts.
 
     Raises:
         ConfigurationError: The text is not a template. The returned function raises it if a name or an attribute is

@@ -73,6 +73,7 @@ class Called:
 @pytest.mark.parametrize("template", CASES["forbidden or missing"])
 def test_a_forbidden_or_missing_name_is_an_error(template: str):
     values = {"topic": "tea", "research": RESULT, "trip": Trip(city="Porto"), "path": Path(__file__), "call": called}
+    values["nothing"] = None
     with pytest.raises(ConfigurationError, match="cannot be filled"):
         compiled(template)({**values, "called": Called(), "module": __name__})
     assert CALLED == []

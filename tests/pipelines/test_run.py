@@ -175,6 +175,17 @@ def test_a_plan_starts_nothing_and_shows_all(crew_server: CrewServerFactory):
     assert server.kickoffs == 0
 
 
+async def test_a_step_without_a_result_that_its_template_needs_fails(crew_server: CrewServerFactory):
+    server = crew_server(FAILS_ON)
+    texts = {"a": "tea", "b": "on {{ a.data }}", "c": "on {{ a.data or a.output }}"}
+    steps = [pc.CrewStep(name, server.crew(), {"text": text}) for name, text in texts.items()]
+    with pytest.raises(pc.PipelineFailedError) as raised:
+        await pc.arun_pipeline(steps, idempotency_key=key())
+    assert raised.value.failed == ["b"]
+    assert "The template 'on {{ a.data }}' cannot be filled: a value in it is null" in str(raised.value)
+    assert [run.inputs["text"] for run in server.runs] == ["tea", "on tea"]
+
+
 async def test_a_failed_step_skips_those_that_need_it(crew_server: CrewServerFactory, seen: Seen):
     server, idempotency_key = crew_server(FAILS_ON), key()
     crew = server.crew()
@@ -319,7 +330,7 @@ async def test_a_session_that_makes_no_sense_starts_no_step(crew_server: CrewSer
         ("{{ nobody }}", {}, "step 'a', session: 'nobody' is no step, and no input that has a value"),
         ("a{b", {}, "step 'a': session has to be a name of 1 to"),
         ("of {{ who }}", {"who": ""}, "'of {{ who }}' cannot be filled: a value in it is empty"),
-        ("of {{ who }}", {"who": None}, "'of {{ who }}' cannot be filled: a value in it is empty"),
+        ("of {{ who }}", {"who": None}, "'of {{ who }}' cannot be filled: a value in it is null"),
         ("customer-{{ inputs.who }}", {"who": secret}, "step 'a': its session may tell a secret input"),
     ):
         steps = [pc.CrewStep("a", journal.crew(), {"note": "tea"}, session=session)]
