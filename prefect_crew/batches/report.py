@@ -313,8 +313,9 @@ class BatchArtifact:
                 )
                 for failure in failures
             ]
-            again = commands(f"prefect-crew batch failures {name}", f"prefect-crew batch resume {name}")
-            parts += ["### Failed", f"The first {len(rows):,} of {report.failed:,}. To list or to retry all:", again]
+            again = "The same call starts failed ones again, up to max_attempts of the crew. To list all:"
+            parts += ["### Failed", f"The first {len(rows):,} of {report.failed:,}. {again}"]
+            parts.append(commands(f"prefect-crew batch failures {name}"))
             parts.append(table(("Row", "Run", "State", "Error"), rows))
         if report.bad_count:
             lines = [(f"{row.line:,}", cell(row.reason)) for row in report.bad[:FAILURES]]

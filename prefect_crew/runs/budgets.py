@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -56,10 +55,10 @@ def _allowance(crew: Crew, budget: Budget, batch: str) -> Allowance:
     )
 
 
-def budget_error(crew: Crew, decision: Decision, *, row_of: str | None) -> BudgetExceededError:
-    """Emit the event about a budget without room, and return the error. `row_of`: the batch whose row had no room."""
+def budget_error(crew: Crew, decision: Decision) -> BudgetExceededError:
+    """Emit the event about a budget without room, and return the error."""
     refusing = next(overrun for overrun in decision.overruns if not overrun.allowance.is_warning)
-    error = _error(refusing, decision.now, row_of)
+    error = _error(refusing, decision.now)
     _emit(error, crew)
     return error
 
@@ -74,7 +73,7 @@ def warn_of_budgets(crew: Crew, decision: Decision) -> None:
             _emit(error, crew)
 
 
-def _error(overrun: Overrun, now: float, row_of: str | None = None) -> BudgetExceededError:
+def _error(overrun: Overrun, now: float) -> BudgetExceededError:
     allowance, at, resets_at = overrun.allowance, moment(now), None
     if allowance.per == "day":
         resets_at = datetime(at.year, at.month, at.day, tzinfo=UTC) + timedelta(days=1)
@@ -86,10 +85,7 @@ def _error(overrun: Overrun, now: float, row_of: str | None = None) -> BudgetExc
         then = "The run starts anyway, since on_limit is 'warn'."
     elif resets_at is not None:
         when = f". The budget begins again at {resets_at:%Y-%m-%d %H:%M} UTC"
-        again = "Run again then with the same key"
-        if row_of is not None:
-            again = f"To go on then, run: prefect-crew batch resume {shlex.quote(row_of)}"
-        then = f"Nothing was started. {again}, or raise max_{measure}."
+        then = f"Nothing was started. Make the same call again then, or raise max_{measure}."
     return BudgetExceededError(
         f"Budget {allowance.name!r} has no room for another run, which takes about {overrun.estimate:,.4g}: "
         f"{overrun.used:,.6g} of {overrun.limit:,.6g} {measure} are used, with the estimates of runs in flight{when}. "

@@ -182,8 +182,7 @@ class _Start:
         """Wait until another call, or a run of the crew, may have moved on. Raise if this call can start nothing."""
         step, attempt, crew = decision.step, decision.attempt, self.request.crew
         if step is Step.OVER_BUDGET:
-            row = self.request.row
-            raise budget_error(crew, decision, row_of=None if row is None else row.batch)
+            raise budget_error(crew, decision)
         if step is Step.NOT_HELD and self.request.row is not None:
             raise BatchBusyError(name=self.request.row.batch)
         reason = f"{crew.concurrency_limit} runs of the crew, its concurrency limit, are in flight"

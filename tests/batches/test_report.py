@@ -31,9 +31,11 @@ async def test_page_of_a_stopped_batch(batch: Batches, crew_server: CrewServerFa
             f"| Crew | [{host}](https://crews.example/travel) |",
         ),
         *("then resolve each: `milk`", "no \\| \\*bad \\`row\\`"),
-        f"```bash\nprefect-crew batch failures {quoted}\nprefect-crew batch resume {quoted}\n```",
+        "The first 1 of 1. The same call starts failed ones again, up to max_attempts of the crew. To list all:",
+        f"```bash\nprefect-crew batch failures {quoted}\n```",
     ):
         assert part in page
+    assert "batch resume" not in page, "it refuses, since the crew is not stored"
     assert re.search(r"\| Flow run \| \[\w{8}\]\(\.\./\.\./runs/flow-run/[\w-]{36}\) \|", page)
 
 
