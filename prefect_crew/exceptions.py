@@ -155,7 +155,7 @@ class NotStartedError(CrewError):
 
 class NotWaitingError(CrewError):
     """The run does not wait for a person, or not for this answer: the question has one, or is no longer open. Nothing
-    was sent."""
+    was sent, or the platform refused it."""
 
 
 class AnswerUncertainError(CrewError):

@@ -63,10 +63,13 @@ def signed(secret: SecretStr, timestamp: str, signature: str, body: bytes, *, no
 def parse_question(body: bytes) -> FlowQuestion | None:
     """Return the question in a webhook, None if the webhook contains no new question.
 
+    The webhook is flat, as AMP sends it, or has most of it under `request`, as documented.
+
     Raises:
         ResponseFormatError: The webhook names no run, or has no valid callback URL.
     """
     source = as_object(decode(body.decode("utf-8", "replace")))
+    source |= as_object(source.get("request"))
     if source and pick(as_text, source, "event_type", "event", "type") not in ("new_request", "escalation"):
         return None
     kickoff_id = pick(as_id, source, *RUN_KEYS, "flow_execution_id", "flow_id")

@@ -2,8 +2,8 @@
 
 - documented: To the letter of the published contract. For states that it leaves open (a run that waits for a person,
   or was stopped), the server uses the words of CrewAI's pages.
-- live: As crews on AMP answered when CrewAI's engineers tested them. A run that waits for a person is not shown: only
-  its webhook tells of the question, and the answer moves the run to a new id.
+- live: As crews on AMP answered when CrewAI's engineers tested them. A crew that waits for a person is not shown: only
+  its webhook tells of the question, and the answer moves the run to a new id. A Flow that waits is PAUSED.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Refusal = tuple[int, Any]
 WORDS = {
     CrewState.PENDING: ("PENDING", "running"),  # the contract knows no pending
     CrewState.RUNNING: ("RUNNING", "running"),
-    CrewState.WAITING: ("NOT FOUND", "Pending Human Input"),
+    CrewState.WAITING: ("PAUSED", "Pending Human Input"),
     CrewState.COMPLETED: ("SUCCESS", "completed"),
     CrewState.FAILED: ("FAILED", "error"),
     CrewState.STOPPED: ("REVOKED", "stopped"),
@@ -95,7 +95,7 @@ class Live(Documented):
         return {"inputs": [item.name for item in program.inputs()]}
 
     def status(self, run: Run) -> dict[str, Any]:
-        if run.state is CrewState.WAITING:
+        if run.state is CrewState.WAITING and not run.is_flow:
             return self.unknown()[1]
         state, step, message = WORDS[run.state][0], run.last_step, None
         if run.state is CrewState.RUNNING:

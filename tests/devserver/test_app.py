@@ -235,6 +235,12 @@ def test_a_live_crew_gets_text_and_a_live_flow_json(serve: Serve) -> None:
     assert server.runs[0].inputs == {"n": [3]}
 
 
+def test_a_live_flow_that_asks_is_paused(serve: Serve) -> None:
+    _, flow = serve("name: f\nflow: true\ntasks: [{name: t, human: true, output: x}]", response_format="live")
+    status = finished(flow, kickoff(flow))
+    assert (status["state"], status["result"], status["progress"]["current"]) == ("PAUSED", None, "t")
+
+
 def test_live_states_are_kept_under_kickoff_ids(live_flow: httpx.Client) -> None:
     def turn(inputs: dict[str, str], restore_from: str | None = None) -> tuple[str, str]:
         kickoff_id = kickoff(live_flow, {"topic": "tea", **inputs}, restoreFromStateId=restore_from)

@@ -148,6 +148,20 @@ async def test_a_flow_is_answered_with_its_outcome(option: int, chat: Chat, monk
         assert (await answers_of(key))[0].option == options[option]
 
 
+async def test_a_flow_that_was_answered_elsewhere_takes_no_answer(chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
+    crew = script({"name": "publish", "human": True, "output": "D."})
+    async with asking(crew, options=("ship", "hold")) as (server, flow_run, key):
+        url = await chat.link()
+        server.has_other_answer = True
+        page = await send(url, decision="option-0", feedback="Now.")
+        assert page.status == 409
+        assert "does not wait for this answer any more" in page.said
+        assert "Your feedback Now." in page.said
+        assert not flow_run.done()
+        assert await answers_of(key) == []
+
+
 async def test_a_flow_whose_question_comes_late_is_answered(chat: Chat, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PREFECT_INTEGRATIONS_CREW_REVIEW_SECRET", "whsec")
     monkeypatch.setattr(reviewer, "OUTPUT_WITHIN", 0.0)

@@ -82,12 +82,6 @@ def nameless(server: CrewServer) -> CrewServer:
     return server
 
 
-def unseen(server: CrewServer) -> CrewServer:
-    """Let the status of a server not show what is to be judged."""
-    server._format = _Hiding("task_output")
-    return server
-
-
 class Crews(CrewServer):
     """Several crews on one port, each under its name. They share the token, the faults, and what is counted."""
 

@@ -28,6 +28,7 @@ from prefect_crew.crew import Crew, WaitPolicy
 from prefect_crew.exceptions import (
     AnswerUncertainError,
     ConfigurationError,
+    CrewAPIError,
     CrewError,
     CrewLostError,
     NoResultError,
@@ -209,12 +210,15 @@ async def _question_to_answer(run: LiveRun, seen: ReviewRequest | None, task_id:
 
 
 async def send_left(run: LiveRun, asked: Asked) -> tuple[ResumeAnswer, Review] | None:
-    """Send an answer that its giver left behind, as a process that died. Return None if somebody else sends it."""
+    """Send an answer that its giver left behind, as a process that died. Return None if somebody else sends it, or has
+    answered elsewhere."""
 
     def take(sender: str) -> Awaitable[bool]:
         return in_store(questions.send, asked.question.id, sender, _post_within(run))
 
-    return await _send(run, asked, asked.answers[-1], take, None, 0)
+    with contextlib.suppress(NotWaitingError):
+        return await _send(run, asked, asked.answers[-1], take, None, 0)
+    return None
 
 
 def _where(run: LiveRun, asked: Asked) -> str:
@@ -268,6 +272,11 @@ async def _post(run: LiveRun, asked: Asked, review: Review, sender: str, webhook
         await _note(run, in_store(outcome, question.id, sender))
         if is_uncertain and isinstance(error, CrewError):
             raise uncertain_error(run, asked.answers[-1]) from error
+        if FLOW in question.marks and isinstance(error, CrewAPIError) and error.status_code == 409:
+            raise NotWaitingError(
+                f"{_where(run, asked)} was answered elsewhere: by e-mail, on the platform's page, or by its deadline. "
+                f"This answer does not count, and the run goes on by itself. The platform says: {error.body}"
+            ) from error
         raise
     new_id = accepted.kickoff_id
     if FLOW not in question.marks and new_id not in (None, run.current_id) and run.attempt is not None:

@@ -87,6 +87,7 @@ class People:
         self._asked: Asked | None = None
         self._thinking: asyncio.Task[Review] | None = None
         self._thinks_about = ""  # the id of the question that the review function got
+        self._answered_elsewhere = ""  # the id of a question whose server takes no answer any more
         self._notifying: asyncio.Task[None] | None = None
         self._held_until: float | None = None  # a question without an output waits until then; monotonic
         self._has_extra_time = self._has_warned = False
@@ -105,6 +106,8 @@ class People:
             run_logger().debug("The questions of run %s could not be read: %r", self.run.kickoff_id, error)
             return False
         before, was_unsure, question = self.question, self._unsure is not None, None
+        if asked is not None and asked.question.id == self._answered_elsewhere:
+            asked = None
         if asked is not None and asked.state in ("open", "uncertain") and not self._is_held(asked):
             meta = None if self.run.request is None else self.run.request.options.meta
             question = asked.request(self.run.kickoff_id, meta)
@@ -287,6 +290,8 @@ class People:
                 "Crew run %s: the answer of %s was not sent: %s", run.kickoff_id, review.by, run.redact(str(error))
             )
             self.question = self._asked = None
+            if isinstance(error.__cause__, CrewAPIError):
+                self._answered_elsewhere = question.id
             if not isinstance(error, CrewLostError):  # the server may know the run again at the next status call
                 await self._drop_answer()
             return False

@@ -1,5 +1,6 @@
 """Review by callback: a Flow asks by a signed webhook, and takes its answer once at the callback URL. All over HTTP."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -32,8 +33,7 @@ from support.flow_runs import acall_in_flow
 from support.links import answers_of
 from support.review_callbacks import ReviewingServer, ReviewWebhook
 from support.scripts import script
-from support.servers import unseen
-from support.waiting import until
+from support.waiting import soon, until
 from support.webhooks import SECRET, served
 
 REVIEW_SECRET = "whsec-of-the-tests"
@@ -55,20 +55,22 @@ async def run_with(server: CrewServer, review: Any, key: str | None = None) -> s
     return (await acall_in_flow(lambda: arun_crew(server.crew(), {}, **options)))[1].output
 
 
-async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: str) -> None:
+@pytest.mark.parametrize("shape", ["documented", "live"])
+async def test_an_outcome_goes_to_the_callback_once(hook: ReviewWebhook, key: str, shape: Any) -> None:
     asked: list[ReviewRequest] = []
 
     def judge(request: ReviewRequest) -> Review:
         asked.append(request)
         return Review(approve=request.round > 1, feedback="Shorter.", option=OPTIONS[request.round == 1])
 
-    with unseen(ReviewingServer(SCRIPT, review_webhook=hook)) as server:
+    with ReviewingServer(SCRIPT, review_webhook=hook, response_format=shape) as server:
         assert await run_with(server, judge, key) == "Draft. needs_revision: Shorter."
         assert server.requests["resume"] == 2
-    assert [(one.round, one.options, one.output) for one in asked] == [
-        (1, OPTIONS, "Draft. "),
-        (2, OPTIONS, "Draft. needs_revision: Shorter."),
+    assert [(one.round, one.options, one.message) for one in asked] == [
+        (number, OPTIONS, "Please review publish.") for number in (1, 2)
     ]
+    if shape == "live":  # the other shape knows no output
+        assert [one.output for one in asked] == ["Draft. ", "Draft. needs_revision: Shorter."]
     given = await answers_of(key)
     assert [(one.outcome, one.option) for one in given] == [("sent", OPTIONS[1]), ("sent", OPTIONS[0])]
     (attempt,) = await in_store(attempts.of_key, key)
@@ -142,6 +144,32 @@ async def test_a_question_answered_elsewhere_is_forgotten(hook: ReviewWebhook, k
         assert await answers_of(key) == []
 
 
+async def test_a_wait_goes_on_after_an_answer_that_came_too_late(hook: ReviewWebhook, key: str, caplog: Any) -> None:
+    """The platform has taken another answer, and the Flow goes on some time later."""
+    asked: list[ReviewRequest] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request)
+        return Review(approve=True)
+
+    with ReviewingServer(SCRIPT, review_webhook=hook) as server:
+        server.has_other_answer = True
+        waiting = asyncio.create_task(run_with(server, judge, key))
+        await until(lambda: "was answered elsewhere" in caplog.text, "the answer is refused")
+        assert "via dashboard at 2026-10-06" in caplog.text
+        polls = server.requests["status"]
+        await until(lambda: server.requests["status"] > polls + 3, "the wait goes on")
+        with pytest.raises(NotWaitingError, match=r"answered elsewhere.*by e-mail"):
+            await answer(server.crew(), server.runs[0].id)
+        assert await answers_of(key) == []
+        server.has_other_answer = False
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await client.post(await callback_of(server.runs[0].id), json={"feedback": "approve"})
+        assert await soon(waiting) == "Draft. "
+        assert server.requests["resume"] == 3
+    assert len(asked) == 1, "nobody is asked what takes no answer"
+
+
 async def test_the_url_for_an_answer_goes_with_the_run_that_ended_while_nobody_waited(
     hook: ReviewWebhook, key: str
 ) -> None:
@@ -180,7 +208,7 @@ async def answer_on_the_platform(kickoff_id: str, task: str) -> None:
 
 async def test_the_latest_request_is_what_is_asked(hook: ReviewWebhook, key: str) -> None:
     """Nothing tells of an answer that was given on the platform. It goes with its run."""
-    with unseen(ReviewingServer(TWO, review_webhook=hook)) as server:
+    with ReviewingServer(TWO, review_webhook=hook) as server:
         for number in range(2):
             kickoff_id = await _kicked_off(server.crew(), this_key := f"{key} {number}")
             await answer_on_the_platform(kickoff_id, "outline")
@@ -199,7 +227,7 @@ async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -
             await answer_on_the_platform(request.kickoff_id, "outline")
         return Review(approve=True)
 
-    with unseen(ReviewingServer(TWO, review_webhook=hook)) as server:
+    with ReviewingServer(TWO, review_webhook=hook) as server:
         assert await run_with(server, judge) == "Text."
     assert asked == ["outline", "publish"]
 
