@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -42,6 +43,7 @@ class FlowQuestion:
     task_id: str = ""
     message: str | None = field(default=None, repr=False)
     output: str | None = field(default=None, repr=False)
+    state: Mapping[str, Any] = field(default_factory=dict[str, Any], repr=False)
     options: tuple[str, ...] = ()
 
 
@@ -87,6 +89,7 @@ def parse_question(body: bytes) -> FlowQuestion | None:
         callback_url=SecretStr(url),
         message=pick(as_text, source, "message"),
         output=pick(as_text, source, "output"),
+        state=as_object(source.get("state")),
         options=tuple(dict.fromkeys(filter(None, options)))[:MOST_OPTIONS],
     )
 

@@ -202,10 +202,10 @@ class Review(BaseModel):
 class ReviewRequest(BaseModel):
     """A question that a crew asks a person.
 
-    `output` is the text to judge, None if unknown; then `withheld` may say why. `round` counts the questions about the
-    task, from 1. `answers` are the earlier answers to the run's questions. `meta` is the `meta` of the kickoff. A Flow
-    also sends `options`, the outcomes that it can continue with, and `message`, its own words. `id` is random, and part
-    of the link that answers: whoever has it may answer.
+    `output` is the text to judge, of a Flow with its state; None if unknown: `withheld` may say why. `round` counts the
+    questions about the task, from 1. `answers` are the earlier answers to the run's questions. `meta` is the `meta` of
+    the kickoff. A Flow also sends `options`, the outcomes that it can continue with, and `message`, its own words. `id`
+    is random, and part of the link that answers: whoever has it may answer.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)

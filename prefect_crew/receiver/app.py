@@ -37,7 +37,7 @@ from prefect_crew.receiver.events import WebhookEvent, read_events
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.resolve import write_evidence
 from prefect_crew.runs.reviews.callbacks import keep_callback
-from prefect_crew.runs.reviews.questions import MOST_TEXT, digest
+from prefect_crew.runs.reviews.questions import MOST_TEXT, digest, text_to_judge
 from prefect_crew.settings import CrewSettings
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
@@ -183,7 +183,7 @@ async def _take_question(question: FlowQuestion) -> bool:
     attempt = next((attempt for attempt in found if attempt.state is AttemptState.STARTED), None)
     if attempt is not None:
         await keep_callback(question.id, question.callback_url)
-        facts = await _facts(attempt, True, question.task_id, text=question.output, message=question.message)
+        facts = await _facts(attempt, True, question.task_id, text=text_to_judge(question), message=question.message)
         options = [*question.options] or None
         await in_store(questions.ask, attempt, 1, marks={FLOW: question.id}, options=options, **facts)
     return bool(found)

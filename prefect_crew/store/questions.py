@@ -74,10 +74,12 @@ def is_same(marks: Marks, other: Marks) -> bool:
 
 
 def new_facts(question: Question, before: Question | None, marks: Marks, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is not known of a question yet. Marks of the question `before` are of a status that is late."""
+    """Return what is not known of a question yet; a Flow's webhook knows it better than a status. Marks of the question
+    `before` are of a status that is late."""
     if before is not None and marks and marks.items() <= before.marks.items():
         return {}
-    new = {name: fact for name, fact in facts.items() if fact is not None and getattr(question, name) is None}
+    is_new = {name: FLOW in marks or getattr(question, name) is None for name in facts}
+    new = {name: fact for name, fact in facts.items() if fact is not None and is_new[name]}
     return new if marks.items() <= question.marks.items() else {**new, "marks": {**question.marks, **marks}}
 
 

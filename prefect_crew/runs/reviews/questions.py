@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefect_crew._internal.clock import moment
-from prefect_crew.client._parsing import waiting_output
+from prefect_crew.client._callbacks import FlowQuestion
+from prefect_crew.client._parsing import as_list, text_of, waiting_output
 from prefect_crew.client.models import CrewStatus, Review, ReviewRequest
 from prefect_crew.store.decision import Attempt
 from prefect_crew.store.questions import Marks, Question
@@ -36,6 +37,21 @@ def shown_output(status: CrewStatus) -> str | None:
     task_id = waiting_task(status)
     of_task = next((task.output for task in reversed(status.tasks) if task.name == task_id and task.output), None)
     return of_task or waiting_output(status.raw)
+
+
+def text_to_judge(question: FlowQuestion) -> str | None:
+    """Return the text that a Flow asks about: its output, then its state, since the output may be a placeholder.
+
+    Each value of the state has its name above it. A list has a line for each item.
+    """
+    parts = [question.output]
+    for name, value in question.state.items():
+        text = "\n".join(f"- {item}" for item in map(text_of, as_list(value)) if item) or text_of(value)
+        if text and name != "id" and value not in ([], {}, question.output):  # the id is the kickoff id
+            parts.append(f"**{name}**\n\n{text}")
+    if sum(map(len, filter(None, parts))) > MOST_TEXT:
+        parts[1:] = ["The state of the Flow is too long to be shown here. Look at the crew's page."]
+    return "\n\n".join(filter(None, parts)) or None
 
 
 def digest(*facts: object) -> str:

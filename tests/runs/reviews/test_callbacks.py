@@ -8,13 +8,15 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
+from uuid import UUID
 
 import httpx
 import pytest
 from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
 from pydantic import ValidationError
 
-from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, kickoff_crew
+from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, cli, kickoff_crew
 from prefect_crew.blocks import crew_of
 from prefect_crew.client._callbacks import FlowQuestion, parse_question
 from prefect_crew.devserver import CrewServer
@@ -30,7 +32,7 @@ from prefect_crew.runs.run import LiveRun
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.questions import FLOW, Question
 from support.flow_runs import acall_in_flow
-from support.links import answers_of
+from support.links import answers_of, read
 from support.review_callbacks import ReviewingServer, ReviewWebhook
 from support.scripts import script
 from support.waiting import soon, until
@@ -230,6 +232,98 @@ async def test_a_late_function_is_asked_the_next_question(hook: ReviewWebhook) -
     with ReviewingServer(TWO, review_webhook=hook) as server:
         assert await run_with(server, judge) == "Text."
     assert asked == ["outline", "publish"]
+
+
+# What a person has to judge can be only in the state of the Flow.
+
+ASKS = {"name": "review_contacts", "human": True, "output": "Awaiting Input"}
+PLACEHOLDER = script(ASKS, inputs=["contacts", "draft", "count", "error"])
+STATE = {"contacts": [{"name": "Apollo"}, "Ada"], "draft": "# On *tea*\n\nSteep it.", "count": 0, "error": ""}
+TOO_LONG = "The state of the Flow is too long to be shown here. Look at the crew's page."
+SHOWN = """\
+Awaiting Input
+
+**contacts**
+
+- {"name":"Apollo"}
+- Ada
+
+**draft**
+
+# On *tea*
+
+Steep it.
+
+**count**
+
+0"""
+
+
+@pytest.mark.parametrize(
+    ("shape", "state", "output"),
+    [
+        ("live", STATE, SHOWN),
+        ("documented", STATE, SHOWN.removeprefix("Awaiting Input\n\n")),
+        ("live", {"draft": "Awaiting Input"}, "Awaiting Input"),
+        ("live", {"draft": "x" * 300_000}, f"Awaiting Input\n\n{TOO_LONG}"),
+    ],
+    ids=["flat", "nested", "the-same", "too-long"],
+)
+async def test_a_function_judges_the_state_of_the_flow(
+    hook: ReviewWebhook, key: str, shape: Any, state: dict[str, Any], output: str
+) -> None:
+    asked: list[ReviewRequest] = []
+
+    def judge(request: ReviewRequest) -> Review:
+        asked.append(request)
+        return Review(approve=True)
+
+    with ReviewingServer(PLACEHOLDER, review_webhook=hook, response_format=shape) as server:
+        inputs = {"contacts": [], "draft": "", "count": None, "error": ""} | state
+        await acall_in_flow(lambda: arun_crew(server.crew(), inputs, idempotency_key=key, review=judge))
+    assert [request.output for request in asked] == [output]
+
+
+async def test_the_state_counts_also_where_a_status_showed_the_output_before(hook: ReviewWebhook, key: str) -> None:
+    options: dict[str, Any] = {"response_format": "documented", "faults": ["webhook:delay=5"]}
+    with ReviewingServer(PLACEHOLDER, review_webhook=hook, **options) as server:
+        crew = server.crew()
+        _, kickoff_id = await acall_in_flow(lambda: kickoff_crew(crew, STATE, idempotency_key=key))
+        (attempt,) = await in_store(attempts.of_key, key)
+        await until(lambda: read_question(attempt, crew_of(crew)), "the status shows the question")
+        question = await until(lambda: kept(kickoff_id), "the webhook comes")
+        assert "Apollo" in question.text
+
+
+@pytest.mark.parametrize("show", ["full", "summary"])
+async def test_form_command_and_page_show_the_state_of_the_flow(
+    hook: ReviewWebhook, key: str, show: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ReviewingServer(PLACEHOLDER, review_webhook=hook) as server:
+        name = f"placeholder-{key[-12:]}"
+        await server.crew(show=show).asave(name)
+        options: dict[str, Any] = {"idempotency_key": key, "review": "form"}
+        waiting = asyncio.create_task(acall_in_flow(lambda: arun_crew(name, STATE, **options)))
+
+        async def form() -> Any:
+            found = await in_store(attempts.of_key, key)
+            async with get_client() as client:
+                return found and await client.filter_flow_run_input(
+                    UUID(found[0].flow_run_id), "crew-review-", limit=9, exclude_keys=set()
+                )
+
+        (attempt,) = (await until(form, "the form")) and await in_store(attempts.of_key, key)
+        question = await kept(str(attempt.kickoff_id))
+        assert question is not None
+        texts = [each.value for each in await form() if each.key.endswith("description")]
+        assert await asyncio.to_thread(cli.main, ("reviews", "inspect", key)) == 0
+        texts.append(capsys.readouterr().out)
+        texts.append((await read(hook.url.replace("/requests", f"/answer/{question.id}"))).said)
+        assert [("Apollo" in text, "Steep it." in text) for text in texts] == [(show == "full",) * 2] * 3
+        assert (question.text == SHOWN) is (show == "full")
+        async with httpx.AsyncClient(trust_env=False) as client:
+            await client.post(await callback_of(str(attempt.kickoff_id)), json={"feedback": "approve"})
+        await soon(waiting)
 
 
 # What the receiver believes.
