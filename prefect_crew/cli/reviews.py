@@ -120,6 +120,8 @@ def _put(attempt: Attempt, question: ReviewRequest) -> None:
     for answer in question.answers:
         _output.put(f"  {_sentence(answer)}")
     _output.put()
+    if question.message:
+        _output.put_markdown(f"{question.message}\n")
     if question.output is None:
         _output.put(f"  The output to judge is not shown: {question.withheld or ''}")
     else:
@@ -144,7 +146,7 @@ def _as_json(attempt: Attempt, question: ReviewRequest) -> dict[str, Any]:
         "idempotency_key": attempt.key,
         "kickoff_id": attempt.first_id,
         "flow_run_id": attempt.flow_run_id,
-        **question.model_dump(mode="json", include={"round", "output", "withheld", "options", "answers"}),
+        **question.model_dump(mode="json", include={"round", "message", "output", "withheld", "options", "answers"}),
         "task_id": question.task_id or None,
         "since": attempt.human_since and moment(attempt.human_since).isoformat(),
         "page": page_url(attempt.flow_run_id),

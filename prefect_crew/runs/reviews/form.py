@@ -281,4 +281,5 @@ def _text(run: LiveRun, question: ReviewRequest) -> str:
         text = f"{reading(masked.output[:SHOWN])}{cut}"
     task = prose(masked.task_id)
     head = f"**{prose(run.crew.label)}** asks about task **{task}**, question {question.round}."
-    return f"{head}\n\n---\n\n{text}"
+    message = reading((masked.message or "")[:SHOWN])
+    return "\n\n".join(filter(None, (head, message, "---", text)))

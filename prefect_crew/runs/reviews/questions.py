@@ -164,7 +164,8 @@ def review_of(question: Question, questions: Sequence[Question], now: float) -> 
 
 def masked_request(run: LiveRun, request: ReviewRequest) -> ReviewRequest:
     """Return a question as people may see it."""
-    changes: dict[str, Any] = {"message": None, "meta": None, "task_id": run.redact_name(request.task_id)}
+    message = run.redact(request.message) if request.message and run.show == "full" else None
+    changes: dict[str, Any] = {"message": message, "meta": None, "task_id": run.redact_name(request.task_id)}
     if request.output is None:
         changes["withheld"] = f"neither the status nor a webhook shows it. {where_to_look(run)}"
     elif run.show != "full":
