@@ -41,6 +41,11 @@ _LAST_ID = _IDS.order_by(kickoff_ids.c.number.desc()).limit(1).scalar_subquery()
 _ATTEMPT = sa.select(*attempts.columns, _FIRST_ID, _LAST_ID)
 _BY_ID = _ATTEMPT.where(A.id == sa.bindparam("id"))
 _BY_KEY = _ATTEMPT.where(A.key == sa.bindparam("key")).order_by(A.number)
+_LOCKED = _BY_ID.with_for_update(of=attempts)
+# The state as a literal, as in the index. One that another transaction is about to change need not be waited for.
+_GIVEN_UP = _ATTEMPT.where(
+    A.state == sa.literal_column("'backing_off'"), A.deadline <= sa.bindparam("now")
+).with_for_update(of=attempts, skip_locked=True)
 
 
 def _read(transaction: Transaction, query: sa.Executable, **binds: Any) -> list[Attempt]:
@@ -90,7 +95,8 @@ def begin(transaction: Transaction, request: Request) -> Decision:
     """Decide again, under a lock, and write the attempt if the call starts a run: it is then `posting`, and the caller
     sends the kickoff within `SEND_WITHIN` from before this call, or says `not_started`.
 
-    A call that lost the answer of an earlier `begin` gets the attempt of that one.
+    A call that lost the answer of an earlier `begin` gets the attempt of that one. It first ends all attempts that were
+    left in a pause, of any key: else they would hold the room of a limit, a budget or a session.
     """
     names = [_key_lock(request.key), *(f"scope:{allowance.scope}" for allowance in request.allowances)]
     if request.limit is not None:
@@ -98,16 +104,16 @@ def begin(transaction: Transaction, request: Request) -> Decision:
     if request.session is not None:
         names.append(f"session:{request.crew_url} {request.session}")
     now = transaction.lock(*names)
+    for attempt in _read(transaction, _GIVEN_UP, now=now):
+        _end_unsent(transaction, attempt, now)
     before = _read(transaction, _BY_KEY, key=request.key)
     decision = decide(before, request, now)
-    for attempt in before:
-        is_mine = is_own(attempt, request)
-        if is_mine and not attempt.is_free(now) and decision.step in STARTS:
+    for attempt in [one for one in before if is_own(one, request)]:
+        if not attempt.is_free(now) and decision.step in STARTS:
             window: dict[str, Any] = dict.fromkeys(("deadline", "counts_until"), _deadline(now, request))
             _change(transaction, {"id": attempt.id}, state=S.POSTING, **window)
             return replace(decision, attempt=replace(attempt, state=S.POSTING, **window))
-        if is_mine or (attempt.state is S.BACKING_OFF and attempt.is_free(now)):
-            _end_unsent(transaction, attempt, now)
+        _end_unsent(transaction, attempt, now)
     if decision.step not in STARTS:
         return decision
     refusal, turn, restored = _refuse_limit(transaction, request, now), None, None
@@ -155,18 +161,14 @@ def _take_turn(
     """Return the refusal, or the number of the next turn of a session and the kickoff id that it goes on from."""
     in_session = (A.crew_url == request.crew_url, A.session == request.session)
     last_number = transaction.connection.scalar(sa.select(sa.func.max(A.turn)).where(*in_session)) or 0
-    restored = None
     latest = _ATTEMPT.where(*in_session, A.state != S.NOT_STARTED).order_by(A.turn.desc()).limit(1)
-    while last := next(iter(_read(transaction, latest)), None):
-        if last.state is S.BACKING_OFF and last.is_free(now):
-            _end_unsent(transaction, last, now)
-            continue
-        if last.ended_at is None:
-            return Decision(step=Step.TURN, now=now, attempt=last), None, None
-        # A failed turn is not built on.
-        restored = last.first_id if last.state is S.COMPLETED else last.restored
-        break
-    return None, last_number + 1, restored
+    last = next(iter(_read(transaction, latest)), None)
+    if last is None:
+        return None, last_number + 1, None
+    if last.ended_at is None:
+        return Decision(step=Step.TURN, now=now, attempt=last), None, None
+    # A failed turn is not built on.
+    return None, last_number + 1, last.first_id if last.state is S.COMPLETED else last.restored
 
 
 def _insert(
@@ -272,7 +274,7 @@ def started(transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout
 def _start(
     transaction: Transaction, attempt: Attempt, kickoff_id: str, timeout: float, now: float, by: str | None = None
 ) -> Started:
-    current = _get(transaction, attempt.id)
+    current = next(iter(_read(transaction, _LOCKED, id=attempt.id)), None)  # a `begin` of any key may end it
     if current is None or current.kickoff_id is not None:
         return Started(attempt=current)
     guards = {"id": current.id, "state": current.state}

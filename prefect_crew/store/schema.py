@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from prefect_crew.store.decision import AttemptState
 
-VERSION = 1
+VERSION = 2
 """Of these tables. A store of another version is refused."""
 
 
@@ -151,6 +151,7 @@ attempts = _table(
     sa.UniqueConstraint("key", "number"),
     sa.UniqueConstraint("crew_url", "session", "turn"),  # NULLs do not collide
     _index("attempts_in_flight", "crew_url", "counts_until", where="ended_at IS NULL"),
+    _index("attempts_backing_off", "deadline", where="state = 'backing_off'"),
     _index("attempts_begun", "begun_at"),
     _index("attempts_costs", "ended_at", "crew", "crew_url", "batch", "state", "tokens", "cost", "flow_run_id"),
     _index("attempts_flow_run", "flow_run_id", where="flow_run_id IS NOT NULL"),

@@ -389,6 +389,28 @@ async def test_a_budget_that_only_warns_starts_the_run_and_tells(store: Store):
     assert await store.run(used, "ours") == Use(runs=2)
 
 
+@pytest.mark.parametrize(
+    ("refusal", "facts"),
+    [
+        ("full", {"limit": 1}),
+        ("turn", {"session": "s"}),
+        ("over budget", {"allowances": budget(max_cost=0.1, estimate_cost=0.1)}),
+    ],
+    ids=["limit", "session", "budget"],
+)
+async def test_a_caller_that_dies_in_a_pause_takes_no_room_from_others(
+    store: Store, clock: Clock, refusal: str, facts: Any
+):
+    attempt = await begun(store, request("dead", **facts))
+    await store.run(back_off, attempt, 100.0)
+    clock.now += 125 - 0.001
+    assert await step_of(store, request("other", **facts)) == refusal
+    clock.now += 0.001
+    assert await step_of(store, request("other", **facts)) == "start"
+    assert [one.state for one in await store.run(of_key, "dead")] == [AttemptState.NOT_STARTED]
+    assert await store.run(used, "ours") == (Use(runs=1, cost=0.1) if refusal == "over budget" else Use())
+
+
 async def test_turns_of_a_session_come_one_after_the_other_from_the_last_completed_one(store: Store, clock: Clock):
     def turn(key: str) -> Any:
         return request(key, session="customer 42")

@@ -267,7 +267,7 @@ async def test_tables_of_another_version_are_refused(database_url: str):
     later = Store(database_url)
     try:
         for _ in range(2):
-            with pytest.raises(StoreError, match=r"has version 2 of its tables, and this prefect-crew knows version 1"):
+            with pytest.raises(StoreError, match=r"has version 3 of its tables, and this prefect-crew knows version 2"):
                 await later.run(begin, request())
     finally:
         later.close()

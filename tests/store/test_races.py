@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from prefect_crew.store.attempts import back_off, begin, ended, go_on, list_attempts, look, not_started, of_key
+from prefect_crew.store.attempts import (
+    back_off,
+    begin,
+    ended,
+    get,
+    go_on,
+    list_attempts,
+    look,
+    not_started,
+    of_key,
+    started,
+)
 from prefect_crew.store.database import Registration, Store, Transaction, transaction
 from prefect_crew.store.decision import Allowance, AttemptState, Step
 from prefect_crew.store.news import Place, read_news, tell
 from prefect_crew.store.prune import keys_to_prune, prune_keys
 from prefect_crew.store.spending import Use, used
 from support.crew_database import CREW, Clock, add_news, begun, in_flight, once_more, over, request
-from support.waiting import LIMIT, soon
+from support.waiting import LIMIT, soon, until
 
 SPAWNED = multiprocessing.get_context("spawn")
 
@@ -168,7 +180,8 @@ async def test_the_time_of_a_transaction_is_read_after_its_lock(database_url: st
 # A pause, news, pruning
 
 
-async def test_of_a_pause_that_ends_and_a_second_caller_one_goes_on(database_url: str):
+@pytest.mark.parametrize("is_of_key", [True, False], ids=["of its key", "of another key"])
+async def test_of_a_pause_that_ends_and_a_second_caller_one_goes_on(database_url: str, is_of_key: bool):
     clock = Clock()
     stores = [Store(database_url, clock=clock) for _ in range(2)]
     for number in range(20):
@@ -183,11 +196,48 @@ async def test_of_a_pause_that_ends_and_a_second_caller_one_goes_on(database_url
 
         thread = threading.Thread(target=tick)
         thread.start()
-        goes_on, decision = await asyncio.gather(
-            stores[0].run(go_on, attempt, 30.0), stores[1].run(begin, once_more(call))
-        )
+        other = once_more(call) if is_of_key else request(f"other {number}")
+        goes_on, decision = await asyncio.gather(stores[0].run(go_on, attempt, 30.0), stores[1].run(begin, other))
         thread.join()
-        assert goes_on != (decision.step is Step.START)
+        first, *_ = await stores[0].run(of_key, call.key)
+        assert not goes_on or first.state is AttemptState.POSTING
+        assert not is_of_key or goes_on != (decision.step is Step.START)
+    for store in stores:
+        store.close()
+
+
+@transaction("read")
+def waits_for_lock(transaction: Transaction) -> bool:
+    """Whether a transaction of this server of PostgreSQL waits for another one."""
+    return bool(transaction.connection.scalar(sa.text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+
+
+@pytest.mark.postgres
+async def test_an_id_that_arrives_while_a_call_of_another_key_gives_its_attempt_up_counts(
+    empty_postgres: Callable[[], str],
+):
+    clock, allowances = Clock(), [Allowance(scope="shared", per="day", max_runs=2)]
+    stores = [Store(empty_postgres(), clock=clock) for _ in range(2)]
+    attempt = await begun(stores[0], request(allowances=allowances))
+    assert await stores[0].run(back_off, attempt, 0.0)
+    clock.now += 25
+    has_begun, free = threading.Event(), threading.Event()
+
+    @transaction("begin")
+    def begin_slowly(transaction: Transaction) -> None:
+        assert begin(transaction, request("other", allowances=allowances)).step is Step.START
+        has_begun.set()
+        free.wait(LIMIT)
+
+    other = asyncio.create_task(stores[0].run(begin_slowly))
+    await asyncio.to_thread(has_begun.wait)
+    webhook = asyncio.create_task(stores[1].run(started, attempt, "id", 60.0))
+    await until(lambda: stores[0].run(waits_for_lock))
+    free.set()
+    await other
+    assert (await webhook).attempt == await stores[0].run(get, attempt.id)
+    assert [one.state for one in await stores[0].run(of_key, "daily")] == [AttemptState.STARTED]
+    assert await stores[0].run(used, "shared") == Use(runs=2)
     for store in stores:
         store.close()
 
