@@ -346,8 +346,9 @@ def waited_for(
 def ask_to_stop(transaction: Transaction, attempt: Attempt, by: str) -> bool:
     """Take the right to send `POST /stop`, once for all callers. `by`: a person, or `TIMEOUT`."""
     now = transaction.lock(_key_lock(attempt.key))
-    statement = sa.update(attempts).where(A.id == attempt.id, A.state == S.STARTED, A.stop_asked_at.is_(None))
-    return transaction.changed(statement.values(stop_asked_at=now, stop_asked_by=by)) == 1
+    is_free = sa.or_(A.stop_asked_at.is_(None), A.owner == transaction.nonce)
+    statement = sa.update(attempts).where(A.id == attempt.id, A.state == S.STARTED, is_free)
+    return transaction.changed(statement.values(stop_asked_at=now, stop_asked_by=by, owner=transaction.nonce)) == 1
 
 
 @transaction("write", started="yes")
@@ -368,8 +369,10 @@ def ended(
     now = transaction.lock(_key_lock(attempt.key))
     guards = {"id": attempt.id, "state": S.STARTED, "kickoff_id": kickoff_id}
     values = {"state": state, "ended_at": now, "error": error, "usage": usage, "tokens": tokens, "cost": cost}
+    values["owner"] = transaction.nonce
     if not _change(transaction, guards, **values):
-        return None
+        current = _get(transaction, attempt.id)
+        return current if current is not None and current.owner == transaction.nonce else None
     close(transaction, attempt, tokens, cost)
     if result is not None:
         transaction.connection.execute(_INSERT_RESULT, {"attempt_id": attempt.id, "body": result})

@@ -58,10 +58,11 @@ OLDEST_SQLITE = (3, 35)
 
 
 class Transaction:
-    """One transaction of one function. Its statements are SQLAlchemy Core statements on `connection`."""
+    """One transaction of one function. Its statements are SQLAlchemy Core statements on `connection`. `nonce` is of its
+    call: repeated after a lost answer to a commit, the function recognizes by it what it has written."""
 
-    def __init__(self, connection: sa.Connection, clock: Callable[[], float] | None) -> None:
-        self.connection = connection
+    def __init__(self, connection: sa.Connection, clock: Callable[[], float] | None, nonce: str = "") -> None:
+        self.connection, self.nonce = connection, nonce
         self._is_sqlite = connection.dialect.name == "sqlite"
         self._clock = clock or (time.time if self._is_sqlite else None)
 
@@ -198,6 +199,7 @@ class _Job:
     operation: str
     started: Started
     future: asyncio.Future[Any]
+    nonce: str
     turn: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, value: Any, error: Exception | None) -> None:
@@ -300,7 +302,8 @@ class Store:
         """
         lane, started = work.__dict__["crew_store"]
         future = asyncio.get_running_loop().create_future()
-        job = _Job(lambda transaction: work(transaction, *args, **kwargs), work.__name__, started, future)
+        nonce = uuid.uuid4().hex
+        job = _Job(lambda transaction: work(transaction, *args, **kwargs), work.__name__, started, future, nonce)
         with self._lock:
             if self._lanes is None:
                 self._lanes = self._create_lanes()
@@ -389,7 +392,7 @@ class Store:
 
     def _transact(self, connection: sa.Connection, jobs: Sequence[_Job]) -> list[Any]:
         with connection.begin():
-            return [job.work(Transaction(connection, self._clock)) for job in jobs]
+            return [job.work(Transaction(connection, self._clock, job.nonce)) for job in jobs]
 
     # Opening
 

@@ -156,7 +156,9 @@ def answer(
     values = {"answer": answer, "answered_by": by, "answered_at": now}
     if sender is not None:
         values |= {"sender": sender, "send_deadline": now + seconds}
-    if not _set(transaction, question_id, Q.answer.is_(None), _is_open(), **values):
+    # An equal answer may be this call's own. `send` decides who sends it.
+    is_own = sa.and_(Q.answer == answer, Q.answered_by == by, Q.sender.is_not_distinct_from(sender))
+    if not _set(transaction, question_id, sa.or_(Q.answer.is_(None), is_own), _is_open(), **values):
         return False
     (question,) = _read(transaction, Q.id == question_id)
     tell(transaction, now, question.attempt_id, "answer", number=question.number)
@@ -165,9 +167,10 @@ def answer(
 
 @transaction("write")
 def send(transaction: Transaction, question_id: str, sender: str, seconds: float) -> bool:
-    """Take the right to send the answer to an open question by `POST /resume`, which takes up to `seconds`."""
+    """Take the right to send the answer to an open question by `POST /resume`, which takes up to `seconds`. `sender`:
+    a nonce of the call."""
     now = transaction.lock()
-    where = (Q.answer.is_not(None), Q.sender.is_(None), _is_open())
+    where = (Q.answer.is_not(None), sa.or_(Q.sender.is_(None), Q.sender == sender), _is_open())
     return _set(transaction, question_id, *where, sender=sender, send_deadline=now + seconds)
 
 
