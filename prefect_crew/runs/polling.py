@@ -7,6 +7,7 @@ import random
 import shlex
 import time
 from collections.abc import Iterator
+from functools import cached_property
 
 from prefect_crew.artifacts.events import emit
 from prefect_crew.client.models import CrewStatus
@@ -20,7 +21,7 @@ from prefect_crew.exceptions import (
     CrewTimeoutError,
     ResponseFormatError,
 )
-from prefect_crew.runs.database import in_store
+from prefect_crew.runs.database import find_store, in_store
 from prefect_crew.runs.news import Subscription
 from prefect_crew.runs.reviews.reviewer import People
 from prefect_crew.runs.run import LiveRun, read_status
@@ -71,8 +72,13 @@ class Wait:
     # What a subclass does
 
     def now(self) -> float:
-        """Return the time, as in the crew database."""
-        return time.time()
+        """Return the time of the crew database when this wait began, plus what has passed since: other clocks may
+        differ, and somebody may set them."""
+        return time.monotonic() + self._ahead
+
+    @cached_property
+    def _ahead(self) -> float:
+        return find_store().ahead
 
     async def look(self) -> CrewStatus:
         """Make one status call."""

@@ -119,7 +119,6 @@ class _Start:
                 decision = await in_store(attempts.look, request)
             if request.asked_at is None:
                 request = replace(request, asked_at=decision.now - age)
-            decision = replace(decision, now=request.asked_at or decision.now)
             if decision.step in STARTS and not has_checked:
                 # For a run that is found, the check costs the crew's server no request.
                 await check_inputs(self.run.session, self.request)
@@ -127,7 +126,7 @@ class _Start:
             elif decision.step in (*STARTS, Step.REATTACH, Step.RETURN):
                 if decision.step not in STARTS:
                     self._log(decision)
-                return decision
+                return replace(decision, now=request.asked_at or decision.now)
             else:
                 await self._wait_or_raise(decision)
 
@@ -188,7 +187,7 @@ class _Start:
         reason = f"{crew.concurrency_limit} runs of the crew, its concurrency limit, are in flight"
         if attempt is not None:
             if step is Step.TURN:
-                self._check_turn(attempt)
+                self._check_turn(attempt, decision.now)
             elif step is not Step.BUSY:
                 raise _refusal(attempt, decision)
             reason = f"turn {attempt.turn} of session {attempt.session!r} is not over"
@@ -209,10 +208,10 @@ class _Start:
             # Perhaps nobody else waits for it.
             await look_once(LiveRun(self.run.session, str(attempt.first_id), attempt))
 
-    def _check_turn(self, attempt: Attempt) -> None:
+    def _check_turn(self, attempt: Attempt, now: float) -> None:
         """Raise SessionBlockedError if an earlier turn is uncertain, or this call has waited for its time."""
         limit, key = (self.request.options.wait or self.request.crew.wait).timeout, shlex.quote(attempt.key)
-        if attempt.state is AttemptState.UNCERTAIN or (attempt.first_id is None and attempt.is_free(time.time())):
+        if attempt.state is AttemptState.UNCERTAIN or (attempt.first_id is None and attempt.is_free(now)):
             reason = "nobody knows whether its kickoff started a run"
             advice = "Look at the crew's page, then run: prefect-crew runs resolve "
             advice += f"{key} --kickoff-id ID, or --never-started."

@@ -241,7 +241,7 @@ class _RunWait(Wait):
         if isinstance(error, CrewLostError):
             if run.attempt is not None:
                 emit("lost", run.attempt, once=True)
-                end_run(replace(run.attempt, state=AttemptState.LOST, ended_at=time.time()))
+                end_run(replace(run.attempt, state=AttemptState.LOST, ended_at=self.now()))
             await self._show(CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.UNKNOWN), note=note)
             return
         if isinstance(error, CrewTimeoutError):

@@ -61,10 +61,10 @@ class Transaction:
     """One transaction of one function. Its statements are SQLAlchemy Core statements on `connection`. `nonce` is of its
     call: repeated after a lost answer to a commit, the function recognizes by it what it has written."""
 
-    def __init__(self, connection: sa.Connection, clock: Callable[[], float] | None, nonce: str = "") -> None:
-        self.connection, self.nonce = connection, nonce
+    def __init__(self, connection: sa.Connection, store: Store, nonce: str = "") -> None:
+        self.connection, self.nonce, self._store = connection, nonce, store
         self._is_sqlite = connection.dialect.name == "sqlite"
-        self._clock = clock or (time.time if self._is_sqlite else None)
+        self._clock = store.clock or (time.time if self._is_sqlite else None)
 
     def lock(self, *names: str) -> float:
         """Let no other transaction with one of these names run until the end of this one; return the time after that.
@@ -73,15 +73,14 @@ class Transaction:
         """
         if not self._is_sqlite:  # SQLite's transaction has begun IMMEDIATE
             binds = {f"name{number}": name for number, name in enumerate(sorted({*names}))}
-            now = self.connection.execute(_head(len(binds)), binds).one()[-1]
-            return float(now) if self._clock is None else self._clock()
+            return self.now(self.connection.execute(_head(len(binds)), binds).one()[-1])
         return self.now()
 
-    def now(self) -> float:
-        """Return the time by the clock of the database, without a lock."""
-        if self._clock is not None:
-            return self._clock()
-        return float(self.connection.scalar(_TIME) or 0.0)
+    def now(self, answer: float | None = None) -> float:
+        """Return the time by the clock of the database, without a lock. `answer`: that of a statement which asked."""
+        now = float(answer or self.connection.scalar(_TIME) or 0.0) if self._clock is None else self._clock()
+        self._store.ahead = now - time.monotonic()
+        return now
 
     def insert(self, table: sa.Table) -> Any:
         """Return an INSERT that takes ON CONFLICT."""
@@ -272,14 +271,16 @@ class Store:
     """The crew database of a process: one object for all its event loops and threads.
 
     `clock` replaces the clock of the database, for tests. The database is opened, and its tables are made, at its first
-    use. `where` is its address for people, without a password.
+    use. `where` is its address for people, without a password; `ahead` are the seconds by which its clock was ahead of
+    `time.monotonic` when a transaction last read it.
 
     Raises:
         ConfigurationError: The URL cannot be used, or the driver of PostgreSQL is not installed.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] | None = None) -> None:
-        self._url, self._clock = _parse(url), clock
+        self._url, self.clock = _parse(url), clock
+        self.ahead = time.time() - time.monotonic()
         self.path = Path(str(self._url.database)) if self._url.drivername == "sqlite" else None
         public = self._url._replace(drivername="postgresql", username=None, password=None, query={})
         self.where = str(self.path) if self.path else public.render_as_string()
@@ -392,7 +393,7 @@ class Store:
 
     def _transact(self, connection: sa.Connection, jobs: Sequence[_Job]) -> list[Any]:
         with connection.begin():
-            return [job.work(Transaction(connection, self._clock, job.nonce)) for job in jobs]
+            return [job.work(Transaction(connection, self, job.nonce)) for job in jobs]
 
     # Opening
 
@@ -435,7 +436,7 @@ class Store:
             if self.path is not None:
                 _switch_to_wal(connection)
             with connection.begin():
-                now = Transaction(connection, self._clock).lock("store")
+                now = Transaction(connection, self).lock("store")
                 if not sa.inspect(connection).has_table(schema.store.name):
                     schema.METADATA.create_all(connection)
                     values = {"id": str(uuid.uuid4()), "version": schema.VERSION, "created_at": now}

@@ -1,19 +1,20 @@
 """Sessions of a Flow on the dev server. tests/outcomes has what the turns see of each other, and what blocks them."""
 
 import asyncio
+import time
 import uuid
 from typing import Any
 
 import pytest
 
 import prefect_crew as pc
-from prefect_crew.runs.database import in_store
+from prefect_crew.runs.database import find_store, in_store
 from prefect_crew.store import attempts
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow
 from support.scripts import JOURNAL, script
 from support.seen import Seen
-from support.waiting import soon
+from support.waiting import soon, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -42,6 +43,20 @@ async def test_limits_of_a_waiting_caller_are_its_own(crew_server: Any, key: str
     assert f"prefect-crew runs cancel {run.kickoff_id}" in str(caught.value)
     assert server.kickoffs == 1
     assert server.requests["resume"] == server.requests["stop"] == 0
+
+
+async def test_a_turn_waits_for_a_kickoff_under_way_by_the_clock_of_the_crew_database(
+    crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(find_store(), "clock", lambda: time.time() - 7200)
+    caplog.set_level("INFO", "prefect_crew")
+    server = crew_server(JOURNAL, faults=["kickoff:hold@1"])
+    first = asyncio.create_task(pc.arun_crew(server.crew(), {"note": "tea"}, session="s"))
+    await until(lambda: server.held, "the first kickoff is under way")
+    second = asyncio.create_task(pc.arun_crew(server.crew(), {"note": "rain"}, session="s"))
+    await until(lambda: second.done() or "is not over. This call waits." in caplog.text, "the second turn waits")
+    server.release()
+    assert [(await soon(turn)).output for turn in (first, second)] == ["1 tea", "2 rain after 1 tea"]
 
 
 async def test_a_secret_of_an_earlier_turn_is_not_shown(crew_server: Any, seen: Seen, key: str) -> None:

@@ -1,6 +1,7 @@
 """Waiting for a run under Prefect: its ends, its budgets, what is reported of it, and trouble on the way."""
 
 import asyncio
+import time
 import uuid
 from typing import Any
 
@@ -15,7 +16,7 @@ from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import StoreError
 from prefect_crew.runs import polling as polling_module
 from prefect_crew.runs import run as run_module
-from prefect_crew.runs.database import in_store
+from prefect_crew.runs.database import find_store, in_store
 from prefect_crew.store import attempts, questions
 from prefect_crew.store.decision import Attempt, AttemptState
 from prefect_crew.testing import CrewServerFactory
@@ -135,6 +136,29 @@ async def test_a_later_task_knows_the_kickoffs_inputs(crew_server: CrewServerFac
 
 
 # Time, and runs of others
+
+
+@pytest.fixture(params=[-7200.0, 7200.0], ids=["behind", "ahead"])
+def other_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the clock of the crew database differ from this process's by two hours."""
+    monkeypatch.setattr(find_store(), "clock", lambda: time.time() + request.param)
+
+
+async def test_the_time_of_a_run_is_that_of_the_crew_database(
+    crew_server: CrewServerFactory, other_clock: None, monkeypatch: pytest.MonkeyPatch
+):
+    server = crew_server(held := Held())
+    crew = server.crew(wait=pc.WaitPolicy(on_timeout="stop"))
+    run = await crew.atrigger({})
+    with pytest.raises(pc.CrewTimeoutError):
+        await soon(run.await_for_completion(pc.WaitPolicy(timeout=0.2)))
+    monkeypatch.setattr(run_module, "_kicked_off", {})  # as in another process
+    waiting = asyncio.ensure_future(pc.wait_for_crew(crew, str(run.kickoff_id)))
+    polls = server.requests["status"]
+    await until(lambda: waiting.done() or server.requests["status"] > polls + 3, "it is waited for")
+    held.release()
+    assert (await waiting).output == "done"
+    assert server.requests["stop"] == 0
 
 
 async def test_a_task_timeout_ends_the_wait_at_once(crew_server: CrewServerFactory):
