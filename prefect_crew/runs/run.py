@@ -55,7 +55,7 @@ _ID = re.compile(r"[\w.-]{1,80}", re.ASCII)  # an id or one word: nobody writes 
 _TEXTS = ("raw_state", "message", "current_task", "last_task", "last_step", "human_task_id")
 _TASK_TEXTS = ("name", "agent", "output", "data", "description")
 NOT_SHOWN = "not shown"
-"""The error, in the event, of a run whose crew has `show="none"`."""
+"""The error, in an event or the crew database, whose text the crew's `show` or a secret input keeps out of there."""
 LARGEST_RESULT = 5_000_000
 """Bytes of JSON. A larger result is read from the crew's server."""
 

@@ -52,7 +52,7 @@ from prefect_crew.runs.keys import RunIdentity, identify
 from prefect_crew.runs.owners import crash_dead_owner
 from prefect_crew.runs.request import RunRequest
 from prefect_crew.runs.resolve import log_second
-from prefect_crew.runs.run import LiveRun, look_once, no_attempt_left
+from prefect_crew.runs.run import NOT_SHOWN, LiveRun, look_once, no_attempt_left
 from prefect_crew.runs.stop import cancel_command, is_known_cancelled, nothing_started, stop_if_asked, until_cancelled
 from prefect_crew.store import attempts
 from prefect_crew.store.decision import SEND_WITHIN, STARTS, Attempt, AttemptState, Decision, Request, Step
@@ -265,16 +265,18 @@ class _Start:
                     and await in_store(attempts.go_on, attempt, request.post_seconds)
                 ):
                     continue
-                await in_store(attempts.not_started, attempt.key, attempt.owner, self._reason(problem))
+                # With a reason, a row of a batch has failed.
+                reason = None if kickoff_fate(problem) is KickoffFate.RETRY else self._text_of(problem)
+                await in_store(attempts.not_started, attempt.key, attempt.owner, reason)
                 self._raise_if_cancelled()
                 raise
             else:
                 return started
 
-    def _reason(self, problem: CrewError) -> str | None:
-        """Return why the crew's server refused the kickoff; None if it may be tried again, or a text is not shown."""
+    def _text_of(self, problem: BaseException) -> str:
+        """Return the text of a kickoff's error for the crew database, if that may have it."""
         is_shown = self.request.crew.show == "full" and not self.request.inputs.secret_names
-        return str(problem)[:500] if is_shown and kickoff_fate(problem) is not KickoffFate.RETRY else None
+        return self.run.redact_text(str(problem))[:500] if is_shown else NOT_SHOWN
 
     async def _post(self, attempt: Attempt, window: tuple[float, float]) -> Attempt:
         """Send one `POST /kickoff` and store its outcome. Return the attempt with the id. If the kickoff surely started
@@ -310,7 +312,7 @@ class _Start:
                 ) from None
             if kickoff_fate(error) is not KickoffFate.UNCERTAIN:
                 raise
-            reason = self.run.redact_text(f"{type(error).__name__}: {error}")[:500]
+            reason = f"{type(error).__name__}: {self._text_of(error)}"
             await _write(lambda: in_store(attempts.uncertain, attempt, reason), attempt, "…")
             if not isinstance(error, Exception):
                 raise

@@ -28,6 +28,7 @@ from prefect_crew.store import attempts
 from prefect_crew.store.decision import AttemptState
 from prefect_crew.testing import CrewServerFactory
 from support.scripts import FAILS, script
+from support.seen import Seen
 from support.waiting import LIMIT, until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
@@ -192,6 +193,28 @@ async def test_an_id_of_another_key_is_uncertain(server: CrewServer, key: str):
         with pytest.raises(pc.KickoffUncertainError, match=f"names run {run.kickoff_id} of key '{key}'"):
             await start(server, f"{key} b")
     assert await states(f"{key} b") == [UNCERTAIN]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"show": "summary"}, {"show": "none"}, {"secret_inputs": ["text"]}],
+    ids=["full", "summary", "none", "secret"],
+)
+async def test_the_servers_text_after_an_uncertain_kickoff_is_shown_as_the_crew_says(
+    crew_server: CrewServerFactory, key: str, seen: Seen, fields: dict[str, Any]
+):
+    server = crew_server("echo", faults=["kickoff:500-after-accept"])
+    errors = list[str]()
+    for _ in range(2):
+        with pytest.raises(pc.KickoffUncertainError) as caught:
+            await server.crew(**fields).atrigger({"text": "a"}, idempotency_key=key)
+        errors.append(str(caught.value))
+    (attempt,) = await in_store(attempts.of_key, key)
+    (event,) = await asyncio.to_thread(seen.events, f"{key}/1")
+    assert event["event"] == "crew.uncertain"
+    for text in (str(attempt.error), event["payload"]["reason"], *errors):
+        assert "CrewAPIError" in text
+        assert ("was asked for" in text) is (not fields)
 
 
 def slow_begins(monkeypatch: pytest.MonkeyPatch, seconds: float, count: int) -> None:
