@@ -48,7 +48,7 @@ from prefect_crew.runs.owners import this_process
 from prefect_crew.runs.polling import Wait
 from prefect_crew.runs.request import BatchRow, RunOptions, RunRequest
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import LiveRun, parse_data, write_end
+from prefect_crew.runs.run import LiveRun, parse_data
 from prefect_crew.runs.start import session_blocked, start_run
 from prefect_crew.runs.stop import PERSON, cancelled_on_server, is_cancelled, stop_once
 from prefect_crew.settings import CrewSettings
@@ -421,7 +421,7 @@ class Runner:
         return self._judge(job, run, status)
 
     async def _poll(self, run: LiveRun) -> CrewStatus:
-        """Wait until a run has ended, and write its end. Raises the errors of `Wait.until_end`."""
+        """Wait until a run has ended. Raises the errors of `Wait.until_end`."""
         async with AsyncExitStack() as stack:
             attempt_id = run.attempt.id if run.attempt is not None else ""
             news = await stack.enter_async_context(news_of(attempt_id)) if run.has_webhooks else None
@@ -429,7 +429,6 @@ class Runner:
             if run.is_found and run.crew.concurrency_limit is not None:
                 await wait.hold_slot()
             status = await wait.until_end()
-        await write_end(run, status)
         ended = run.attempt
         if status.state is CrewState.COMPLETED and ended is not None and ended.ended_at and ended.started_at:
             # We saw the end up to a pause too late. A tenth less each time approaches the truth from above.

@@ -24,7 +24,7 @@ from prefect_crew.exceptions import (
 from prefect_crew.runs.database import find_store, in_store
 from prefect_crew.runs.news import Subscription
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import LiveRun, read_status
+from prefect_crew.runs.run import LiveRun, read_status, write_end
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts
 from prefect_crew.webhooks import UNLIMITED
@@ -92,6 +92,10 @@ class Wait:
     async def on_error(self, error: CrewError) -> None:
         """Handle a failed status call, or that the server knows a run no more that was alive. It is polled on."""
 
+    async def end(self, status: CrewStatus) -> None:
+        """Write the end of the run."""
+        await write_end(self.run, status)
+
     async def stop(self) -> bool:
         """Stop the crew after a time limit. Return True if its server accepted that."""
         return False
@@ -111,7 +115,7 @@ class Wait:
     # The loop
 
     async def until_end(self) -> CrewStatus:
-        """Poll the run until it has ended, and return its last status: completed, failed or stopped.
+        """Poll the run until it has ended, write its end, and return its last status: completed, failed or stopped.
 
         Raises:
             CrewTimeoutError: A time limit of the policy is over. The run may go on.
@@ -133,10 +137,14 @@ class Wait:
                 least = min(getattr(error, "retry_after", None) or 0.0, RETRY_AFTER_CAP)
                 await self._pause(max(next(self._delays), least))
                 continue
+            polled = self.run.current_id
             if await self._take(status):
                 if status.usage is None and self.news is not None:
                     status = status.model_copy(update={"usage": self.news.usage})
-                return status
+                if self.run.current_id == polled:
+                    await self.end(status)
+                if self.run.current_id == polled:
+                    return status  # else the run has left this id, and goes on
             await self._pause(self._next_pause())
 
     def _next_pause(self) -> float:

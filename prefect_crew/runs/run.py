@@ -440,7 +440,7 @@ async def write_end(run: LiveRun, status: CrewStatus) -> bool:
         result=body,
     )
     if ended is None:
-        run.attempt = await in_store(attempts.get, run.attempt.id) or run.attempt
+        goes_on_as(run, await in_store(attempts.get, run.attempt.id) or run.attempt)
         return False
     run.attempt = ended
     if ended.human_since is not None or ended.human_seconds:  # most runs never ask

@@ -81,6 +81,7 @@ class _RunWait(Wait):
         self.last: CrewStatus | None = None
         self._stack = AsyncExitStack()
         self._in_trouble = self._has_stopped = self._is_stale = False
+        self._shows_end = True
         self._showing: asyncio.Task[None] | None = None
         # If this process has kicked the run off, its artifact is shown at once.
         self._shown_at = time.monotonic() if run.owned else 0.0
@@ -123,7 +124,8 @@ class _RunWait(Wait):
                 if not has_ended:
                     await self._end_showing()
             self.log.info("Crew run %s %s.", run.kickoff_id, status.state)
-            await self._close(status)
+            if self._shows_end:
+                await self._show(status)
             return result_of(run, status)
 
     async def _read_news(self) -> None:
@@ -215,7 +217,7 @@ class _RunWait(Wait):
         run = self.run
         if run.is_unread:
             await read_attempt(run)
-        if run.attempt is None or self._has_stopped:  # /stop is sent once
+        if run.attempt is None or run.attempt.ended_at is not None or self._has_stopped:  # /stop is sent once
             return False
         is_taken = await stop.stop_if_asked(run)
         if is_taken and run.attempt.ended_at is not None:
@@ -259,22 +261,18 @@ class _RunWait(Wait):
         if run.attempt is None or run.attempt.state is AttemptState.STARTED:  # else another wait has shown the end
             await self._show(note=note)
 
-    async def _close(self, status: CrewStatus) -> None:
-        """Store the end, and show it if this wait closes the run or has started it."""
+    async def end(self, status: CrewStatus) -> None:
+        """Write the end. This wait shows it if it has written it or has started the run."""
         run, owned = self.run, self.run.owned
         if run.is_unread:  # the crew database did not answer when the wait began
             await read_attempt(run)
         if run.attempt is not None and run.attempt.ended_at is None:
             try:
                 with self.work.uncut():  # after the end, the span and the event must be written too
-                    is_closed = await write_end(run, status)
+                    self._shows_end = await write_end(run, status) or owned
             except (*PREFECT_ERRORS, CrewError) as problem:
                 self.log.warning("The end of run %s could not be recorded: %s", run.kickoff_id, problem)
-            else:
-                if not (is_closed or owned):
-                    return
             self.work.raise_if_cancelled()
-        await self._show(status)
 
     # The artifact
 

@@ -76,6 +76,9 @@ class World(Wait):
         self.answers = [at for at in self.answers if at not in sent]
         return bool(sent)
 
+    async def end(self, status: CrewStatus) -> None:
+        """Write nothing."""
+
     async def hold_slot(self, *, is_human: bool | None = None) -> None:
         self.human_waits.append(bool(is_human))
 
@@ -96,7 +99,7 @@ class World(Wait):
             human_since=None if since is None else self.started - since,
         )
         names = {"kickoff_id": "r1", "crew": "travel", "idempotency_key": "key-1"}
-        run: Any = SimpleNamespace(attempt=attempt, kickoff_id="r1", names=names)
+        run: Any = SimpleNamespace(attempt=attempt, kickoff_id="r1", current_id="r1", names=names)
         Wait.__init__(self, run, policy, is_new=passed is None)
         if self.more_time is not None:
             self.people = cast("Any", SimpleNamespace(more_time=self.more_time, next_pause=lambda delay: delay))

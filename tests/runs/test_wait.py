@@ -3,6 +3,7 @@
 import asyncio
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +13,7 @@ from pydantic import SecretStr
 import prefect_crew as pc
 from prefect_crew.artifacts.run import artifact_key
 from prefect_crew.blocks import crew_of
-from prefect_crew.devserver import CrewServer
+from prefect_crew.devserver import CrewServer, Outcome, Run
 from prefect_crew.exceptions import StoreError
 from prefect_crew.runs import polling as polling_module
 from prefect_crew.runs import run as run_module
@@ -94,6 +95,54 @@ async def test_a_cancelled_wait_reports_its_end(server: CrewServer, seen: Seen, 
     await asyncio.wait({waiting})
     assert waiting.cancelled()
     assert (await events_of(seen, run)).count("crew.completed") == 1
+
+
+class HeldByText:
+    """A crew that returns its input `text` once that is among `released`."""
+
+    name = "held-by-text"
+
+    def __init__(self) -> None:
+        self.released = set[str]()
+
+    def inputs(self) -> list[pc.CrewInput]:
+        return [pc.CrewInput(name="text")]
+
+    async def execute(self, run: Run) -> Outcome:
+        while run.inputs["text"] not in self.released:
+            await asyncio.sleep(0.005)
+        return Outcome(str(run.inputs["text"]))
+
+
+@pytest.mark.parametrize("is_row", [False, True], ids=["a run", "a row"])
+async def test_the_end_of_an_id_that_the_run_has_left_is_not_its_end(
+    crew_server: CrewServerFactory, key: str, tmp_path: Path, is_row: bool
+):
+    server = crew_server(program := HeldByText())
+    crew, rows = server.crew(), [{"name": "one", "text": "left"}]
+    if is_row:
+        call: Any = pc.arun_batch(
+            crew, rows, name="left", key="name", inputs={"text": "text"}, export=str(tmp_path / "x.jsonl")
+        )
+    else:
+        call = pc.arun_crew(crew, {"text": "left"}, idempotency_key=key)
+    waiting = asyncio.ensure_future(call)
+    await until(lambda: server.requests["status"], "it is waited for")
+    (attempt,) = await in_store(attempts.of_kickoff_id, server.runs[0].id)
+    async with crew.client() as client:
+        current = await client.kickoff({"text": "current"})
+    await in_store(attempts.continued, attempt, current)  # as another process that has answered a question
+    program.released.add("left")
+    await until(lambda: server.runs[0].state.ended, "the id that it has left ends")
+    polls = server.requests["status"]
+    await until(lambda: waiting.done() or server.requests["status"] > polls + 3, "its current id is polled")
+    program.released.add("current")
+    end = await waiting
+    assert end.ok if is_row else end.output == "current"
+    ended = await in_store(attempts.get, attempt.id)
+    assert ended is not None
+    assert (ended.state, ended.first_id, ended.kickoff_id) == (AttemptState.COMPLETED, attempt.first_id, current)
+    assert (await in_store(attempts.result_of, attempt.id))["output"] == "current"
 
 
 @pytest.mark.parametrize("is_back", [True, False], ids=["for a moment", "until the end"])
