@@ -14,6 +14,7 @@ from prefect_crew.cli import _output
 from prefect_crew.cli._options import CrewOfRun, Output, find_crew, need_crew
 from prefect_crew.cli._prefect import page_url
 from prefect_crew.cli.runs import ago, short_name
+from prefect_crew.client._callbacks import READ_BY_A_MODEL
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.exceptions import ConfigurationError, NotWaitingError
 from prefect_crew.runs.reviews.answer import answer_run, find_run_in_flight, list_open_questions, read_question
@@ -35,7 +36,8 @@ class AnswerOptions:
     Args:
         by: The name of the person, for the record; if left out, this machine's user.
         task: The task, if the status does not name it.
-        option: The outcome, for a CrewAI Flow that offers several; `reviews inspect` shows them.
+        option: The outcome, for a CrewAI Flow that offers several; `reviews inspect` shows them. With feedback, a model
+            of the Flow reads the outcome from the text, and may read another one.
     """
 
     by: str | None = None
@@ -91,15 +93,15 @@ async def approve(
 
 @app.command
 async def reject(
-    run: RunName, /, *, feedback: str, options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = None
+    run: RunName, /, *, feedback: str = "", options: AnswerOptions = AnswerOptions(), crew: CrewOfRun = None
 ) -> None:
     """Reject the output that a run shows: the task is done again with the feedback.
 
     Args:
-        feedback: A text for the crew, such as "Shorter, and name the prices."
+        feedback: A text for the crew, such as "Shorter, and name the prices." Only a Flow takes an option without it.
     """
-    if not feedback.strip():
-        raise ConfigurationError("--feedback is empty. Write what the crew has to do better.")
+    if not feedback.strip() and options.option is None:
+        raise ConfigurationError("--feedback is empty. Write what the crew has to change. A Flow takes --option alone.")
     await _answer(run, False, feedback, options, crew)
 
 
@@ -129,8 +131,10 @@ def _put(attempt: Attempt, question: ReviewRequest) -> None:
     task = "" if question.task_id else " --task TASK"  # if the status names none, the answer has to name it
     run = f"{shlex.quote(str(attempt.first_id))}{crew_option(attempt)}{task}"
     option = f" (--option {' | '.join(map(shlex.quote, question.options))})" if question.options else ""
-    _output.put(f"\n  Answer: prefect-crew reviews approve {run}")
-    _output.put(f"      or: prefect-crew reviews reject {run} --feedback TEXT{option}")
+    _output.put(f"\n  Answer: prefect-crew reviews approve {run}{option}")
+    _output.put(f"      or: prefect-crew reviews reject {run}{option or ' --feedback TEXT'}")
+    if option:
+        _output.put(f"  {READ_BY_A_MODEL}")
 
 
 def _sentence(answer: Review) -> str:

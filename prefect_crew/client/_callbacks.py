@@ -29,6 +29,10 @@ MAX_AGE = 300.0
 ANSWER_WITHIN = 30.0
 """Seconds for the whole answer of a callback URL."""
 MOST_OPTIONS = 50
+READ_BY_A_MODEL = (
+    "Without feedback, the outcome alone is sent. With feedback, a model of the Flow reads the outcome from the text, "
+    "and may read another one."
+)
 _YES = frozenset({"approve", "approved", "accept", "accepted", "yes", "ok"})
 _NO = frozenset({"reject", "rejected", "decline", "declined", "deny", "denied", "no"})
 
@@ -147,6 +151,8 @@ def approves(options: Sequence[str], option: str) -> bool:
 def answer_text(options: Sequence[str], review: Review) -> str:
     """Return the text for a Flow: the outcome, if the Flow names outcomes, then the feedback.
 
+    From CrewAI 1.15.46 on, a Flow takes the outcome alone as it is. A model of the Flow reads any other text.
+
     Raises:
         ConfigurationError: The Flow does not have the outcome, or the answer selects none.
     """
@@ -156,6 +162,7 @@ def answer_text(options: Sequence[str], review: Review) -> str:
         raise ConfigurationError(
             f"The Flow has the outcomes {', '.join(options)}. Nothing was sent. Choose an outcome (option=…, --option)."
         )
-    if not option and not review.feedback:
+    feedback = review.feedback.strip()
+    if not option and not feedback:
         option = "approved" if review.approve else "rejected"
-    return ": ".join(part for part in (option, review.feedback) if part)
+    return ": ".join(part for part in (option, feedback) if part)

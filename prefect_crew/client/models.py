@@ -180,8 +180,9 @@ class StopAnswer(_Model):
 class Review(BaseModel):
     """An answer: approve the task's output, or reject it and have the task done again with the feedback.
 
-    `option` is one of the question's options. Default: the option with the meaning of `approve`, if there is one. `by`
-    is the name of the giver. Default: the name of the function, `the form` or the user of this machine.
+    `option` is one of the question's options. Default: the option with the meaning of `approve`, if there is one. It is
+    sent alone. With feedback, a model of the Flow reads the outcome from the text, and may read another one. `by` is
+    the name of the giver. Default: the name of the function, `the form` or the user of this machine.
 
     An answer on record has the other fields as well. `round` counts the questions about the task, from 1. `outcome`
     says whether the answer arrived: `intended` is on record and not sent yet.

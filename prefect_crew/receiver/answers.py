@@ -31,7 +31,7 @@ from prefect_crew._internal.prefect_api import OneLine
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew._text import one_line, plain
 from prefect_crew.blocks import find_crew
-from prefect_crew.client._callbacks import approves
+from prefect_crew.client._callbacks import READ_BY_A_MODEL, approves
 from prefect_crew.client._retry_safety import KickoffFate, kickoff_fate
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.client.redaction import withholding
@@ -241,6 +241,7 @@ def _page(status: int, run: LiveRun, question: ReviewRequest, form: _Form | None
         withheld="It is not known here." if question.output is None else "It is not shown here.",
         page_url=run.crew.page_url,
         options=options,
+        read_by_a_model=READ_BY_A_MODEL,
         form=form or _Form(),
         max_feedback=MAX_FEEDBACK,
         max_name=MAX_NAME,

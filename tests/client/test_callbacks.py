@@ -22,6 +22,8 @@ def test_an_outcome_is_one_of_the_requests_options():
     assert "t0k" not in repr(found)
     assert answer_text(found.options, Review(approve=True, feedback="Fine.")) == "yes: Fine."
     assert answer_text(found.options, Review(approve=False)) == "no"
+    assert answer_text(found.options, Review(approve=False, feedback=" \n")) == "no", "blanks are no feedback"
+    assert answer_text((), Review(approve=False, feedback=" \n")) == "rejected"
     with pytest.raises(ConfigurationError):
         answer_text(found.options, Review(approve=True, option="maybe"))
     assert parse_question(json.dumps({**REQUEST, "event_type": "other"}).encode()) is None

@@ -23,7 +23,7 @@ from prefect_crew._internal.clock import utcnow
 from prefect_crew._internal.prefect_api import run_logger
 from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.artifacts.escape import prose, reading
-from prefect_crew.client._callbacks import approves
+from prefect_crew.client._callbacks import READ_BY_A_MODEL, approves
 from prefect_crew.client.models import Review, ReviewRequest
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import ConfigurationError
@@ -86,6 +86,7 @@ class ReviewForm(RunInput):
                 choice,
                 Field(title="Decision", description="The outcome that the Flow continues with."),
             )
+            fields["feedback"] = (str, Field(default="", title="Feedback", description=READ_BY_A_MODEL))
         form = create_model(cls.__name__, __base__=cls, **fields)
         form.has_options = bool(shown)
         return form.with_initial_data(description=text)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from prefect_crew import CrewError, DeployedCrew, Review, ReviewRequest, arun_crew, cli, kickoff_crew
 from prefect_crew.blocks import crew_of
-from prefect_crew.client._callbacks import FlowQuestion, parse_question
+from prefect_crew.client._callbacks import READ_BY_A_MODEL, FlowQuestion, parse_question
 from prefect_crew.devserver import CrewServer
 from prefect_crew.exceptions import ConfigurationError, NotWaitingError
 from prefect_crew.receiver import app
@@ -315,16 +315,30 @@ async def test_form_command_and_page_show_the_state_of_the_flow(
         (attempt,) = (await until(form, "the form")) and await in_store(attempts.of_key, key)
         question = await kept(str(attempt.kickoff_id))
         assert question is not None
-        texts = [each.value for each in await form() if each.key.endswith("description")]
+        texts = [" ".join(str(each.value) for each in await form())]
         assert await asyncio.to_thread(cli.main, ("reviews", "inspect", key)) == 0
         texts.append(capsys.readouterr().out)
         texts.append((await read(hook.url.replace("/requests", f"/answer/{question.id}"))).said)
         told = ("Please review review_contacts.", "Apollo", "Steep it.")
         assert [[word in text for word in told] for text in texts] == [[show == "full"] * 3] * 3
+        assert [READ_BY_A_MODEL in text for text in texts] == [True] * 3
         assert (question.text == SHOWN) is (show == "full")
         async with httpx.AsyncClient(trust_env=False) as client:
             await client.post(await callback_of(str(attempt.kickoff_id)), json={"feedback": "approve"})
         await soon(waiting)
+
+
+async def test_a_rejection_on_the_command_line_can_be_the_outcome_alone(
+    hook: ReviewWebhook, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ReviewingServer(SCRIPT, review_webhook=hook) as server:
+        monkeypatch.setenv("CREW_TOKEN", server.token)
+        kickoff_id = await _kicked_off(server.crew(), key)
+        options = ("--option", OPTIONS[1], "--crew", server.url)
+        assert await asyncio.to_thread(cli.main, ("reviews", "reject", key, *options)) == 0
+        question = await until(lambda: kept(kickoff_id), "the next question")
+        assert question.text == f"Draft. {OPTIONS[1]}"
+    assert [(one.approve, one.option, one.feedback) for one in await answers_of(key)] == [(False, OPTIONS[1], "")]
 
 
 # What the receiver believes.
