@@ -92,11 +92,14 @@ class CrewScript(_Part):
 
 class ScriptedProgram:
     """Runs a script. Its seconds are divided by `speed`: 10 is ten times as fast, `float("inf")` takes no time.
+    Raises ValueError if it is not above 0.
 
     `states` has the states of a Flow by their ids, as CrewAI's `@persist` keeps them: after each task.
     """
 
     def __init__(self, script: CrewScript, *, speed: float = 1.0) -> None:
+        if not speed > 0:  # nor NaN
+            raise ValueError(f"The speed is {speed:g}. Give a number above 0; inf takes no time.")
         self.script = script
         self.speed = speed
         self.name = script.name

@@ -56,6 +56,7 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
         ("init {folder}", 2, f"{{folder}} {NOTHING_WRITTEN}"),
         ("serve no-such-crew", 2, "no-such-crew"),
         ("serve echo --fault kickoff:odd", 2, "odd"),
+        ("serve echo --speed 0", 2, "The speed is 0. Give a number above 0; inf takes no time."),
         ("serve echo --host 192.0.2.1", 1, "Cannot listen on"),
         ("serve echo --port {port}", 1, "Cannot listen on 127.0.0.1:{port}: Address already in use. --port 0 takes"),
         ("run {closed} -i topic", 2, "does not have the form name=value"),

@@ -158,6 +158,12 @@ def test_speed(monkeypatch: pytest.MonkeyPatch, speed: float, seconds: float) ->
     assert pauses == [seconds / 2] * 2
 
 
+@pytest.mark.parametrize("speed", [0, -1, float("nan")])
+def test_speed_that_is_none_is_refused(speed: float) -> None:
+    with pytest.raises(ValueError, match=f"The speed is {speed:g}. Give a number above 0"):
+        load_program("echo", speed=speed)
+
+
 @pytest.mark.parametrize(
     ("budget", "interests", "duration", "age", "parts"),
     [
