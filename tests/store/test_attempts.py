@@ -115,17 +115,6 @@ async def test_a_failed_run_is_started_again_up_to_max_attempts(store: Store):
     assert (first.replaced, last.replaced) == (True, False)
 
 
-async def test_a_run_that_fails_after_a_call_asked_is_the_failure_of_this_call(store: Store, clock: Clock):
-    call = request()
-    attempt = await in_flight(store, call, "id")
-    waiting = await store.run(look, once_more(call))
-    assert waiting.step is Step.REATTACH
-    clock.now += 5
-    await store.run(ended, attempt, "id", AttemptState.FAILED)
-    assert await step_of(store, once_more(call, asked_at=waiting.now)) == "return"
-    assert await step_of(store, once_more(call, asked_at=clock.now)) == "start again"
-
-
 async def test_an_earlier_try_of_the_own_flow_run_fails_for_itself(store: Store, clock: Clock):
     call = request(flow_run_id="flow", flow_run_count=1)
     asked_at = clock.now

@@ -363,25 +363,6 @@ def test_parent_and_child_of_a_fork_write_to_one_database(timed_store: Store):
         assert len(asyncio.run(timed_store.run(of_key, key))) == 1, key
 
 
-@pytest.mark.programs
-def test_a_hundred_processes_share_one_database(database_url: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(database, "LOCK_WITHIN", 60.0)  # all share two busy cores
-
-    def write(number: int) -> None:
-        store = Store(database_url)
-        assert asyncio.run(store.run(begin, request("one"))).step in (Step.START, Step.BUSY)
-        asyncio.run(in_flight(store, request(f"{number}")))
-        store.close()
-
-    processes = [Fork(write, number) for number in range(100)]
-    for process in processes:
-        process.start()
-    assert {process.outcome for process in processes} == {(0, "")}
-    store = Store(database_url)
-    assert [len(asyncio.run(store.run(of_key, key))) for key in ("one", *map(str, range(100)))] == [1] * 101
-    store.close()
-
-
 def die_in_transaction(url: str) -> None:
     @transaction("write")
     def die(transaction: Transaction) -> None:
@@ -464,19 +445,6 @@ async def test_a_server_that_stops_starts_nothing_and_is_used_again(postgres: Po
         server.serve()
         assert (await store.run(look, request())).step is Step.RETURN, "a connection of before is replaced"
         store.close()
-
-
-@pytest.mark.postgres
-async def test_a_connection_that_the_server_has_closed_is_replaced(empty_postgres: Callable[[], str]):
-    url = empty_postgres()
-    store = Store(url)
-    attempt = await in_flight(store, request(), "id")
-    with raw(url) as connection:
-        others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'prefect-crew'"
-        assert len(connection.exec_driver_sql(others).all()) >= 2
-    assert (await store.run(look, request())).step is Step.REATTACH
-    assert await store.run(ended, attempt, "id", AttemptState.COMPLETED)
-    store.close()
 
 
 @pytest.mark.postgres
