@@ -15,12 +15,10 @@ from prefect_crew.blocks import crew_of, load_crew
 from prefect_crew.client._client import CrewClient
 from prefect_crew.client.inputs import Inputs
 from prefect_crew.crew import Crew, CrewSession
-from prefect_crew.devserver._scripts import load_program
 from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.runs.request import RunOptions, RunRequest
 from prefect_crew.runs.run import LiveRun
 from prefect_crew.testing import CrewServerFactory
-from support.scripts import script
 
 
 def block_of(**fields: Any) -> DeployedCrew:
@@ -160,15 +158,6 @@ async def test_two_that_enter_a_session_at_once_share_a_client(is_cancelled: boo
 
 
 # The version of the deployed crew
-
-
-async def test_version_changes_with_the_deployed_crew(crew_server: CrewServerFactory):
-    server = crew_server("echo")
-    async with CrewSession(crew_of(server.crew())) as session:
-        first = await session.version()
-        assert first == await session.version() is not None
-        server.program = load_program(script({"output": "other"}))
-        assert await session.version() not in (None, first)
 
 
 async def test_version_that_comes_too_late_is_unknown(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,6 @@ from prefect import get_client
 from prefect.blocks.system import Secret
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import DeploymentEventTrigger
 from prefect.schedules import Cron, RRule
 from prefect.utilities.callables import parameter_schema
@@ -36,7 +35,6 @@ tasks: [{name: t, output: x}]
 """
 TEXT = ["string", "number", "boolean"]
 KEY = "day-{scheduled_start:%Y-%m-%d}"
-SIX = CronSchedule(cron="0 6 * * *", timezone="UTC")
 
 
 @pytest.fixture

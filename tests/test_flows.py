@@ -81,15 +81,6 @@ def test_a_task_run_name_is_filled_with_arguments(crew_server: CrewServerFactory
     assert len([name for name in names if name.endswith("Lisbon")]) == 2, names
 
 
-async def test_a_kickoff_cut_by_its_timeout_is_found(crew_server: CrewServerFactory):
-    server, run_key = crew_server("echo", faults=["kickoff:latency=2@1"]), key()
-    call = partial(pc.arun_crew, server.crew(), {"text": "a"}, idempotency_key=run_key)
-    with pytest.raises(TimeoutError):
-        await call(kickoff_options={"timeout_seconds": 1})
-    assert (await call()).output == "a"
-    assert server.requests["kickoff"] == 1
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -419,30 +410,6 @@ async def test_a_key_means_its_completed_attempt(crew_server: CrewServerFactory)
         assert result.output == "on tea"
     with pytest.raises(pc.CrewFailedError):
         await pc.aget_result(failed)
-
-
-async def test_a_key_without_a_result_says_its_state(crew_server: CrewServerFactory):
-    with pytest.raises(pc.NoResultError, match="No run has the key or kickoff id 'nobody'"):
-        await pc.aget_result("nobody")
-    failed, stopped, uncertain, running = (key() for _ in range(4))
-    failing = crew_server(FAILS)
-    with pytest.raises(pc.CrewFailedError):
-        await pc.arun_crew(failing.crew(), idempotency_key=failed)
-    with pytest.raises(pc.CrewFailedError, match="the search engine is down"):
-        await pc.aget_result(failed)
-    with pytest.raises(pc.CrewFailedError, match="For more: in Python raise max_attempts"):
-        await pc.aget_result(failed, crew=failing.crew(max_attempts=1))
-    await (await crew_server(slow(60)).crew().atrigger({}, idempotency_key=stopped)).astop()
-    with pytest.raises(pc.CrewStoppedError):
-        await pc.aget_result(stopped)
-    with pytest.raises(pc.CrewError):
-        await crew_server("echo", faults=["kickoff:500"]).crew().atrigger({"text": "a"}, idempotency_key=uncertain)
-    with pytest.raises(pc.CrewError, match=r"its kickoff is uncertain\. CrewAPIError"):
-        await pc.aget_result(uncertain)
-    server = crew_server(slow(60))
-    await server.crew().atrigger({}, idempotency_key=running)
-    with pytest.raises(pc.NoResultError, match="has no result yet: it is running"):
-        await pc.aget_result(running, crew=server.crew())
 
 
 # What it costs

@@ -332,15 +332,6 @@ async def test_an_error_of_a_call_is_in_its_state(
     assert isinstance(raised, error)
 
 
-def test_a_copy_with_options_stays_one_of_ours():
-    for one in TASKS:
-        copy = one.with_options(name="mine", retries=7, retry_condition_fn=lambda *_: True)
-        assert type(copy) is type(one)
-        assert copy.fn == one.fn
-        assert copy.name == "mine"
-        assert copy.retries == 7
-
-
 # The functions themselves
 
 

@@ -29,7 +29,6 @@ from prefect_crew.runs.database import forget_stores, in_store
 from prefect_crew.store import workers
 from prefect_crew.store.decision import AttemptState
 from prefect_crew.worker import CrewJobConfiguration, CrewWorker, CrewWorkerResult, stop_crews_of
-from support.chromium import Chromium
 from support.crew_pool import EXITS, IMPORTABLE, USER_FLOWS, CrewOnCommand, CrewPool
 from support.deployed import command, wait_until
 from support.past import aput, new_attempt
@@ -676,29 +675,6 @@ def test_a_suspended_flow_run_goes_on_when_it_is_resumed(handed: Handed):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_flow_run_is_cancelled_on_its_page(handed: Handed, chromium: Chromium):
-    pool = handed.pool
-    pool.worker("one")
-    (run_id,) = handed.start(1)
-    address = f"{pool.server.ui_url}/v2/runs/flow-run/{run_id}"
-    with chromium.page() as page:
-        page.open(address)
-        for shown in (pool.flow_run(run_id)["name"], "Running", "Crew on-command was kicked off"):
-            page.wait_for_text(shown)
-        page.click("button[aria-haspopup='menu']")
-        page.click('role=menuitem[name="Cancel"]')
-        page.wait_for('text="Will become:"')
-        page.click('role=button[name="Cancel Flow Run"]')
-        assert pool.wait_for(run_id)["state_name"] == "Cancelled"
-        wait_for_log(pool, run_id, "was asked to stop")
-        page.open(address)
-        page.wait_for("text=/^Cancelled$/")
-        page.wait_for_text("was asked to stop")
-    assert handed.stopped() == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("times", "state"), [(1, "AwaitingRetry"), (10**6, "Running")])
 def test_a_flow_that_swallows_cancellations_holds_no_worker(handed: Handed, times: int, state: str):
     pool, one = handed.pool, handed.pool.worker("one")
@@ -733,54 +709,6 @@ def test_the_crew_of_a_run_that_prefect_cancelled_is_stopped(tmp_path: Path, pre
         assert handed.crew.requests["stop"] == 1
         assert pool.states(run_id).count("Cancelled") == 1
         assert "dead-letter" not in server.log.read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("heir", "end"), [("one", "SIGKILL"), ("two", "SIGKILL"), ("two", "SIGTERM")])
-def test_a_worker_that_ends_leaves_its_runs_to_the_next_one(handed: Handed, heir: str, end: str):
-    one = handed.pool.worker("one")
-    runs = handed.start(3)
-    if end == "SIGTERM":
-        one.process.send(signal.SIGTERM)
-        assert one.process.wait() == 0
-    else:
-        one.kill()
-    states = {handed.pool.flow_run(run_id)["state_name"] for run_id in runs}
-    assert states == {"AwaitingRetry" if end == "SIGTERM" else "Running"}
-    handed.pool.worker(heir)
-    if heir == "one":
-        dead = handed.owners(runs)
-        wait_until(lambda: dead.isdisjoint(handed.owners(runs)), what="another owner")
-    wait_until(lambda: set(map(handed.owner, runs)) == {heir}, what=f"all are with {heir}")
-    assert handed.crew.requests["stop"] == 0
-    handed.end(runs)
-    for run_id in runs:
-        assert handed.pool.states(run_id).count("Running") == 2, "taken over once"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
-def test_prefects_own_form_outlives_its_worker(handed: Handed, end: str):
-    pool, one = handed.pool, handed.pool.worker("one")
-    run_id = pool.start(pool.deploy("asks", f"{USER_FLOWS}.asks"))
-
-    pause = pool.wait_for(run_id, "PAUSED")["state_id"]
-    if end == "SIGTERM":
-        one.process.send(signal.SIGTERM)
-        one.process.wait()
-    else:
-        one.kill()
-    pool.worker("one")
-
-    def is_asked_again() -> bool:
-        run = pool.flow_run(run_id)
-        return run["state_type"] == "PAUSED" and run["state_id"] != pause
-
-    wait_until(is_asked_again, what="the form of the next start")
-    answered = pool.call("POST", f"/flow_runs/{run_id}/resume", {"run_input": {"value": "fine"}})
-    assert answered["status"] == "ACCEPT", answered
-    run = pool.wait_for(run_id)
-    assert run["state_name"] == "Completed", run["state"]["message"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The crew worker does what Prefect's own tests ask of any worker: tests/workers of Prefect, in our own words.
 
-Kept: pools, queues, limits, priorities, prefetching, templates, deployments that are gone, polling, heartbeats,
-`--run-once`, and what the command line reads of a worker's type. Against a real Prefect server.
+Kept: pools, templates, deployments that are gone, polling, heartbeats, `--run-once`, and what the command line reads of
+a worker's type. Against a real Prefect server.
 
 Not applicable, and why:
 - the command, image, environment and labels of a job, and merging them: a flow run has no infrastructure of its own;
@@ -10,12 +10,13 @@ Not applicable, and why:
 - `kill_infrastructure` raises NotImplementedError: it is implemented (tests/test_worker.py, as is cancelling);
 - the exit code of a process and its explanation: Prefect's engine writes the state, in the worker's process;
 - the worker channel, its reconnects and its snapshots: the worker inherits these and changes none of it;
+- queues, limits, priorities, prefetching, paused pools: Prefect's server and BaseWorker decide what a worker gets;
 - tests of mocks alone: of the client's contexts, of the logger's name, of old signatures.
 """
 
 import os
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -23,7 +24,6 @@ from uuid import UUID
 
 import pytest
 from prefect.exceptions import ObjectNotFound
-from prefect.states import AwaitingRetry
 from prefect.workers.utilities import (
     get_available_work_pool_types,
     get_default_base_job_template_for_infrastructure_type,
@@ -53,22 +53,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
     return ran
 
 
-def runs_of(ran: AsyncMock) -> set[str]:
-    return {str((call.args or (call.kwargs["flow_run"],))[0].id) for call in ran.await_args_list}
-
-
 async def look(worker: CrewWorker) -> None:
     """Look once for flow runs, and wait until all of them have begun."""
     await worker.get_and_submit_flow_runs()
     await until(lambda: not worker._submitting_flow_run_ids)
-
-
-def soon(seconds: float) -> datetime:
-    return datetime.now(UTC) + timedelta(seconds=seconds)
-
-
-def queue(pool: CrewPool, name: str, **options: Any) -> str:
-    return pool.call("POST", f"/work_pools/{pool.name}/queues", {"name": name, **options})["name"]
 
 
 async def test_a_worker_creates_and_describes_its_pool(pool: CrewPool, ran: AsyncMock):
@@ -88,62 +76,6 @@ async def test_a_worker_creates_and_describes_its_pool(pool: CrewPool, ran: Asyn
     assert "PREFECT__WORKER_NAME" not in os.environ
     with pytest.raises(ValueError, match="cannot contain"):
         CrewWorker(pool.name, name="with/slash")
-
-
-@pytest.mark.parametrize(
-    ("options", "taken"),
-    [
-        ({}, {"late", "now", "next", "urgent"}),
-        ({"prefetch_seconds": 0}, {"late", "now"}),
-        ({"work_queues": ["urgent"]}, {"urgent"}),
-        ({"limit": 1}, {"urgent"}),  # a queue's priority counts more than how late a flow run is
-        ({"limit": 2}, {"urgent", "late"}),
-    ],
-    ids=["all", "no prefetching", "one queue", "limit of 1", "limit of 2"],
-)
-async def test_a_worker_takes_these_flow_runs(pool: CrewPool, ran: AsyncMock, options: dict[str, Any], taken: set[str]):
-    async with CrewWorker(pool.name):
-        pass  # the pool
-    urgent = queue(pool, "urgent", priority=1)
-    pool.call("PATCH", f"/work_pools/{pool.name}/queues/default", {"priority": 2})
-    plain = pool.deploy("plain", f"{USER_FLOWS}.greet")
-    first = pool.deploy("first", f"{USER_FLOWS}.greet", work_queue_name=urgent)
-    runs = {
-        pool.start(plain, at=soon(-3600)): "late",
-        pool.start(plain, at=soon(-60)): "now",
-        pool.start(plain, at=soon(8)): "next",
-        pool.start(first, at=soon(5)): "urgent",
-        pool.start(plain, at=soon(3600)): "later",
-    }
-    retried = pool.start(plain, at=soon(-10))
-    async with CrewWorker(pool.name, **{"prefetch_seconds": 20, **options}) as worker:
-        # A retry that waits in its own process.
-        policy = {"retries": 1, "retry_type": "in_process"}
-        pool.call("PATCH", f"/flow_runs/{retried}", {"empirical_policy": policy})
-        await worker.client.set_flow_run_state(UUID(retried), AwaitingRetry(scheduled_time=soon(-5)), force=True)
-        await look(worker)
-        assert {runs.get(run_id, "retried") for run_id in runs_of(ran)} == taken
-        for run_id in runs_of(ran):
-            flow_run = pool.flow_run(run_id)
-            assert flow_run["state_name"] == "Pending"
-            assert flow_run["infrastructure_pid"] == worker.identity
-
-
-@pytest.mark.parametrize("place", ["pool", "queue"])
-async def test_a_limit_holds_and_a_paused_pool_has_nothing(pool: CrewPool, ran: AsyncMock, place: str):
-    async with CrewWorker(pool.name) as worker:
-        path = f"/work_pools/{pool.name}" + ("" if place == "pool" else "/queues/default")
-        pool.call("PATCH", path, {"concurrency_limit": 2})
-        deployment = pool.deploy("limited", f"{USER_FLOWS}.greet")
-        runs = [pool.start(deployment) for _ in range(3)]
-        pool.call("PATCH", f"/work_pools/{pool.name}", {"is_paused": True})
-        await look(worker)
-        assert runs_of(ran) == set()
-        pool.call("PATCH", f"/work_pools/{pool.name}", {"is_paused": False})
-        for _ in range(2):  # the first two are Pending, and hold their slots
-            await look(worker)
-            assert len(runs_of(ran)) == 2
-        assert runs_of(ran) < set(runs)
 
 
 @pytest.mark.parametrize("gone", ["cancelled", "flow run", "deployment"])

@@ -26,7 +26,6 @@ from support.past import key, stored
 from support.prefect_server import PrefectServer
 from support.receiver import Listener
 from support.scripts import script, slow
-from support.waiting import until
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling")
 
@@ -146,17 +145,6 @@ async def test_a_run_that_several_wait_for_has_one_span(crew_server: CrewServerF
 
     ids = [*await asyncio.gather(wait(), wait()), await wait()]
     assert {*ids} == {facts(spans.run())["crewai.execution_uuid"]}
-
-
-async def test_a_run_that_somebody_stops_has_one_span(crew_server: CrewServerFactory, spans: Spans):
-    server = crew_server(slow(60), response_format="live")
-    run = await server.crew().atrigger({})
-    waiting = asyncio.ensure_future(run.await_for_completion(wait=QUICK))
-    await until(lambda: server.requests["status"])
-    await pc.stop_crew(server.crew(), run.kickoff_id)
-    with pytest.raises(pc.CrewStoppedError):
-        await waiting
-    assert facts(spans.run())["error.type"] == "stopped"
 
 
 def test_a_run_that_is_taken_over_names_both_flow_runs(crew_server: CrewServerFactory, spans: Spans):

@@ -236,16 +236,6 @@ async def test_a_refused_row_has_its_reason_and_is_tried_again(batch: Batches, e
     assert echo.kickoffs == 3
 
 
-async def test_the_limit_of_the_crew_holds_for_two_batches(batch: Batches, crew_server: CrewServerFactory):
-    server = crew_server(slow(0.3))
-    crew = server.crew(concurrency_limit=2)
-    exports = [str(batch.folder / f"{name}.jsonl") for name in "ab"]
-    reports = await asyncio.gather(*(batch(crew, topics(6), name=export, export=export) for export in exports))
-    assert [report.completed for report in reports] == [6, 6]
-    begins = sorted(run.created_at for run in server.runs)
-    assert all((third - first).total_seconds() > 0.25 for first, third in zip(begins, begins[2:], strict=False))
-
-
 ASKS = script({"name": "draft", "output": "a draft", "human": True}, {"output": "printed"}, inputs=["topic"])
 
 

@@ -206,11 +206,6 @@ def test_a_crew_of_an_address_needs_the_same_call_again(crews: CrewServer, leads
     assert TOKEN not in again.out + again.err
 
 
-def test_a_batch_that_nobody_knows(leads: Leads):
-    for verb in ("inspect", "failures", "resume", "cancel", "export"):
-        assert f"There is no batch '{leads.name}'" in leads(verb).error(2)
-
-
 @pytest.mark.parametrize("started", [pytest.param(True, id="it-started"), pytest.param(False, id="it-never-did")])
 def test_an_uncertain_row_is_resolved(here: Command, leads: Leads, started: bool):
     leads.server.faults.add("kickoff:drop-after-accept@1")

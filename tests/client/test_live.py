@@ -9,12 +9,11 @@ import pytest
 import respx
 
 import prefect_crew as pc
-from prefect_crew.client import CrewClient, Webhooks
+from prefect_crew.client import CrewClient
 
 URL = "https://crew.example.com"
 TOKEN = "t0ken-0123456789"
 FORBIDDEN = {"kind": "extra_forbidden", "says": "Extra inputs are not permitted"}
-HUMAN = Webhooks(human_input="https://hooks.example.com/h")
 DOCUMENTED = {"execution_id": "k1", "task_id": "t1", "human_feedback": "ok", "is_approve": True}
 LIVE = {"executionId": "k1", "taskId": "t1", "humanFeedback": "ok", "isApprove": True}
 
@@ -112,9 +111,3 @@ async def test_a_flow_needs_no_input_and_gets_values_with_their_types(router: re
         assert [item.required for item in await client.inputs()] == [False] * 3
         await client.kickoff({"history": ["a"], "count": 3})
     assert bodies(router)[0] == {"inputs": {"history": ["a"], "count": 3}}
-
-
-async def test_a_state_is_restored_by_any_id(router: respx.MockRouter, client: CrewClient):
-    router.post("/kickoff").respond(json={"kickoff_id": "k2"})
-    await client.kickoff({}, restore_from="run 7/ä")
-    assert bodies(router)[0]["restoreFromStateId"] == "run 7/ä"

@@ -385,21 +385,6 @@ async def test_the_rest_of_an_answer_is_not_taken_for_the_next_one(monkeypatch: 
     assert server.connections == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [
-        f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(RUNNING):x}\r\n{RUNNING}\r\n0\r\n\r\n".encode(),
-        b"HTTP/1.1 103 Early Hints\r\nLink: </>\r\n\r\n" + answer(RUNNING),
-        f"HTTP/1.0 200 OK\r\n\r\n{RUNNING}".encode(),
-        answer(RUNNING, headers=f"X-Long: {'x' * 60_000}\r\n"),
-    ],
-    ids=["chunked", "hints", "until-closed", "long-head"],
-)
-async def test_an_answer_of_any_framing_is_read(reply: bytes):
-    async with raw_server(then(reply)) as url, CrewClient(url, TOKEN) as client:
-        assert (await client.status("k1")).state is CrewState.RUNNING
-
-
 def trickling(start: bytes, piece: bytes, pause: float = 0.05) -> Handler:
     """Return a server that sends a start, an error's for `/inputs`, and then a piece without end."""
 

@@ -76,21 +76,6 @@ async def test_two_looks_at_once_start_nothing_twice(echo: CrewServer, folder: F
     assert echo.kickoffs == len(folder.lines()) == 6
 
 
-async def test_a_look_that_is_cut_off_is_gone_on_with(save_crew: Any, folder: Folder):
-    slow = save_crew("batch-slow", script({"seconds": 20, "output": "on {{ topic }}"}, inputs=["topic"]))
-    folder.receive("a.csv", "topic\n" + "".join(f"topic {number}\n" for number in range(8)))
-    looking = asyncio.ensure_future(folder.look("batch-slow", options={"max_in_flight": 5}))
-    await until(lambda: slow.kickoffs >= 5)
-    looking.cancel()  # by nobody who asked for a stop, as when a machine goes down
-    await asyncio.gather(looking, return_exceptions=True)
-    assert folder.files == {"a.csv"}
-    (report,) = await folder.look("batch-slow")
-    assert report["completed"] == 8
-    assert slow.kickoffs == 8
-    assert folder.files == {"done/a.csv"}
-    assert len(folder.lines()) == 8
-
-
 async def test_a_file_whose_batch_dies_in_the_middle_stays_and_is_named(save_crew: Any, folder: Folder):
     slow = save_crew("batch-slow", script({"seconds": 0.1, "output": "on {{ topic }}"}, inputs=["topic"]))
     path = folder.receive("growing.csv", "topic\n" + "tea\n" * 900)

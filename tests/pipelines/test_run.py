@@ -341,18 +341,6 @@ async def test_a_session_that_makes_no_sense_starts_no_step(crew_server: CrewSer
     assert journal.kickoffs == 0
 
 
-async def test_an_uncertain_step_stays_uncertain(crew_server: CrewServerFactory, echo: CrewServer):
-    dropping, idempotency_key = crew_server("echo", faults=["kickoff:drop-after-accept@1"]), key()
-    for _ in range(2):
-        with pytest.raises(pc.PipelineFailedError) as raised:
-            await pc.arun_pipeline(chain(echo, dropping), idempotency_key=idempotency_key)
-        assert isinstance(raised.value.errors["b"], pc.KickoffUncertainError)
-        assert raised.value.skipped == ["c"]
-        assert sorted(raised.value.results) == ["a", "d"]
-    assert echo.kickoffs == 2
-    assert dropping.kickoffs == 1
-
-
 @pytest.mark.parametrize("is_suspended", [False, True], ids=["cancelled", "suspended"])
 async def test_an_interrupted_pipeline_goes_on_with_its_key(
     crew_server: CrewServerFactory, echo: CrewServer, seen: Seen, monkeypatch: pytest.MonkeyPatch, is_suspended: bool

@@ -291,12 +291,9 @@ async def test_a_question_whose_last_step_changes_is_answered(show: str, chat: C
     ("fault", "status", "text"),
     [
         ("resume:500", 502, "Nobody knows whether it arrived"),
-        ("resume:drop-after-accept", 502, "Nobody knows whether it arrived"),
-        ("resume:html-after-accept", 502, "Nobody knows whether it arrived"),
         ("resume:timeout-after-accept=2", 502, "Nobody knows whether it arrived"),
         ("resume:403", 503, "Answer on the crew's page"),
         ("resume:503", 503, "was not sent. Nothing is lost"),
-        ("resume:429", 503, "was not sent. Nothing is lost"),
     ],
 )
 async def test_the_page_says_whether_an_answer_was_sent(fault: str, status: int, text: str, chat: Chat):

@@ -68,8 +68,6 @@ JSON = {"Content-Type": "application/json"}
     ("content", "headers", "status"),
     [
         pytest.param(BODY, JSON, 200, id="json"),
-        pytest.param(BODY, {"Content-Type": "Application/JSON; charset=utf-8"}, 200, id="charset"),
-        pytest.param(BODY, {"Content-Type": "application/vnd.crew+json"}, 200, id="like-json"),
         pytest.param(BODY, {}, 200, id="no-type"),
         pytest.param(BODY, {"Content-Type": "text/plain"}, 200, id="text"),
         pytest.param(gzip.compress(BODY), {**JSON, "Content-Encoding": "gzip"}, 400, id="gzip"),

@@ -129,13 +129,6 @@ def each(seen: Sequence[Seen]) -> Callable[[float], Seen]:
 # The schedule
 
 
-def test_pauses_grow_by_the_factor_up_to_the_cap():
-    policy = WaitPolicy(initial=1, factor=2, max_interval=5, jitter=0)
-    assert list(itertools.islice(poll_delays(policy), 5)) == [1, 2, 4, 5, 5]
-    first_longer = WaitPolicy(initial=60, max_interval=5, jitter=0)
-    assert list(itertools.islice(poll_delays(first_longer), 3)) == [60, 5, 5]
-
-
 @given(
     initial=st.floats(0.01, 10),
     factor=st.floats(1, 5),

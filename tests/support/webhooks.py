@@ -10,7 +10,7 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from starlette.types import ASGIApp
 
-from prefect_crew.client.webhooks import BearerAuth, HumanInputWebhook, StreamWebhook, Webhooks
+from prefect_crew.client.webhooks import Webhooks
 from prefect_crew.devserver.web_server import open_listener
 from prefect_crew.receiver.serve import ReceiverServer
 from support.corpus import cases
@@ -40,14 +40,6 @@ def url_of(hooks: Webhooks, kind: str) -> str:
     """Return the URL of one of a run's webhooks."""
     target = getattr(hooks, kind)
     return target if isinstance(target, str) else target.url
-
-
-def headers_of(hooks: Webhooks, kind: str) -> dict[str, str]:
-    """Return what a crew's server sends with the body of one of a run's webhooks."""
-    target = getattr(hooks, kind)
-    if isinstance(target, HumanInputWebhook | StreamWebhook) and isinstance(target.authentication, BearerAuth):
-        return {"Authorization": f"Bearer {target.authentication.token.get_secret_value()}"}
-    return {}
 
 
 @contextmanager

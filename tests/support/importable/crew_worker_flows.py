@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow, get_run_logger, pause_flow_run, task
 from prefect.runtime import flow_run
 
-from prefect_crew import CrewError, arun_batch, arun_crew, kickoff_crew, run_crew
+from prefect_crew import CrewError, arun_crew, kickoff_crew, run_crew
 
 
 @flow
@@ -17,15 +17,6 @@ async def greet(name: str) -> str:
     get_run_logger().info("greeting %s", name)
     await asyncio.sleep(0.2)
     return f"Hello {name}"
-
-
-@flow
-async def batch_in_a_subflow(crew: str, dataset: str, name: str, export: str) -> None:
-    @flow
-    async def within() -> None:
-        await arun_batch(crew, dataset, name=name, export=export)
-
-    await within()
 
 
 @flow
