@@ -95,11 +95,14 @@ def is_remote(address: str) -> bool:
 
 
 def whole_address(address: str) -> str:
-    """Return a remote address as it is, and any other as an absolute path without `file://`. `~` is the home folder."""
+    """Return a remote address as it is, and any other as the one path of its file, without `file://`, links and `..`.
+
+    `~` is the home folder.
+    """
     if is_remote(address):
         return address
     path = os.path.expanduser(address.removeprefix("file://"))  # noqa: PTH111  for `~name` of no user, pathlib raises
-    return str(Path(path).absolute())
+    return os.path.realpath(path)
 
 
 def shown_address(address: str) -> str:

@@ -136,6 +136,15 @@ async def test_an_output_that_is_gone_is_written_again(batch: Batches, echo: Cre
     assert filesystem.cat_file(path) == before
 
 
+async def test_two_ways_to_write_a_path_are_one_export(batch: Batches, echo: CrewServer, tmp_path: Path):
+    (tmp_path / "here").symlink_to(tmp_path)
+    for export in (tmp_path / "a" / ".." / "out.jsonl", batch.output, tmp_path / "here" / "out.jsonl"):
+        report = await batch(echo.crew(), topics(2), name="one export", export=str(export))
+        assert report.completed == 2
+    assert len(batch.lines()) == 2
+    assert [*tmp_path.glob("**/*.jsonl")] == [batch.output]
+
+
 async def test_an_output_with_other_lines_is_written_again(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(PICKY)
 
