@@ -124,6 +124,8 @@ class Output:
         del consequence
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._new():  # as the write will
+                pass
             return self._path.exists() and self._path.stat().st_size > 0
         with suppress(OSError, ImportError, ValueError):  # nobody can read it
             filesystem, path = _fsspec.core.url_to_fs(self.address)

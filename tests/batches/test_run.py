@@ -145,6 +145,15 @@ async def test_two_ways_to_write_a_path_are_one_export(batch: Batches, echo: Cre
     assert [*tmp_path.glob("**/*.jsonl")] == [batch.output]
 
 
+async def test_an_export_that_cannot_be_written_starts_no_row(batch: Batches, echo: CrewServer, tmp_path: Path):
+    for name in (f"{'long' * 60}.jsonl", "none/out.jsonl"):
+        (tmp_path / "none").touch()
+        with pytest.raises(pc.CrewError, match=r"The export .* cannot be written: .*Nothing was started"):
+            await batch(echo.crew(), topics(2), export=str(tmp_path / name))
+    assert echo.kickoffs == 0
+    assert [*tmp_path.glob("*.new"), *tmp_path.glob("*long*")] == []
+
+
 async def test_an_output_with_other_lines_is_written_again(batch: Batches, crew_server: CrewServerFactory):
     server = crew_server(PICKY)
 
