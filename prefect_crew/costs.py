@@ -13,6 +13,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterId, FlowRunFilter, FlowRunFilterId
 
 from prefect_crew.client.models import TokenUsage
+from prefect_crew.exceptions import ConfigurationError
 from prefect_crew.prices import Spending
 from prefect_crew.runs.database import in_store
 from prefect_crew.settings import CrewSettings
@@ -44,8 +45,11 @@ async def read_costs(by: By = "crew", *, since: date | None = None, until: date 
     """Add up the runs that ended from `since` to `until` (days in UTC, both included).
 
     Raises:
+        ConfigurationError: `since` is later than `until`.
         StoreError, PREFECT_ERRORS: The crew database, or the Prefect API with the names of flows, cannot be used.
     """
+    if since is not None and until is not None and since > until:
+        raise ConfigurationError(f"The first day, {since}, is later than the last, {until}.")
     first, last = since or date(1970, 1, 1), until or datetime.now(UTC).date() + timedelta(days=1)
     kind = "flow_run" if by == "flow" else by
     lines = await in_store(spending.costs, first, last + timedelta(days=1), kind)

@@ -80,6 +80,11 @@ def test_a_line_that_is_not_understood(here: Command, prefect_api: object, line:
             "none of its 20 rows can be run: input 'who' needs column naem (did you mean name?), which the row does "
             "not have (for a constant text, write it as a template, with both pairs of braces: {{{{ 'text' }}}})",
         ),
+        (
+            "costs --from 2026-05-02 --to 2026-05-01",
+            2,
+            "The first day, 2026-05-02, is later than the last, 2026-05-01.",
+        ),
         ("crews save new", 2, RENAMED),
         ("crews save new --url http://x.example.com", 2, "plain text"),
         ("crews save new --url {closed} --max-attempts 0", 2, "max_attempts"),
