@@ -13,6 +13,7 @@ from typing import Literal
 
 from prefect_crew._internal.clock import moment
 from prefect_crew._internal.prefect_api import run_logger
+from prefect_crew.artifacts.events import emit
 from prefect_crew.client._transport import encoded_id
 from prefect_crew.client.models import CrewStatus
 from prefect_crew.crew import WaitPolicy
@@ -60,19 +61,21 @@ async def write_evidence(attempt: Attempt, kickoff_id: str) -> Attempt | None:
     """Write the kickoff id of an attempt that evidence names. Return the attempt if it has that id now."""
     seconds = WaitPolicy().timeout or UNLIMITED
     started = await in_store(attempts.started, attempt, kickoff_id, seconds)
-    log_second(attempt, kickoff_id, started)
+    log_second(started)
     is_its = started.other_key is None and started.attempt is not None and started.attempt.first_id == kickoff_id
     return started.attempt if is_its else None
 
 
-def log_second(attempt: Attempt, kickoff_id: str, started: Started) -> None:
-    """Log the mistake of whoever has resolved an attempt as never started, if the key has another run since."""
-    if started.is_second:
+def log_second(started: Started) -> None:
+    """Log, and emit once, that a key has two runs at the same time."""
+    attempt, second = started.attempt, started.second
+    if attempt is not None and second is not None:
         run_logger().error(
-            "Idempotency key %s has two runs: %s, which somebody had resolved as never started, and a later one. Look "
-            "at both: prefect-crew runs inspect %s",
-            *(attempt.key, kickoff_id, shlex.quote(attempt.key)),
+            "Idempotency key %s has two runs: %s and %s. Somebody had resolved the first as never started, or one "
+            "kickoff has started both. Look at both on the crew's page. This key: prefect-crew runs inspect %s",
+            *(attempt.key, attempt.first_id, second, shlex.quote(attempt.key)),
         )
+        emit("second_run", attempt, once=True, second=second)
 
 
 # By a person

@@ -327,7 +327,7 @@ class _Start:
         if started.other_key is not None:
             reason = f"its answer names run {kickoff_id} of key {started.other_key!r}"
             raise uncertain(started.attempt or attempt, reason)
-        log_second(attempt, kickoff_id, started)
+        log_second(started)
         return started.attempt or replace(attempt, first_id=kickoff_id, kickoff_id=kickoff_id)
 
 

@@ -252,13 +252,13 @@ def uncertain(transaction: Transaction, attempt: Attempt, reason: str) -> bool:
 class Started:
     """The attempt after `started` or `resolve`; None if it was pruned.
 
-    `other_key`: the id belongs to an attempt of that key, so this attempt stays or becomes uncertain. `is_second`: a
-    later attempt exists, so that the key has two runs. Both are mistakes of somebody, to be shown.
+    `other_key`: the id belongs to an attempt of that key, so this attempt stays or becomes uncertain. `second`: the key
+    has another run, with this id, or of a later attempt that has none yet. Both are mistakes of somebody, to be shown.
     """
 
     attempt: Attempt | None
     other_key: str | None = None
-    is_second: bool = False
+    second: str | None = None
 
 
 @transaction("write", started="yes")
@@ -276,7 +276,8 @@ def _start(
 ) -> Started:
     current = next(iter(_read(transaction, _LOCKED, id=attempt.id)), None)  # a `begin` of any key may end it
     if current is None or current.kickoff_id is not None:
-        return Started(attempt=current)
+        is_its = current is None or kickoff_id in ids_of(transaction, current.id)
+        return Started(attempt=current, second=None if is_its else kickoff_id)
     guards = {"id": current.id, "state": current.state}
     if (other_key := _claim_id(transaction, current, kickoff_id)) is not None:
         reason = f"the crew's server answered with run {kickoff_id}, which belongs to idempotency key {other_key!r}"
@@ -290,7 +291,8 @@ def _start(
     if current.state is S.NOT_STARTED:
         book(transaction, current.estimates, day_of(current.begun_at))
     current = replace(current, first_id=kickoff_id, kickoff_id=kickoff_id, **values)
-    return Started(attempt=current, is_second=current.replaced)
+    last = _read(transaction, _BY_KEY, key=current.key)[-1] if current.replaced else None
+    return Started(attempt=current, second=last and (last.first_id or f"attempt {last.number}"))
 
 
 def _claim_id(transaction: Transaction, attempt: Attempt, kickoff_id: str) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import anyio
+import httpx
 import pytest
 
 import prefect_crew as pc
@@ -27,9 +28,10 @@ from prefect_crew.runs.database import in_store
 from prefect_crew.store import attempts
 from prefect_crew.store.decision import AttemptState
 from prefect_crew.testing import CrewServerFactory
-from support.scripts import FAILS, script
+from support.scripts import FAILS, script, slow
 from support.seen import Seen
 from support.waiting import LIMIT, until
+from support.webhooks import BODIES, events_of, url_of
 
 pytestmark = pytest.mark.usefixtures("prefect_api", "instant_polling", "all_logged")
 
@@ -193,6 +195,26 @@ async def test_an_id_of_another_key_is_uncertain(server: CrewServer, key: str):
         with pytest.raises(pc.KickoffUncertainError, match=f"names run {run.kickoff_id} of key '{key}'"):
             await start(server, f"{key} b")
     assert await states(f"{key} b") == [UNCERTAIN]
+
+
+async def test_two_ids_of_one_kickoff_are_logged_and_in_one_event(
+    receiver: str, crew_server: CrewServerFactory, key: str, caplog: pytest.LogCaptureFixture
+):
+    """A proxy has sent the kickoff twice: the webhook of one run comes before the answer, which names the other."""
+    server = crew_server(slow(60), faults=["kickoff:hold-after-accept"])
+    starting = asyncio.create_task(start(server, key, {}))
+    await until(lambda: server.held, "the answer is on its way")
+    (first,), hooks = server.runs, server.runs[0].targets
+    async with httpx.AsyncClient(trust_env=False) as client:
+        (
+            await client.post(url_of(hooks, "crew"), json={**BODIES["crew-first"], "kickoff_id": "the other"})
+        ).raise_for_status()
+    server.release()
+    assert (await starting).kickoff_id == "the other"
+    (line,) = [one.getMessage() for one in caplog.records if "has two runs" in one.getMessage()]
+    (event,) = await events_of(key, prefix="crew.second_run")
+    assert (event["payload"]["kickoff_id"], event["payload"]["second"]) == ("the other", first.id)
+    assert f"{key} has two runs: the other and {first.id}." in line
 
 
 @pytest.mark.parametrize(

@@ -247,8 +247,8 @@ async def test_an_id_counts_at_once_and_more_than_a_word(store: Store, clock: Cl
     second = await begun(store, once_more(other))
     late = await store.run(started, attempt, "late", 60.0)
     assert late.attempt is not None
-    assert (late.attempt.state, late.is_second) == (AttemptState.STARTED, True)
-    assert not (await store.run(started, second, "second", 60.0)).is_second
+    assert (late.attempt.state, late.second) == (AttemptState.STARTED, "attempt 2")
+    assert (await store.run(started, second, "second", 60.0)).second is None
 
 
 async def test_an_id_belongs_to_one_attempt(store: Store):
@@ -263,8 +263,9 @@ async def test_an_id_belongs_to_one_attempt(store: Store):
 
 async def test_an_id_that_is_written_twice_is_one_and_another_one_changes_nothing(store: Store):
     attempt = await in_flight(store, request(), "id")
-    for kickoff_id in ("id", "another"):
-        assert (await store.run(started, attempt, kickoff_id, 60.0)).attempt == attempt
+    for kickoff_id, second in (("id", None), ("another", "another")):
+        result = await store.run(started, attempt, kickoff_id, 60.0)
+        assert (result.attempt, result.second) == (attempt, second)
     assert await store.run(ids_of, attempt.id) == ["id"]
 
 

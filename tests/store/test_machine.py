@@ -269,7 +269,7 @@ class Machine(RuleBasedStateMachine):
         caller = self.pick(chance, [one for one in self.callers if one.phase == "has id"])
         result = self.do(caller.process, started, caller.attempt, caller.kickoff_id, 600.0)
         assert result.attempt is not None
-        assert (result.attempt.kickoff_id, result.is_second, result.other_key) == (caller.kickoff_id, False, None)
+        assert (result.attempt.kickoff_id, result.second, result.other_key) == (caller.kickoff_id, None, None)
         caller.phase = "has id" if is_lost else "waits"
 
     def give_up(self, chance: Random):
