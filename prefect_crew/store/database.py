@@ -46,7 +46,8 @@ LOCK_WITHIN = 20.0
 IDLE = 10.0
 """Seconds after which an unused connection is closed: hundreds of containers may share one PostgreSQL."""
 GROUP = 100
-"""Transactions of one process that are committed together, at most."""
+"""Transactions of one process that SQLite commits together, at most. On PostgreSQL one that waits for its lock would
+hold up the others."""
 THREADS = 4
 """Of PostgreSQL: so many for `begin`, which may wait for locks, and so many for all else."""
 CLOSE_WITHIN = 5.0
@@ -232,8 +233,8 @@ def _tell(answers: Sequence[_Answer]) -> None:
 class _Lane:
     """A queue of jobs and the threads that take them, up to `most` and begun as they are needed."""
 
-    def __init__(self, serve: Callable[[_Lane], None], *, most: int, writes: bool = True) -> None:
-        self.serve, self.most, self.writes = serve, most, writes
+    def __init__(self, serve: Callable[[_Lane], None], *, most: int, group: int = 1, writes: bool = True) -> None:
+        self.serve, self.most, self.group, self.writes = serve, most, group, writes
         self.threads: list[threading.Thread] = []
         self._jobs = deque[_Job]()
         self._waiting = 0
@@ -252,14 +253,14 @@ class _Lane:
                 thread.start()
 
     def take(self, timeout: float | None) -> list[_Job] | None:
-        """Wait for jobs and return up to `GROUP` of them, none after the timeout, None once the lane is closed."""
+        """Wait for jobs and return up to `group` of them, none after the timeout, None once the lane is closed."""
         with self._changed:
             self._waiting += 1
             self._changed.wait_for(lambda: self._jobs or self._is_closed, timeout)
             self._waiting -= 1
             if not self._jobs and self._is_closed:
                 return None
-            return [self._jobs.popleft() for _ in range(min(GROUP, len(self._jobs)))]
+            return [self._jobs.popleft() for _ in range(min(self.group, len(self._jobs)))]
 
     def close(self) -> None:
         with self._changed:
@@ -357,8 +358,8 @@ class Store:
             other = _Lane(self._serve, most=THREADS)
             return {"begin": _Lane(self._serve, most=THREADS), "write": other, "read": other}
         # Two writers of one process would only wait for each other.
-        writer = _Lane(self._serve, most=1)
-        return {"begin": writer, "write": writer, "read": _Lane(self._serve, most=1, writes=False)}
+        writer = _Lane(self._serve, most=1, group=GROUP)
+        return {"begin": writer, "write": writer, "read": _Lane(self._serve, most=1, group=GROUP, writes=False)}
 
     def _serve(self, lane: _Lane) -> None:
         connection: sa.Connection | None = None
@@ -382,7 +383,7 @@ class Store:
             _closed(connection)
             if may_repeat and (_is_conflict(error) or (may_be_old and _is_gone(error))):
                 return self._do(jobs, None, lane, may_repeat=False)
-            if len(jobs) > 1 and not (self.path and _is_busy(error)):  # SQLite has one lock for all
+            if len(jobs) > 1 and not _is_busy(error):
                 for job in jobs:  # one of them is at fault; the others have not happened
                     _closed(self._do([job], None, lane))
                 return None

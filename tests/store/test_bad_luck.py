@@ -14,8 +14,8 @@ import stat
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -465,11 +465,10 @@ async def test_an_unused_connection_is_closed(empty_postgres: Callable[[], str],
     store.close()
 
 
-@pytest.mark.postgres
-async def test_callers_that_wait_for_a_lock_do_not_hold_up_others(empty_postgres: Callable[[], str]):
-    url = empty_postgres()
-    store, other = Store(url), Store(url)
-    free, holds = threading.Event(), threading.Event()
+@asynccontextmanager
+async def held_key(url: str) -> AsyncIterator[None]:
+    """Hold the lock of the key `daily` in another store of the same database."""
+    other, free, holds = Store(url), threading.Event(), threading.Event()
 
     @transaction("write")
     def hold(transaction: Transaction) -> None:
@@ -477,15 +476,39 @@ async def test_callers_that_wait_for_a_lock_do_not_hold_up_others(empty_postgres
         holds.set()
         free.wait(LIMIT)
 
-    attempt = await begun(store, request("other"))
     holder = asyncio.create_task(other.run(hold))
     await asyncio.to_thread(holds.wait)
-    waiting = [asyncio.create_task(store.run(begin, request())) for _ in range(20)]
-    await asyncio.sleep(0.2)
-    assert (await soon(store.run(started, attempt, "id", 1.0))).attempt is not None
-    assert not any(task.done() for task in waiting)
+    yield
     free.set()
     await holder
+    other.close()
+
+
+@pytest.mark.postgres
+async def test_a_key_whose_lock_is_held_elsewhere_holds_up_no_other_key(empty_postgres: Callable[[], str]):
+    url = empty_postgres()
+    store = Store(url)
+    attempts_ = [await begun(store, request(f"begun {number}")) for number in range(31)]
+    async with held_key(url):
+        calls = [request() if number == 10 else request(f"{number}") for number in range(32)]
+        begins = [asyncio.create_task(store.run(begin, call)) for call in calls]
+        writes = [store.run(started, attempt, attempt.key, 1.0) for attempt in attempts_]
+        stuck = begins.pop(10)
+        await soon(asyncio.gather(*begins, *writes))
+        assert not stuck.done()
+    assert [(await task).step for task in [*begins, stuck]] == [Step.START] * 32
+    store.close()
+
+
+@pytest.mark.postgres
+async def test_callers_that_wait_for_a_lock_do_not_hold_up_others(empty_postgres: Callable[[], str]):
+    url = empty_postgres()
+    store = Store(url)
+    attempt = await begun(store, request("other"))
+    async with held_key(url):
+        waiting = [asyncio.create_task(store.run(begin, request())) for _ in range(20)]
+        await asyncio.sleep(0.2)
+        assert (await soon(store.run(started, attempt, "id", 1.0))).attempt is not None
+        assert not any(task.done() for task in waiting)
     assert sorted({str((await task).step) for task in waiting}) == ["busy", "start"]
     store.close()
-    other.close()
