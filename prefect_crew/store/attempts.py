@@ -306,10 +306,12 @@ def _claim_id(transaction: Transaction, attempt: Attempt, kickoff_id: str) -> st
     if transaction.insert_once(kickoff_ids, **values):
         return None
     ids = kickoff_ids.c
-    holder = sa.select(A.id, A.key).join(kickoff_ids, ids.attempt_id == A.id)
+    holders = sa.select(A.id, A.key).join(kickoff_ids, ids.attempt_id == A.id)
     same_id = (ids.crew_url == attempt.crew_url, ids.kickoff_id == kickoff_id)
-    holder_id, key = transaction.connection.execute(holder.where(*same_id)).one()
-    return None if holder_id == attempt.id else key
+    holder = transaction.connection.execute(holders.where(*same_id)).first()
+    if holder is None:  # it was pruned at this moment
+        return _claim_id(transaction, attempt, kickoff_id)
+    return None if holder.id == attempt.id else holder.key
 
 
 @transaction("write", started="yes")

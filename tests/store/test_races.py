@@ -303,6 +303,28 @@ async def test_readers_see_the_same_during_a_prune(database_url: str):
     pruner.close()
 
 
+@pytest.mark.postgres  # SQLite has one writer at a time
+async def test_an_id_whose_holder_is_pruned_at_that_moment_is_free(empty_postgres: Callable[[], str]):
+    url = empty_postgres()
+    store, pruner = Store(url), Store(url)
+    holder = await over(store, request("holder"))
+    attempt = await begun(store, request())
+    pruned = list[int]()
+
+    def prune(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT INTO crew_kickoff_ids") and not pruned:
+            pruned.append(0)
+            pruned.append(asyncio.run(pruner.run(prune_keys, ["holder"], time.time() + 1000)))
+
+    sa.event.listen(store._engine, "after_cursor_execute", prune)
+    result = await soon(store.run(started, attempt, str(holder.kickoff_id), 60.0))
+    assert pruned == [0, 1]
+    assert result.attempt is not None
+    assert (result.attempt.kickoff_id, result.other_key) == (holder.kickoff_id, None)
+    store.close()
+    pruner.close()
+
+
 # Another store
 
 
