@@ -14,10 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from prefect_crew._internal.prefect_api import run_logger
-from prefect_crew._internal.prefect_errors import PREFECT_ERRORS
 from prefect_crew.client._parsing import as_id, as_object
 from prefect_crew.client.models import TokenUsage
-from prefect_crew.exceptions import StoreError
 from prefect_crew.runs.database import in_store
 from prefect_crew.store.news import News, Place, read_news
 from prefect_crew.webhooks import COMPLETED
@@ -81,8 +79,8 @@ class _Reader:
             await asyncio.sleep(READ_EVERY[len(self.topics) > 1])
             try:
                 fresh, place = await in_store(read_news, [*self.topics], place)
-            except (StoreError, *PREFECT_ERRORS) as error:
-                run_logger().debug("News could not be read: %s", error)
+            except Exception as error:  # noqa: BLE001  waits that began before would get none any more
+                run_logger().debug("News could not be read: %r", error)
                 continue
             for event in fresh:
                 for subscription in self.topics.get(event.topic, ()):

@@ -11,10 +11,12 @@ from prefect_crew import DeployedCrew, arun_crew
 from prefect_crew.client.models import CrewResult, TokenUsage
 from prefect_crew.crew import WaitPolicy
 from prefect_crew.exceptions import CrewFailedError
+from prefect_crew.runs import news
 from prefect_crew.testing import CrewServerFactory
 from support.flow_runs import acall_in_flow
+from support.held import Held
 from support.scripts import script, slow
-from support.waiting import soon
+from support.waiting import soon, until
 
 # Polling alone would not look again before this is over.
 RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
@@ -38,6 +40,25 @@ async def test_a_webhook_ends_the_pause(receiver: str, crew_server: CrewServerFa
         await run(server.crew(wait=RARELY), keys=keys)
     assert server.requests["status"] <= 1 + 2 * len(keys)
     assert server.kickoffs == len({*keys})
+
+
+async def test_news_come_after_an_error_that_nobody_foresaw(
+    receiver: str, crew_server: CrewServerFactory, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors, read = [RuntimeError("the disk is odd")], news.in_store
+
+    async def odd(*args: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return await read(*args)
+
+    monkeypatch.setattr(news, "in_store", odd)
+    server = crew_server(held := Held())
+    never = WaitPolicy(initial=3600, max_interval=3600, timeout=None)
+    running = asyncio.ensure_future(run(server.crew(wait=never), keys=[key]))
+    await until(lambda: server.kickoffs and not errors, "the news could not be read")
+    held.release()
+    await running
 
 
 async def test_a_run_without_news_is_polled(receiver: str, crew_server: CrewServerFactory) -> None:
