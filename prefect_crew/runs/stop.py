@@ -31,7 +31,7 @@ from prefect_crew.client.redaction import withholding
 from prefect_crew.exceptions import CrewError, FlowRunCancelledError, StoreError
 from prefect_crew.runs.database import in_store
 from prefect_crew.runs.owners import process_is_gone
-from prefect_crew.runs.run import LiveRun, read_attempt, write_end
+from prefect_crew.runs.run import CREW_STATES, LiveRun, read_attempt, write_end
 from prefect_crew.states import CrewState
 from prefect_crew.store import attempts
 from prefect_crew.store.decision import Attempt, AttemptState
@@ -208,9 +208,9 @@ async def stop_run(run: LiveRun, *, is_repeated: bool = True) -> StopAnswer:
         await read_attempt(run)
         with withholding(run.redact_text):
             answer = await stop_once(run, is_repeated=is_repeated)
-            if answer.outcome is StopOutcome.STOPPED and run.attempt and run.attempt.state is AttemptState.STOPPED:
-                stopped = CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED)
-                await run.artifact.keep(lambda: render_run(run.view(stopped), run.artifact.earlier))
+            if answer.outcome is StopOutcome.STOPPED and run.attempt and run.attempt.state in CREW_STATES:
+                ended = CrewStatus(kickoff_id=run.kickoff_id, state=CREW_STATES[run.attempt.state])
+                await run.artifact.keep(lambda: render_run(run.view(ended), run.artifact.earlier))
     return answer
 
 
@@ -245,13 +245,14 @@ async def stop_once(run: LiveRun, by: str = PERSON, *, is_repeated: bool = False
         words = f" The crew's server says: {answer.message}" if answer.message else ""
         log.warning("Crew run %s was not stopped: %s.%s", kickoff_id, answer.outcome, words)
     if answer.outcome is StopOutcome.STOPPED and attempt is not None and attempt.state is AttemptState.STARTED:
-        # The run's use. Without an answer it stays unknown; if the run ended before, the next poll sees how.
+        # How the run has ended, and its use. Without an answer that stays unknown.
         status = CrewStatus(kickoff_id=kickoff_id, state=CrewState.STOPPED)
         with suppress(CrewError, TimeoutError):
             status = await asyncio.wait_for(run.session.client.status(run.current_id), LOOK_WITHIN)
+        if not status.state.ended:
+            status = status.model_copy(update={"state": CrewState.STOPPED, "error": None})
         try:
-            if status.state is not CrewState.COMPLETED:
-                await write_end(run, status.model_copy(update={"state": CrewState.STOPPED, "error": None}))
+            await write_end(run, status)
         except (StoreError, *PREFECT_ERRORS) as error:
             log.warning("It could not be recorded that run %s was stopped: %s", kickoff_id, error)
     return answer

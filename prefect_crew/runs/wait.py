@@ -34,7 +34,7 @@ from prefect_crew.runs.resolve import resolve_by_evidence
 from prefect_crew.runs.reviews.form import Form
 from prefect_crew.runs.reviews.questions import ReviewChoice
 from prefect_crew.runs.reviews.reviewer import People
-from prefect_crew.runs.run import LiveRun, parse_data, read_attempt, read_result, result_of, write_end
+from prefect_crew.runs.run import CREW_STATES, LiveRun, parse_data, read_attempt, read_result, result_of, write_end
 from prefect_crew.states import CrewState
 from prefect_crew.store.decision import TIMEOUT, AttemptState
 
@@ -221,7 +221,7 @@ class _RunWait(Wait):
             return False
         is_taken = await stop.stop_if_asked(run)
         if is_taken and run.attempt.ended_at is not None:
-            await self._show(CrewStatus(kickoff_id=run.kickoff_id, state=CrewState.STOPPED))
+            await self._show(CrewStatus(kickoff_id=run.kickoff_id, state=CREW_STATES[run.attempt.state]))
         return is_taken
 
     async def _after_cancellation(self) -> CrewError:

@@ -39,8 +39,8 @@ from support.held import Held
 from support.past import aput, new_attempt
 from support.processes import Process
 from support.proxy import Proxy
+from support.scripts import FAILS, slow
 from support.scripts import script as scripted
-from support.scripts import slow
 from support.seen import Seen
 from support.waiting import soon, until, wait_until
 
@@ -471,6 +471,19 @@ async def test_a_run_that_completes_at_its_stop_keeps_its_result(
     assert (await run.astop()).accepted is is_late
     await run.await_for_completion()
     assert (await run.afetch_result()).output == "done"
+
+
+async def test_a_run_that_fails_at_its_stop_has_failed(crew_server: CrewServerFactory, monkeypatch: pytest.MonkeyPatch):
+    server = crew_server(FAILS)
+    run = await server.crew().atrigger({})
+    await until(lambda: str(server.runs[0].state) == "failed", "the run ends")
+    answer = StopAnswer(kickoff_id=str(run.kickoff_id), outcome=StopOutcome.STOPPED)
+    monkeypatch.setattr(CrewClient, "stop", AsyncMock(return_value=answer))
+    assert (await run.astop()).accepted
+    attempt = await stored(str(run.kickoff_id))
+    assert (attempt.state, attempt.error) == (AttemptState.FAILED, "the search engine is down")
+    with pytest.raises(pc.CrewFailedError):
+        await run.await_for_completion()
 
 
 async def test_stop_and_resume_take_up_a_rotated_token(crew_server: CrewServerFactory):
