@@ -77,12 +77,18 @@ def prune_batch(transaction: Transaction, before: float) -> str | None:
 
 @transaction("write")
 def prune_rest(transaction: Transaction, before: float) -> None:
-    """Delete news and workers of yesterday, and sums that no budget asks for any more."""
+    """Delete news and workers of yesterday, and sums that no budget asks for any more: those of a batch that is there
+    stay."""
     now = transaction.lock("prune")
     transaction.changed(sa.delete(news).where(news.c.received_at < now - DAY))
     holds = sa.exists().where(held.c.boot == workers.c.boot).correlate(workers)
     transaction.changed(sa.delete(workers).where(workers.c.dead_at < now - DAY, ~holds))
-    transaction.changed(sa.delete(spending).where(spending.c.day < day_of(min(before, now - LONGEST_MONTH))))
+    # A budget per batch ends its scope so. Not LIKE: a name may hold its signs.
+    scope, end = spending.c.scope, sa.literal(" of ") + B.name
+    is_of_batch = sa.func.substr(scope, sa.func.length(scope) - sa.func.length(end) + 1) == end
+    goes_on = sa.exists().where(is_of_batch).correlate(spending)
+    old = spending.c.day < day_of(min(before, now - LONGEST_MONTH))
+    transaction.changed(sa.delete(spending).where(old, ~goes_on))
 
 
 @transaction("read")

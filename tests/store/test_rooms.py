@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,7 +25,7 @@ from prefect_crew.store.batches import (
     use_of_batch,
 )
 from prefect_crew.store.database import Store
-from prefect_crew.store.decision import AttemptState, Request
+from prefect_crew.store.decision import Allowance, AttemptState, Request
 from prefect_crew.store.news import Place, read_news
 from prefect_crew.store.prune import counts, keys_to_prune, prune_batch, prune_keys, prune_rest
 from prefect_crew.store.questions import (
@@ -37,7 +38,7 @@ from prefect_crew.store.questions import (
     send,
     sent,
 )
-from prefect_crew.store.spending import CostLine, costs
+from prefect_crew.store.spending import CostLine, Use, costs, used
 from prefect_crew.store.workers import beat, held_by, hold, holder, release, retire, take_over
 from support.crew_database import BEGINNING, CREW, Clock, add_news, begun, in_flight, once_more, over, request, step_of
 
@@ -449,6 +450,23 @@ async def test_a_batch_is_deleted_as_a_whole_or_not_at_all(store: Store, clock: 
         assert await store.run(list_batches) == []
     found = await store.run(counts)
     assert (found["batches"], found["rows"], found["attempts"]) == (0, 0, 0)
+
+
+async def test_the_sums_of_a_budget_per_batch_are_kept_as_long_as_the_batch(store: Store, clock: Clock):
+    await held_batch(store, "a", "b")
+    mine, others = (
+        Allowance(scope=f"budget low of {batch}", per="all", max_runs=1) for batch in ("leads", "other leads, by hand")
+    )
+    await over(store, dataclasses.replace(run_of("a"), allowances=[mine, others]))
+    clock.now += 100 * DAY
+    await store.run(prune_rest, clock.now - 30 * DAY)
+    assert await step_of(store, dataclasses.replace(run_of("b"), allowances=[mine])) == "over budget"
+    assert await store.run(used, others.scope) == Use()
+    await store.run(let_go, "leads", "one")
+    while await store.run(prune_batch, clock.now + 1) is not None:
+        pass
+    await store.run(prune_rest, clock.now)
+    assert (await store.run(counts))["spending"] == 0
 
 
 async def test_news_and_workers_of_yesterday_go(store: Store, clock: Clock):
