@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from prefect_crew._internal.asyncio_tasks import cancel_and_wait
 from prefect_crew._internal.prefect_api import flow_run_id
 from prefect_crew.artifacts.escape import cell, code, duration, fenced, flow_run_link, link, prose, table
 from prefect_crew.artifacts.run import MarkdownArtifact, artifact_key
@@ -110,11 +109,13 @@ class PipelineArtifact:
     @contextlib.asynccontextmanager
     async def kept(self) -> AsyncGenerator[None]:
         """Keep the artifact up to date in this block, and put its last state at the end."""
-        keeper = asyncio.ensure_future(self._keep())
+        over = asyncio.Event()
+        keeper = asyncio.create_task(self._keep(over))
         try:
             yield
         finally:
-            await cancel_and_wait(keeper)
+            over.set()
+            await asyncio.wait({keeper})  # a cut-off creation may still arrive, beside the next one
             for view in self._views.values():
                 if view.state == "waiting":
                     view.state = "skipped"
@@ -135,13 +136,15 @@ class PipelineArtifact:
             view.ended = time.time()
         self._changed = True
 
-    async def _keep(self) -> None:
-        await asyncio.sleep(SHOW_AFTER)  # not at once: the first kickoffs have priority
-        while True:
-            if self._changed:
+    async def _keep(self, over: asyncio.Event) -> None:
+        pause = SHOW_AFTER  # not at once: the first kickoffs have priority
+        while not over.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), pause)
+            if self._changed and not over.is_set():
                 self._changed = False
                 await self._put()
-            await asyncio.sleep(SHOW_EVERY)
+            pause = SHOW_EVERY
 
     async def _put(self) -> None:
         seconds = time.monotonic() - self._began
