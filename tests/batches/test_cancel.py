@@ -116,7 +116,7 @@ async def test_a_stopped_run_that_is_forgotten_is_not_started_again(batch: Batch
         crew_server(Held(), faults=["stop:504-after-accept"]),
         WaitPolicy(grace=0, lost_after=0.5, error_timeout=0.5),
     )
-    unseen = WaitPolicy(initial=60.0)  # no poll sees the end
+    unseen = WaitPolicy(initial=3600.0, max_interval=3600.0)  # no poll sees the end
     await cancelled(batch, server, ROWS[:20], name="forgotten", wait=unseen)
     server.faults.add("status:forgotten")
     report = await batch(server.crew(), ROWS[:10], name="forgotten", wait=quick)

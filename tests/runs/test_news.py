@@ -19,7 +19,7 @@ from support.scripts import script, slow
 from support.waiting import soon, until
 
 # Polling alone would not look again before this is over.
-RARELY = WaitPolicy(initial=60, max_interval=60, timeout=120)
+RARELY = WaitPolicy(initial=3600, max_interval=3600, timeout=7200)
 OFTEN = WaitPolicy(initial=0.2, factor=1, max_interval=0.2, jitter=0)
 USAGE: dict[str, Any] = {"total_tokens": 1200}
 
